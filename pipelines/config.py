@@ -1,0 +1,218 @@
+"""The typed schema of every setting. Types, units and meaning live here; values live in conf/*.yaml. Imports no torch.
+
+`validate` makes every check that needs no file but those it names, and raises UserError with expected, found and remedy.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+
+class UserError(ValueError):
+    """A user's mistake: printed as one message without a traceback. Says what was expected, what was found, what to do."""
+
+
+class Device(Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class TeacherMode(Enum):
+    take = "take"  # the given directory as it is
+    pretrain = "pretrain"  # from a seeded random Hugging Face directory of model.shape
+    correct = "correct"  # continue training the given directory on the corpus
+
+
+class SourceKind(Enum):
+    auto = "auto"  # by the path's ending
+    jsonl = "jsonl"
+    text = "text"
+    parquet = "parquet"
+    datasets = "datasets"  # a directory written by datasets' save_to_disk
+    megatron = "megatron"  # an existing .bin/.idx prefix
+    standard_library = "standard_library"  # the running Python's own
+
+
+class DepthMethod(Enum):
+    layers = "layers"  # student.drop_layers
+    block_influence = "block_influence"
+
+
+class Precision(Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Format(Enum):
+    text = "text"
+    json = "json"
+
+
+@dataclass
+class RunConfig:
+    name: str = "quickstart"
+    directory: str = "runs"  # a run lives in <directory>/<name>/<stage>/
+    seed: int = 1234
+    overwrite: bool = False  # start a finished stage again when its configuration or inputs changed
+
+
+@dataclass
+class ShapeConfig:
+    """A model's shape in the words of Hugging Face's config.json."""
+
+    vocab_size: int = 4096
+    hidden_size: int = 256
+    intermediate_size: int = 768
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    tie_word_embeddings: bool = False
+    architecture: str = "LlamaForCausalLM"
+
+
+@dataclass
+class ModelConfig:
+    """The teacher: a directory, or the shape to pretrain (also what `plan` counts where there is no directory)."""
+
+    path: str | None = None  # Hugging Face directory or NeMo 2 checkpoint
+    name: str = "teacher"
+    shape: ShapeConfig = field(default_factory=ShapeConfig)
+
+
+@dataclass
+class StudentConfig:
+    """The target shape of pruning; None keeps the teacher's."""
+
+    path: str | None = None  # a pruned Hugging Face directory to distil into, instead of the prune stage's
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    num_attention_heads: int | None = None  # per-group heads are dropped: must be a multiple of the KV groups
+    num_hidden_layers: int | None = None
+    drop_layers: list[int] | None = None  # counted from 1
+
+
+@dataclass
+class ParallelConfig:
+    """processes = tensor * pipeline * context * data; data follows from the rest."""
+
+    processes: int | None = None  # None: every GPU, or 2 on a machine without one
+    tensor: int | None = None  # None: every process
+    pipeline: int = 1
+    context: int = 1
+    sequence_parallel: bool = False
+    device: Device = Device.auto
+
+
+@dataclass
+class SourceConfig:
+    path: str | None = None  # None only for standard_library
+    kind: SourceKind = SourceKind.auto
+    weight: float = 1.0  # the share of its documents (of its windows, for megatron) in the blend, relative to the others
+    text_key: str = "text"
+
+
+@dataclass
+class DataConfig:
+    sources: list[SourceConfig] = field(default_factory=list)
+    tokenizer: str | None = None  # directory; None: the teacher's where it has one, else a byte-level BPE is trained
+    tokenizer_vocab_size: int | None = None  # of the BPE trained here; None: model.shape.vocab_size
+    validation_fraction: float = 0.02  # of the documents
+    test_fraction: float = 0.02
+    calibration_fraction: float = 0.02
+    workers: int | None = None  # None: every core
+
+
+@dataclass
+class TrainingConfig:
+    sequence_length: int = 256  # tokens
+    micro_batch_size: int = 4  # sequences per data-parallel rank and pass
+    global_batch_size: int = 16  # sequences per optimizer step
+    steps: int = 200
+    warmup_steps: int = 20
+    learning_rate: float = 1e-3
+    min_learning_rate: float = 1e-4
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    gradient_clip: float = 1.0  # global L2 norm; 0 switches it off
+    precision: Precision = Precision.fp32
+    distributed_optimizer: bool = False
+    recompute: bool = False  # activation recompute of whole layers
+    validation_interval: int = 50  # steps
+    validation_batches: int = 4  # global batches
+    checkpoint_interval: int = 50  # steps
+    keep_checkpoints: int = 2
+    log_interval: int = 1  # steps
+
+
+@dataclass
+class TeacherConfig(TrainingConfig):
+    mode: TeacherMode = TeacherMode.take
+
+
+@dataclass
+class PruneConfig:
+    depth_method: DepthMethod = DepthMethod.block_influence
+    calibration_samples: int = 128  # sequences
+    sequence_length: int = 256  # tokens
+    micro_batch_size: int = 8
+
+
+@dataclass
+class DistilConfig(TrainingConfig):
+    """loss = kd_weight * T^2 * KL(teacher || student, T) + ce_weight * CE(labels, student)."""
+
+    kd_weight: float = 1.0
+    ce_weight: float = 0.0
+    temperature: float = 1.0
+    temperature_squared: bool = True  # multiply KD by T^2
+
+
+@dataclass
+class EvaluateConfig:
+    split: str = "test"
+    sequence_length: int = 256
+    micro_batch_size: int = 8
+    batches: int | None = None  # micro batches per data-parallel rank; None: the whole split
+
+
+@dataclass
+class ExportConfig:
+    nemo: bool = False  # also write a NeMo 2 checkpoint
+    tolerance: float = 1e-3  # largest relative difference norm(a - b) / norm(b) of the reloaded logits
+    prompt: str = "def main("
+    new_tokens: int = 32
+
+
+@dataclass
+class VerifyConfig:
+    sequence_length: int = 32
+    micro_batch_size: int = 2
+    micro_batches: int = 2  # per step and data-parallel rank
+    tolerance: float = 1e-5  # norm(a - b) / norm(b) per tensor, fp32
+    kd_weight: float = 0.7
+    ce_weight: float = 0.3
+    temperature: float = 2.0
+
+
+@dataclass
+class Config:
+    stage: Any = "plan"  # a name or a list of names, in the order of STAGES
+    format: Format = Format.text  # of what plan prints
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    distil: DistilConfig = field(default_factory=DistilConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
