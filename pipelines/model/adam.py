@@ -1,0 +1,73 @@
+"""AdamW for Megatron's optimizers where neither Transformer Engine nor Apex is installed.
+
+Megatron falls back to torch.optim.AdamW there, which keeps the step count as a tensor per parameter. Megatron's
+distributed optimizer trains with that and then cannot save it. Here, as in the fused optimizers of Transformer Engine
+and Apex, the step count is a number in the parameter group. The arithmetic is torch's own.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.optim.adam import adam
+from torch.optim.adamw import adamw
+
+
+class Adam(torch.optim.Optimizer):
+    """AdamW (adam_w_mode=True) or Adam with L2 regularization, with the state layout of Apex's FusedAdam."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+    ) -> None:
+        self.adam_w_mode = adam_w_mode
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            group["step"] = group.get("step", 0) + 1
+            if not parameters:
+                continue
+            for p in parameters:
+                if not self.state[p]:
+                    self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            on_gpu = parameters[0].is_cuda
+            step = torch.tensor(float(group["step"] - 1), device=parameters[0].device if on_gpu else "cpu")
+            (adamw if self.adam_w_mode else adam)(
+                parameters,
+                [p.grad for p in parameters],
+                [self.state[p]["exp_avg"] for p in parameters],
+                [self.state[p]["exp_avg_sq"] for p in parameters],
+                [],
+                [step.clone() for _ in parameters],
+                foreach=not on_gpu,
+                fused=on_gpu,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+
+def install() -> str:
+    """Give Megatron this Adam where it has no fused one. Returns the name of the optimizer in use."""
+    import megatron.core.optimizer as optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    if optimizer.Adam is not Adam and not optimizer.USING_PYTORCH_OPTIMIZER:
+        return f"{optimizer.Adam.__module__}.{optimizer.Adam.__name__}"
+    optimizer.Adam = distrib_optimizer.Adam = Adam  # type: ignore[misc,assignment]
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+    return "torch AdamW"

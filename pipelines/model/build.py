@@ -1,0 +1,123 @@
+"""From a ModelShape to Megatron's TransformerConfig and GPTModel under the current process groups."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from pipelines.families import ModelShape
+from pipelines.model import cpu_runtime
+from pipelines.model.layers import HAVE_TRANSFORMER_ENGINE, layer_spec
+from pipelines.model.rope import inverse_frequencies
+
+
+def padded_vocabulary(vocab_size: int, tensor_parallel_size: int) -> int:
+    """The rows of embedding and head: the vocabulary rounded up to a multiple of the tensor-parallel size."""
+    return -(-vocab_size // tensor_parallel_size) * tensor_parallel_size
+
+
+def transformer_config(
+    shape: ModelShape,
+    *,
+    sequence_parallel: bool = False,
+    precision: str = "fp32",
+    recompute: bool = False,
+    **overrides: Any,
+) -> TransformerConfig:
+    """precision: "fp32" or "bf16"; recompute: every layer's activations. Degrees come from Megatron's parallel_state.
+
+    Raises ValueError for shapes that the layout cannot hold, with expected, found and remedy.
+    """
+    tensor = parallel_state.get_tensor_model_parallel_world_size()
+    pipeline = parallel_state.get_pipeline_model_parallel_world_size()
+    check_layout(shape, tensor=tensor, pipeline=pipeline)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    settings: dict[str, Any] = {
+        "num_layers": shape.num_hidden_layers,
+        "hidden_size": shape.hidden_size,
+        "ffn_hidden_size": shape.intermediate_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_query_groups": shape.num_key_value_heads,
+        "kv_channels": shape.head_dim,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": shape.rms_norm_eps,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "tensor_model_parallel_size": tensor,
+        "pipeline_model_parallel_size": pipeline,
+        "context_parallel_size": parallel_state.get_context_parallel_world_size(),
+        "sequence_parallel": sequence_parallel and tensor > 1,
+        "bf16": precision == "bf16",
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        # Weights are read from a directory, never drawn here: Megatron's random start depends on the TP size.
+        "perform_initialization": False,
+        "use_cpu_initialization": cpu_runtime.is_installed(),
+        "calculate_per_token_loss": True,
+        "gradient_accumulation_fusion": False,
+        "apply_rope_fusion": HAVE_TRANSFORMER_ENGINE,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        "window_size": (shape.sliding_window - 1, 0) if shape.sliding_window and HAVE_TRANSFORMER_ENGINE else None,
+    }
+    if recompute:
+        settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return TransformerConfig(**(settings | overrides))
+
+
+def build_model(
+    shape: ModelShape,
+    *,
+    sequence_parallel: bool = False,
+    precision: str = "fp32",
+    recompute: bool = False,
+    sequence_length: int | None = None,
+    config: TransformerConfig | None = None,
+) -> GPTModel:
+    """The GPTModel of this rank's pipeline stage, its weights undefined until they are loaded.
+
+    forward(input_ids, position_ids, None) gives logits (batch, sequence, padded vocabulary / tp) on the last stage.
+    sequence_length: the longest sequence it will see; a sliding window shorter than it needs Transformer Engine.
+    """
+    length = sequence_length or shape.max_position_embeddings
+    if shape.sliding_window and shape.sliding_window < length and not HAVE_TRANSFORMER_ENGINE:
+        raise ValueError(
+            f"sliding window: expected at least the sequence length {length} without Transformer Engine, found "
+            f"{shape.sliding_window}. Shorten the sequence or install Transformer Engine."
+        )
+    config = config or transformer_config(
+        shape, sequence_parallel=sequence_parallel, precision=precision, recompute=recompute
+    )
+    model = GPTModel(
+        config,
+        layer_spec(config),
+        vocab_size=padded_vocabulary(shape.vocab_size, config.tensor_model_parallel_size),
+        max_sequence_length=length,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=shape.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=int(shape.rope_theta),
+    )
+    inv_freq = inverse_frequencies(shape.head_dim, shape.rope_theta, shape.rope_scaling)
+    model.rotary_pos_emb.inv_freq = inv_freq.to(model.rotary_pos_emb.inv_freq.device)
+    return model
+
+
+def check_layout(shape: ModelShape, *, tensor: int, pipeline: int) -> None:
+    """Raises ValueError where heads, KV groups, neurons or layers do not divide. Megatron 0.15 replicates no KV groups."""
+    for what, size, degree, setting in (
+        ("attention heads", shape.num_attention_heads, tensor, "parallel.tensor"),
+        ("KV groups", shape.num_key_value_heads, tensor, "parallel.tensor"),
+        ("ffn neurons", shape.intermediate_size, tensor, "parallel.tensor"),
+        ("layers", shape.num_hidden_layers, pipeline, "parallel.pipeline"),
+    ):
+        if size % degree:
+            raise ValueError(f"{what}: expected a multiple of {setting}={degree}, found {size}. Lower {setting}.")

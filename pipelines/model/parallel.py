@@ -1,0 +1,48 @@
+"""Process groups: torch.distributed and Megatron's tensor x pipeline x context x data layout."""
+
+import datetime
+import os
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from pipelines.model import cpu_runtime
+
+
+def initialize_distributed(device: str) -> None:
+    """torch.distributed over the processes of torchrun: gloo for "cpu", nccl for "cuda". Idempotent.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+    """
+    if device == "cpu":
+        cpu_runtime.install()
+    else:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if not torch.distributed.is_initialized():
+        backend = "gloo" if device == "cpu" else "nccl"
+        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+
+
+def initialize(tensor: int, pipeline: int = 1, context: int = 1, *, device: str = "cpu", seed: int = 1234) -> None:
+    """Lay the processes out as tensor x context x data x pipeline (Megatron's order), replacing an earlier layout.
+
+    The data-parallel size is what remains of the world size. Raises ValueError where the layout does not divide it.
+    """
+    initialize_distributed(device)
+    world = torch.distributed.get_world_size()
+    if world % (tensor * pipeline * context):
+        raise ValueError(
+            f"layout: expected tensor * pipeline * context to divide the {world} processes, "
+            f"found {tensor} * {pipeline} * {context}."
+        )
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, context_parallel_size=context
+    )
+    model_parallel_cuda_manual_seed(seed)
+
+
+def torch_device(device: str) -> torch.device:
+    return torch.device("cpu") if device == "cpu" else torch.device("cuda", torch.cuda.current_device())
