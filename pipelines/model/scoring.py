@@ -1,0 +1,234 @@
+"""Importance scores of a sharded GPTModel: hooks that feed core.importance, over tensor, sequence, pipeline and data ranks.
+
+Every rank gets the same scores, and they equal those of a single process within the rounding of the matrix products.
+"""
+
+from collections.abc import Callable, Iterable
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from pipelines.config import UserError
+from pipelines.core.importance import (
+    ActivationNorm,
+    BlockInfluence,
+    Scores,
+    first_non_finite,
+    head_scores,
+    hidden_scores,
+)
+
+_PLACES = ("the norm before attention", "attention", "the norm before the MLP", "the MLP's neurons")
+
+
+def score(
+    model: GPTModel,
+    batches: Iterable[dict[str, torch.Tensor]],
+    *,
+    sequence_length: int,
+    micro_batch_size: int,
+    advance: Callable[[int], None] | None = None,
+) -> Scores:
+    """Score the whole model by forward passes over this data rank's batches, in eval mode and without gradients.
+
+    model: this rank's pipeline stage. The output layer is not run.
+    batches: dicts of tokens, position_ids (batch, sequence) int64 and loss_mask (batch, sequence); a batch smaller than
+        micro_batch_size is filled up with masked samples. Data ranks may hold different numbers of batches; the ranks
+        of one model replica hold the same. A sample is a row; tokens with loss_mask 0 count nowhere.
+    advance: called on every rank with the number of samples that all ranks together have done since the last call.
+
+    Collectives, besides those of the forward passes: under sequence parallelism one all-reduce per norm and batch over
+    the tensor group; per pass (one batch, or four per pipeline stage) two all-reduces of one number over all ranks; at
+    the end one all-reduce of every sum over all ranks.
+    Raises UserError on every rank, naming the first such layer, when activations are NaN or infinite.
+    """
+    assert parallel_state.get_context_parallel_world_size() == 1, "scoring reads whole sequences"
+    device = next(model.parameters()).device
+    recorder = _Recorder(model, device)
+    training, post_process = model.training, model.post_process
+    model.eval()
+    model.post_process = False
+    try:
+        with torch.no_grad():
+            _run(model, recorder, iter(batches), sequence_length, micro_batch_size, advance, device)
+    finally:
+        recorder.remove_hooks()
+        model.post_process = post_process
+        model.train(training)
+    return recorder.reduce()
+
+
+def _run(
+    model: GPTModel,
+    recorder: "_Recorder",
+    batches: Any,
+    sequence_length: int,
+    micro_batch_size: int,
+    advance: Callable[[int], None] | None,
+    device: torch.device,
+) -> None:
+    pipeline = parallel_state.get_pipeline_model_parallel_world_size()
+    per_pass = 1 if pipeline == 1 else 4 * pipeline
+    forward = get_forward_backward_func()
+
+    def step(iterator: Any, stage: Any) -> tuple[torch.Tensor, Callable]:
+        batch = _filled_up({k: v.to(device) for k, v in next(iterator).items()}, micro_batch_size)
+        recorder.begin(batch["loss_mask"] > 0)
+        return stage(batch["tokens"], batch["position_ids"], None), lambda output, non_loss_data: None
+
+    while True:
+        batch_list = list(islice(batches, per_pass))
+        samples = _sum_over_replicas(sum(len(batch["tokens"]) for batch in batch_list), device)
+        if not samples:
+            return
+        if batch_list:
+            forward(
+                forward_step_func=step,
+                data_iterator=iter(batch_list),
+                model=model,
+                num_microbatches=len(batch_list),
+                seq_length=sequence_length,
+                micro_batch_size=micro_batch_size,
+                forward_only=True,
+                collect_non_loss_data=True,
+            )
+        recorder.check_finite()
+        if advance:
+            advance(samples)
+
+
+def _filled_up(batch: dict[str, torch.Tensor], size: int) -> dict[str, torch.Tensor]:
+    """The batch with `size` rows: pipeline stages exchange activations of one shape."""
+    missing = size - len(batch["tokens"])
+    return {name: F.pad(value, (0, 0, 0, missing)) for name, value in batch.items()} if missing else batch
+
+
+def _is_first_of_replica() -> bool:
+    return parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.is_pipeline_first_stage()
+
+
+def _sum_over_replicas(count: int, device: torch.device) -> int:
+    """The sum of count over the model's data-parallel replicas, on every rank. One all-reduce over all ranks."""
+    total = torch.tensor(count if _is_first_of_replica() else 0, dtype=torch.int64, device=device)
+    dist.all_reduce(total)
+    return int(total)
+
+
+class _Recorder:
+    """Hooks on this rank's layers, and their accumulators by layer index within the stage."""
+
+    def __init__(self, model: GPTModel, device: torch.device) -> None:
+        self.config, self.device = model.config, device
+        self.layers = list(model.decoder.layers)
+        tensor = self.config.tensor_model_parallel_size
+        self.query_size = self.config.num_attention_heads * self.config.kv_channels
+        sizes = (
+            self.config.hidden_size,
+            self.query_size // tensor,
+            self.config.hidden_size,
+            self.config.ffn_hidden_size // tensor,
+        )
+        self.norms = [[ActivationNorm(size, device) for size in sizes] for _ in self.layers]
+        self.influences = [BlockInfluence(device) for _ in self.layers]
+        self.samples = torch.zeros(2, dtype=torch.float64, device=device)  # samples, tokens
+        self.mask = self.own_mask = torch.zeros(0)
+        self.handles = [handle for index in range(len(self.layers)) for handle in self._hooks(index)]
+
+    def begin(self, mask: torch.Tensor) -> None:
+        """mask: (batch, sequence) bool of the micro batch whose forward pass starts now."""
+        self.mask = self.own_mask = mask.t().contiguous()
+        if self.config.sequence_parallel:
+            rank = parallel_state.get_tensor_model_parallel_rank()
+            self.own_mask = self.mask.chunk(self.config.tensor_model_parallel_size)[rank]
+        self.samples[0] += mask.any(dim=1).sum()
+        self.samples[1] += mask.sum()
+
+    def _hooks(self, index: int) -> list[Any]:
+        layer, (attention_norm, heads, mlp_norm, neurons) = self.layers[index], self.norms[index]
+        return [
+            layer.self_attention.linear_qkv.register_forward_pre_hook(self._norm_hook(attention_norm)),
+            layer.self_attention.linear_proj.register_forward_pre_hook(self._input_hook(heads)),
+            layer.mlp.linear_fc1.register_forward_pre_hook(self._norm_hook(mlp_norm)),
+            layer.mlp.linear_fc2.register_forward_pre_hook(self._input_hook(neurons)),
+            layer.register_forward_hook(self._layer_hook(self.influences[index]), with_kwargs=True),
+        ]
+
+    def _norm_hook(self, norm: ActivationNorm) -> Callable:
+        # The norm lives inside the linear layer and cannot be hooked: its output is computed once more.
+        def hook(linear: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            x = inputs[0]
+            normed = F.rms_norm(x, x.shape[-1:], linear.layer_norm_weight, self.config.layernorm_epsilon)
+            split = self.config.sequence_parallel
+            norm.update(normed, self.own_mask, parallel_state.get_tensor_model_parallel_group() if split else None)
+
+        return hook
+
+    def _input_hook(self, norm: ActivationNorm) -> Callable:
+        return lambda linear, inputs: norm.update(inputs[0], self.mask)
+
+    def _layer_hook(self, influence: BlockInfluence) -> Callable:
+        def hook(layer: Any, inputs: tuple, keywords: dict, outputs: tuple[torch.Tensor, ...]) -> None:
+            hidden = keywords["hidden_states"] if "hidden_states" in keywords else inputs[0]
+            influence.update(hidden, outputs[0], self.own_mask)
+
+        return hook
+
+    def remove_hooks(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def check_finite(self) -> None:
+        """Raises UserError on every rank when any rank has seen a NaN or an infinity. One all-reduce over all ranks."""
+        totals = torch.stack([norm.squares.sum() for layer in self.norms for norm in layer])
+        found = first_non_finite(totals.unsqueeze(-1))
+        nowhere = self.config.num_layers * len(_PLACES)
+        first = nowhere if found is None else (self.layers[0].layer_number - 1) * len(_PLACES) + found
+        place = torch.tensor(first, dtype=torch.int64, device=self.device)
+        dist.all_reduce(place, op=dist.ReduceOp.MIN)
+        if int(place) < nowhere:
+            layer, part = divmod(int(place), len(_PLACES))
+            raise UserError(
+                f"activations: expected finite numbers, found NaN or infinity in layer {layer + 1} (from 1), first in "
+                f"{_PLACES[part]}. Check the teacher's weights; with bf16 weights try fp32."
+            )
+
+    def reduce(self) -> Scores:
+        """The scores of the whole model, the same on every rank. One all-reduce of all sums, float64, over all ranks.
+
+        Each rank fills in what it holds (its layers, its shard of channels) and zeros elsewhere, so that one sum gathers
+        over tensor and pipeline ranks and adds over data ranks. What tensor ranks hold in common comes from the first.
+        """
+        layers, hidden, ffn = self.config.num_layers, self.config.hidden_size, self.config.ffn_hidden_size
+        sizes = [2 * layers * hidden, layers * self.query_size, layers * ffn, 2 * layers, 2]
+        sums = torch.zeros(sum(sizes), dtype=torch.float64, device=self.device)
+        norms, query, neurons, influence, samples = sums.split(sizes)
+        norms, query, neurons = norms.view(layers, 2, hidden), query.view(layers, -1), neurons.view(layers, -1)
+        influence = influence.view(layers, 2)
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        for index, layer in enumerate(self.layers):
+            number = layer.layer_number - 1
+            attention_norm, heads, mlp_norm, mlp = (norm.squares for norm in self.norms[index])
+            query[number].view(-1, len(heads))[rank] = heads
+            neurons[number].view(-1, len(mlp))[rank] = mlp
+            if rank == 0:
+                norms[number] = torch.stack([attention_norm, mlp_norm])
+            if rank == 0 or self.config.sequence_parallel:
+                influence[number] = self.influences[index].sums
+        if _is_first_of_replica():
+            samples.copy_(self.samples)
+        dist.all_reduce(sums)
+        norms, query, neurons, influence, samples = (part.cpu() for part in (norms, query, neurons, influence, samples))
+        return Scores(
+            hidden=hidden_scores(norms.flatten(0, 1)),
+            ffn=neurons.sqrt(),
+            heads=head_scores(query, self.config.kv_channels),
+            block_influence=influence[:, 0] / influence[:, 1],
+            samples=int(samples[0]),
+            tokens=int(samples[1]),
+        )
