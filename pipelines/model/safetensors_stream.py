@@ -1,0 +1,374 @@
+"""Directories of safetensors files, read by slices and written tensor by tensor, larger than memory either way.
+
+The format: 8 bytes of little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the data.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from pipelines.config import UserError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LISTED = 5  # tensors named in an error message
+_CHUNK_BYTES = 64 * 2**20  # of a tensor on its way to the file
+
+
+@dataclass(frozen=True)
+class _Entry:
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Tensors:
+    """The tensors of a directory's safetensors files; opening it reads the headers alone.
+
+    Which files: those of model.safetensors.index.json where there is one, else model.safetensors, else every
+    *.safetensors. Raises UserError for a missing directory or file, a corrupt or truncated file (by name), and a
+    tensor that stands in two files.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self._entries: dict[str, _Entry] = {}
+        self._open_files: dict[Path, Any] = {}
+        weight_map = _read_index(self.directory)
+        for file in _files(self.directory, weight_map):
+            for name, entry in _read_header(file).items():
+                if name in self._entries:
+                    raise UserError(
+                        f"{self.directory}: expected each tensor once, found {name} in {self._entries[name].file.name} "
+                        f"and in {file.name}. Remove the file that does not belong to the model."
+                    )
+                self._entries[name] = entry
+        for name, file_name in weight_map.items():
+            if name not in self._entries or self._entries[name].file.name != file_name:
+                raise UserError(
+                    f"{self.directory / INDEX}: expected {name} in {file_name}, found no such tensor there. "
+                    "Copy the directory again."
+                )
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._entries)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entry(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._entry(name).dtype
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """The whole tensor on the CPU; its pages are read from the file when they are touched."""
+        return self._file(name).get_tensor(name)
+
+    def slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
+        """Indices start <= i < stop of one dim on the CPU; of the file, only their bytes are read."""
+        size = self.shape(name)[dim]
+        assert 0 <= start <= stop <= size, f"{name}: {start}:{stop} of dim {dim} with {size} indices"
+        return self._file(name).get_slice(name)[(slice(None),) * dim + (slice(start, stop),)]
+
+    def expect(self, shapes: dict[str, tuple[int, ...]], ignore: Iterable[str] = ()) -> None:
+        """Raises UserError unless these tensors are there with these shapes, and no other but those to ignore.
+
+        ignore: ends of names of tensors that may be there without being read.
+        """
+        missing = [name for name in shapes if name not in self._entries]
+        if missing:
+            raise UserError(
+                f"{self.directory}: expected the tensors that config.json describes, missing {len(missing)} of "
+                f"{len(shapes)}: {_listed(missing)}. Check config.json, or copy the directory again."
+            )
+        wrong = [
+            f"{name}: expected {list(shape)}, found {list(self.shape(name))}"
+            for name, shape in shapes.items()
+            if self.shape(name) != tuple(shape)
+        ]
+        if wrong:
+            raise UserError(
+                f"{self.directory}: expected tensors of the shape in config.json, {len(wrong)} of {len(shapes)} differ: "
+                f"{_listed(wrong)}. Correct config.json, or copy the directory again."
+            )
+        ignored = tuple(ignore)
+        unknown = [name for name in self._entries if name not in shapes and not name.endswith(ignored)]
+        if unknown:
+            raise UserError(
+                f"{self.directory}: expected only the tensors that config.json describes, found {len(unknown)} more: "
+                f"{_listed(unknown)}. Check config.json: the model has parts that would be left out."
+            )
+
+    def _entry(self, name: str) -> _Entry:
+        if name not in self._entries:
+            raise UserError(
+                f"{self.directory}: expected a tensor {name}, found none among {len(self._entries)} tensors. "
+                "Check config.json, or copy the directory again."
+            )
+        return self._entries[name]
+
+    def _file(self, name: str) -> Any:
+        file = self._entry(name).file
+        if file not in self._open_files:
+            try:
+                self._open_files[file] = safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{file}: expected a safetensors file, found: {error}. Copy it again.") from None
+        return self._open_files[file]
+
+
+class Writer:
+    """Writes tensors one by one, in any order, into safetensors files, with an index where there are several.
+
+    tensors: {name: (shape, dtype)} of everything that will be written; files are filled in this order, each with at
+    most max_shard_bytes of data unless one tensor alone is larger. Everything is built in `partial`
+    (`<directory>.partial`), where further files may be put, and renamed to `directory` by `close`. As a context
+    manager it closes at the end, and after an exception removes what it built. Raises UserError when the disk is full,
+    before the first tensor where that can be known.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        tensors: dict[str, tuple[tuple[int, ...], torch.dtype]],
+        max_shard_bytes: float = 5e9,
+    ) -> None:
+        self.directory = Path(directory)
+        self.partial = self.directory.with_name(self.directory.name + ".partial")
+        self._tensors = tensors
+        self._waiting = set(tensors)
+        self._places: dict[str, tuple[BinaryIO, int]] = {}
+        self._files: list[BinaryIO] = []
+        _require_space(self.directory, sum(_bytes(*description) for description in tensors.values()))
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        shards = _shards(tensors, max_shard_bytes)
+        for number, shard in enumerate(shards, start=1):
+            name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            self._begin_file(self.partial / name, shard)
+        if len(shards) > 1:
+            self._write_index()
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """tensor: on any device, contiguous or not; shape and dtype as announced."""
+        assert name in self._waiting, f"{name} was not announced, or was written before"
+        assert (tuple(tensor.shape), tensor.dtype) == (tuple(self._tensors[name][0]), self._tensors[name][1]), (
+            f"{name}: announced {self._tensors[name]}, found {(tuple(tensor.shape), tensor.dtype)}"
+        )
+        file, offset = self._places[name]
+        rows = max(1, _CHUNK_BYTES // max(1, _bytes(tensor.shape[1:], tensor.dtype)))
+        with _full_disk_is_the_users(self.directory):
+            for piece in tensor.detach().split(rows) if tensor.dim() else (tensor.detach(),):
+                data = memoryview(piece.contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+                while data:
+                    written = os.pwrite(file.fileno(), data, offset)
+                    data, offset = data[written:], offset + written
+        self._waiting.remove(name)
+
+    def close(self) -> None:
+        """Everything is on the disk, and `directory` appears whole, replacing an earlier one."""
+        assert not self._waiting, f"{len(self._waiting)} tensors were not written: {_listed(sorted(self._waiting))}"
+        with _full_disk_is_the_users(self.directory):
+            for file in self._files:
+                os.fsync(file.fileno())
+                file.close()
+            _replace_directory(self.partial, self.directory)
+
+    def abandon(self) -> None:
+        """Remove what was built; `directory` stays as it was."""
+        for file in self._files:
+            file.close()
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            return self.abandon()
+        try:
+            self.close()
+        except BaseException:
+            self.abandon()
+            raise
+
+    def _begin_file(self, path: Path, names: list[str]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        # Wider dtypes first, as safetensors does, so that every tensor is aligned in a mapped file.
+        for name in sorted(names, key=lambda name: -self._tensors[name][1].itemsize):
+            shape, dtype = self._tensors[name]
+            end = offset + _bytes(shape, dtype)
+            header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        with _full_disk_is_the_users(self.directory):
+            file = path.open("wb", buffering=0)
+            self._files.append(file)
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + offset)
+        for name in names:
+            self._places[name] = (file, 8 + len(text) + header[name]["data_offsets"][0])
+
+    def _write_index(self) -> None:
+        total = sum(_bytes(*description) for description in self._tensors.values())
+        weight_map = {name: Path(file.name).name for name, (file, _) in self._places.items()}
+        with _full_disk_is_the_users(self.directory):
+            text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True)
+            (self.partial / INDEX).write_text(text + "\n")
+
+
+def _read_index(directory: Path) -> dict[str, str]:
+    """{tensor name: file name} of the directory's index; empty where there is none."""
+    if not directory.is_dir():
+        raise UserError(f"{directory}: expected a Hugging Face model directory, found no directory. Check the path.")
+    path = directory / INDEX
+    if not path.is_file():
+        return {}
+    try:
+        weight_map = json.loads(path.read_text())["weight_map"]
+        return {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: expected a JSON object with a weight_map, found {error!r}. Copy it again.") from None
+
+
+def _files(directory: Path, weight_map: dict[str, str]) -> list[Path]:
+    if not weight_map and (directory / SINGLE).is_file():
+        return [directory / SINGLE]
+    files = sorted({directory / name for name in weight_map.values()} or directory.glob("*.safetensors"))
+    if not files:
+        raise UserError(
+            f"{directory}: expected *.safetensors files, found none. Weights in another format (such as "
+            "pytorch_model.bin) are converted by loading them in transformers and calling save_pretrained."
+        )
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise UserError(
+            f"{directory}: expected the {len(files)} files of {INDEX}, missing {_listed(missing)}. "
+            "Download or copy them again."
+        )
+    return files
+
+
+def _read_header(file: Path) -> dict[str, _Entry]:
+    """The tensors of one file. Raises UserError unless header and file size agree to the byte."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise UserError(
+                f"{file}: expected a safetensors file with a header of {length:,} bytes, found a file of {size:,} bytes: "
+                "truncated or corrupt. Download or copy it again."
+            )
+        try:
+            header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            entries = {name: _header_entry(file, description) for name, description in header.items()}
+            end = max((description["data_offsets"][1] for description in header.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise UserError(
+                f"{file}: expected a safetensors header, found {error}: corrupt. Download or copy it again."
+            ) from None
+    if size != 8 + length + end:
+        raise UserError(
+            f"{file}: expected {8 + length + end:,} bytes from its header, found {size:,}: truncated or corrupt. "
+            "Download or copy it again."
+        )
+    return entries
+
+
+def _header_entry(file: Path, description: dict[str, Any]) -> _Entry:
+    shape, dtype = tuple(int(size) for size in description["shape"]), DTYPES.get(description["dtype"])
+    if dtype is None:
+        raise ValueError(f"dtype {description['dtype']}")
+    start, end = description["data_offsets"]
+    if end - start != _bytes(shape, dtype) or start < 0:
+        raise ValueError(f"{end - start:,} bytes for {description['dtype']} {list(shape)}")
+    return _Entry(file, shape, dtype)
+
+
+def _shards(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]], max_shard_bytes: float) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, description in tensors.items():
+        size = _bytes(*description)
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _require_space(directory: Path, needed: int) -> None:
+    existing = next(parent for parent in directory.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise UserError(
+            f"{directory}: expected {needed:,} bytes of free disk space, found {free:,}. "
+            "Free some, or set run.directory to another disk."
+        )
+
+
+class _full_disk_is_the_users:
+    """Turns "no space left on device" and "quota exceeded" inside it into a UserError."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"{self.directory}: expected room for the weights, found the disk full while writing ({error.strerror}). "
+                "Free some space, or set run.directory to another disk; what was half-written is removed."
+            ) from None
+
+
+def _replace_directory(partial: Path, directory: Path) -> None:
+    earlier = directory.with_name(directory.name + ".earlier")
+    shutil.rmtree(earlier, ignore_errors=True)
+    if directory.exists():
+        directory.rename(earlier)
+    partial.rename(directory)
+    descriptor = os.open(directory.parent, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _bytes(shape: Iterable[int], dtype: torch.dtype) -> int:
+    return prod(shape) * dtype.itemsize
+
+
+def _listed(names: list[str]) -> str:
+    return "; ".join(names[:_LISTED]) + (f"; and {len(names) - _LISTED} more" if len(names) > _LISTED else "")

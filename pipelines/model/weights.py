@@ -1,0 +1,96 @@
+"""Hugging Face weights into Megatron shards: each rank reads only the slices of its tensor and pipeline shard.
+
+Where a tensor goes and how it is cut stands in pipelines/families.py; `shard_view` is the one place that knows how
+Megatron packs several tensors into one parameter. Writing back (export.py) reads through the same view.
+"""
+
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+
+from pipelines.families import EMBEDDING, HEAD, ModelShape, Tensor
+from pipelines.model.safetensors_stream import Tensors
+
+_LAYERS = "decoder.layers."
+_HEAD = "output_layer.weight"
+# Ends of names of tensors that other writers put beside the weights and that follow from config.json.
+_DERIVED = ("rotary_emb.inv_freq",)
+
+
+@torch.no_grad()
+def load_hugging_face(model: GPTModel, directory: str | Path, shape: ModelShape) -> None:
+    """Overwrite the parameters of this rank's shard in place, cast to their dtype; rows that pad the vocabulary become 0.
+
+    model: built from `shape` under the current parallel_state, on any device. A rank holds its shard and the mapped
+    slice of one tensor. No collectives. Raises UserError where the directory does not hold the tensors of `shape`.
+    """
+    tensors = Tensors(directory)
+    tensors.expect(shape.tensor_shapes(), ignore=(*_DERIVED, HEAD) if shape.tie_word_embeddings else _DERIVED)
+    parameters = named_parameters(model)
+    filled = set()
+    for name, tensor in shape.tensors().items():
+        for target in _targets(name, tensor, shape):
+            if target in parameters:
+                _read(tensors, name, tensor, parameters[target], shape)
+                filled.add(target)
+    assert filled == set(parameters), f"parameters without a tensor: {sorted(set(parameters) - filled)}"
+
+
+def named_parameters(model: GPTModel) -> dict[str, torch.nn.Parameter]:
+    """The parameters of this pipeline stage by Megatron name, layers numbered over the whole model from 0."""
+    named = {}
+    for name, parameter in model.named_parameters():
+        if name.startswith(_LAYERS):
+            index, rest = name.removeprefix(_LAYERS).split(".", 1)
+            name = f"{_LAYERS}{model.decoder.layers[int(index)].layer_number - 1}.{rest}"
+        named[name] = parameter
+    return named
+
+
+def shard_view(value: torch.Tensor, tensor: Tensor, shape: ModelShape) -> torch.Tensor:
+    """The shard of one Hugging Face tensor as a view into `value`, which is laid out as its Megatron parameter's shard.
+
+    query: (groups / tp, heads per group, head_dim, hidden); key, value: (groups / tp, 1, head_dim, hidden);
+    every other: (rows, columns) or (size,). Its elements in order are those of the Hugging Face tensor's shard.
+    """
+    if tensor.part in ("gate", "up"):
+        return value.unflatten(0, (2, -1))[("gate", "up").index(tensor.part)]
+    if tensor.part:
+        queries = shape.num_attention_heads // shape.num_key_value_heads
+        place = {"query": slice(0, queries), "key": slice(queries, queries + 1), "value": slice(queries + 1, None)}
+        return value.unflatten(0, (-1, queries + 2, shape.head_dim))[:, place[tensor.part]]
+    return value
+
+
+def shard_length(view: torch.Tensor, tensor: Tensor, shape: ModelShape) -> int:
+    """How many indices of the tensor's parallel dim one rank's shard counts, padding included."""
+    assert tensor.parallel_dim is not None
+    others = [shape.axis_size(axis) for dim, axis in enumerate(tensor.axes) if dim != tensor.parallel_dim]
+    return view.numel() // others[0] if others else view.numel()
+
+
+def _targets(name: str, tensor: Tensor, shape: ModelShape) -> tuple[str, ...]:
+    """The Megatron parameters that hold the tensor: a tied embedding is also the head of a last stage of its own."""
+    if name == EMBEDDING and shape.tie_word_embeddings:
+        return tensor.megatron, _HEAD
+    return (tensor.megatron,)
+
+
+def _read(tensors: Tensors, name: str, tensor: Tensor, parameter: torch.nn.Parameter, shape: ModelShape) -> None:
+    view = shard_view(parameter.data, tensor, shape)
+    dim = tensor.parallel_dim
+    if dim is None:
+        view.copy_(tensors[name])
+        return
+    length, size = shard_length(view, tensor, shape), shape.axis_size(tensor.axes[dim])
+    first = parallel_state.get_tensor_model_parallel_rank() * length
+    start, stop = min(first, size), min(first + length, size)
+    found = tensors.slice(name, dim, start, stop)
+    if stop - start == length:
+        view.copy_(found.view(view.shape) if view.dim() > found.dim() else found)
+        return
+    assert tensor.axes[dim] == "vocabulary" and dim == 0, f"{name}: {length} x tp does not cover {size}"
+    view[: stop - start].copy_(found)
+    view[stop - start :].zero_()
