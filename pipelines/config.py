@@ -1,10 +1,15 @@
 """The typed schema of every setting. Types, units and meaning live here; values live in conf/*.yaml. Imports no torch.
 
-`validate` makes every check that needs no file but those it names, and raises UserError with expected, found and remedy.
+`pipelines/validation.py` checks the values against each other and against the files they name.
 """
 
+import glob
+import os
+import shutil
+import subprocess
 from dataclasses import dataclass, field
 from enum import Enum
+from importlib import metadata
 from typing import Any
 
 
@@ -54,7 +59,6 @@ class RunConfig:
     name: str = "quickstart"
     directory: str = "runs"  # a run lives in <directory>/<name>/<stage>/
     seed: int = 1234
-    overwrite: bool = False  # start a finished stage again when its configuration or inputs changed
 
 
 @dataclass
@@ -119,6 +123,7 @@ class SourceConfig:
 
 @dataclass
 class DataConfig:
+    corpus: str | None = None  # a corpus directory of another run, instead of making one
     sources: list[SourceConfig] = field(default_factory=list)
     tokenizer: str | None = None  # directory; None: the teacher's where it has one, else a byte-level BPE is trained
     tokenizer_vocab_size: int | None = None  # of the BPE trained here; None: model.shape.vocab_size
@@ -203,7 +208,8 @@ class VerifyConfig:
 
 @dataclass
 class Config:
-    stage: Any = "plan"  # a name or a list of names, in the order of STAGES
+    stage: Any = "plan"  # a name, a list of names, or "all": corpus to report
+    overwrite: bool = False  # start a stage again whose settings or inputs changed; its checkpoints are moved aside
     format: Format = Format.text  # of what plan prints
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -216,3 +222,70 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """processes = tensor * pipeline * context * data, on one kind of device ("cpu" or "cuda")."""
+
+    processes: int
+    tensor: int
+    pipeline: int
+    context: int
+    data: int
+    device: str
+    sequence_parallel: bool
+
+
+def gpu_count() -> int:
+    """NVIDIA devices that this process may use, told without torch; none with a CPU build of torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.strip() in ("", "-1", "NoDevFiles"):
+        return 0
+    devices = len(glob.glob("/dev/nvidia[0-9]*"))
+    if not devices and shutil.which("nvidia-smi"):
+        listing = subprocess.run(["nvidia-smi", "-L"], check=False, capture_output=True, text=True, timeout=10).stdout
+        devices = sum(line.startswith("GPU ") for line in listing.splitlines())
+    try:
+        if devices and metadata.version("torch").endswith("+cpu"):
+            return 0
+    except metadata.PackageNotFoundError:
+        pass
+    return min(devices, len(visible.split(","))) if visible else devices
+
+
+def layout(parallel: ParallelConfig) -> Layout:
+    """The layout that `parallel` asks for on this machine; inside a started job WORLD_SIZE is the number of processes.
+
+    Raises UserError where the degrees do not divide the processes, or the device is not there.
+    """
+    gpus = gpu_count()
+    if parallel.device is Device.cuda and gpus == 0:
+        raise UserError("parallel.device=cuda: expected an NVIDIA GPU, found none. Use parallel.device=cpu or auto.")
+    device = "cuda" if gpus and parallel.device is not Device.cpu else "cpu"
+    world = os.environ.get("WORLD_SIZE")
+    processes = parallel.processes or int(world or 0) or (gpus if device == "cuda" else _default_cpu_processes(parallel))
+    if world and int(world) != processes:
+        raise UserError(
+            f"parallel.processes={processes}: expected the number of processes that were started, found "
+            f"WORLD_SIZE={world}. Leave parallel.processes out, or start as many."
+        )
+    for name in ("tensor", "pipeline", "context"):
+        if (getattr(parallel, name) or 1) < 1:
+            raise UserError(f"parallel.{name}: expected 1 or more, found {getattr(parallel, name)}.")
+    others = parallel.pipeline * parallel.context
+    tensor = parallel.tensor or max(1, processes // others)
+    if processes % (tensor * others):
+        raise UserError(
+            f"parallel: expected tensor * pipeline * context to divide the number of processes, found {tensor} * "
+            f"{parallel.pipeline} * {parallel.context} = {tensor * others} with {processes} processes. "
+            "Change parallel.processes, or leave parallel.tensor out to use every process."
+        )
+    data = processes // (tensor * others)
+    return Layout(processes, tensor, parallel.pipeline, parallel.context, data, device, parallel.sequence_parallel)
+
+
+def _default_cpu_processes(parallel: ParallelConfig) -> int:
+    """What the given degrees need; two where the tensor degree is open."""
+    needed = (parallel.tensor or 1) * parallel.pipeline * parallel.context
+    return needed if parallel.tensor else max(2, needed)

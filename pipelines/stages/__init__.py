@@ -1,0 +1,102 @@
+"""The table of stages: what each reads, which settings decide its result, and whether it runs on ranks. Imports no torch.
+
+Dispatch, artifacts and the documentation read this table. A stage is `pipelines/stages/<name>.py` with
+`run(context: artifacts.StageContext) -> dict`, called on every rank; the figures that rank 0 returns go into
+manifest.json.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    ranks: runs as one process per device under torchrun; otherwise in one process.
+    reads: names of `artifacts.INPUTS` that must be there and whole; may_read: those taken where they are there.
+    settings: dotted configuration paths that decide the result. A path to a group stands for every key in it but
+        those of FREE, which change the speed or the log and not the result.
+    kept: writes a directory with a manifest and a `complete` marker, and is not run twice.
+    """
+
+    name: str
+    does: str
+    ranks: bool
+    reads: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+    may_read: tuple[str, ...] = ()
+    kept: bool = True
+
+
+FREE = frozenset(
+    {
+        "micro_batch_size",
+        "recompute",
+        "checkpoint_interval",
+        "keep_checkpoints",
+        "log_interval",
+        "validation_interval",
+        "validation_batches",
+        "workers",
+    }
+)
+
+_TABLE = (
+    Stage(
+        "corpus",
+        "text to Megatron .bin/.idx, split into train, validation, test and calibration",
+        ranks=False,
+        reads=("sources",),
+        may_read=("tokenizer",),
+        settings=("data", "model.shape.vocab_size"),
+    ),
+    Stage(
+        "teacher",
+        "take a Hugging Face teacher as it is, pretrain a small one, or correct one on the corpus",
+        ranks=True,
+        reads=("corpus",),
+        may_read=("model",),
+        settings=("teacher", "model.shape", "run.seed"),
+    ),
+    Stage(
+        "prune",
+        "score on calibration data, select, and slice the teacher's safetensors",
+        ranks=True,
+        reads=("corpus", "teacher"),
+        settings=("student", "prune"),
+    ),
+    Stage(
+        "distil",
+        "train the student on the frozen teacher's logits, both sharded over the same ranks",
+        ranks=True,
+        reads=("corpus", "teacher", "start"),
+        settings=("distil", "run.seed"),
+    ),
+    Stage(
+        "evaluate",
+        "teacher, pruned and student side by side on held-out text",
+        ranks=True,
+        reads=("corpus", "teacher", "start", "student"),
+        settings=("evaluate", "evaluate.micro_batch_size"),
+    ),
+    Stage(
+        "export",
+        "a verified Hugging Face directory, optionally a NeMo checkpoint",
+        ranks=False,
+        reads=("student",),
+        may_read=("corpus",),
+        settings=("export",),
+    ),
+    Stage(
+        "report",
+        "results.json, plots, one HTML page",
+        ranks=False,
+        reads=("evaluation",),
+        may_read=("corpus", "teacher_run", "pruning", "distillation", "exported"),
+    ),
+    Stage("plan", "parameters, FLOPs and bytes per device, before anything is started", ranks=False, kept=False),
+    Stage("verify", "prove values and gradients of the sharded step on this machine", ranks=True, kept=False),
+)
+
+STAGES: dict[str, Stage] = {stage.name: stage for stage in _TABLE}
+PIPELINE: tuple[str, ...] = tuple(stage.name for stage in _TABLE if stage.kept)  # what stage=all runs

@@ -1,0 +1,320 @@
+"""The contract of a run's directory: what a stage reads, what it writes, and when that is whole. Imports no torch.
+
+A run lives in <run.directory>/<run.name>/<stage>/. `begin` takes the stage's lock, compares settings and inputs with
+those the directory was made from, and writes manifest.json; `Attempt.finish` adds figures and outputs and writes the
+`complete` marker last. A directory without that marker is never read by another stage.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from pipelines import lineage
+from pipelines.config import Config, TeacherMode, UserError
+from pipelines.files import (
+    COMPLETE,
+    MANIFEST,
+    content,
+    file_hash,
+    fingerprint,
+    new_directory,
+    plain,
+    write_atomic,
+    write_json,
+)
+from pipelines.lock import Lock
+from pipelines.stages import FREE, STAGES, Stage
+
+__all__ = ["file_hash", "fingerprint", "new_directory", "write_atomic", "write_json"]  # the rest is defined here
+
+TRAINING_STATE = ("checkpoints", "metrics.jsonl", "tensorboard")
+
+
+@dataclass
+class StageContext:
+    """What a stage's `run` gets. directory: <run.directory>/<run.name>/<stage>, which exists."""
+
+    config: Config
+    stage: str
+    directory: Path
+
+
+# Where things are
+
+
+def run_directory(config: Config) -> Path:
+    return Path(config.run.directory) / config.run.name
+
+
+def stage_directory(config: Config, stage: str) -> Path:
+    return run_directory(config) / stage
+
+
+def log_file(config: Config, stage: str) -> Path:
+    return run_directory(config) / "logs" / f"{stage}.log"
+
+
+def corpus_directory(config: Config) -> Path:
+    return Path(config.data.corpus) if config.data.corpus else stage_directory(config, "corpus")
+
+
+def is_hugging_face(path: str | Path | None) -> bool:
+    return path is not None and (Path(path) / "config.json").is_file()
+
+
+def teacher_directory(config: Config) -> Path:
+    """The Hugging Face directory of the teacher that prune, distil and evaluate read."""
+    if config.teacher.mode is TeacherMode.take and config.model.path and is_hugging_face(config.model.path):
+        return Path(config.model.path)
+    return stage_directory(config, "teacher") / "hf"
+
+
+def student_start_directory(config: Config) -> Path:
+    """The Hugging Face directory that distillation starts from: the pruned student."""
+    return Path(config.student.path) if config.student.path else stage_directory(config, "prune") / "hf"
+
+
+def student_directory(config: Config) -> Path:
+    """The Hugging Face directory of the distilled student."""
+    return stage_directory(config, "distil") / "hf"
+
+
+INPUTS: dict[str, Callable[[Config], list[Path]]] = {
+    "sources": lambda config: [Path(s.path) for s in config.data.sources if s.path],
+    "tokenizer": lambda config: _tokenizer_files(config.data.tokenizer or config.model.path),
+    "model": lambda config: [Path(config.model.path)] if config.model.path else [],
+    "corpus": lambda config: [corpus_directory(config)],
+    "teacher": lambda config: [teacher_directory(config)],
+    "start": lambda config: [student_start_directory(config)],
+    "student": lambda config: [student_directory(config)],
+    "teacher_run": lambda config: [stage_directory(config, "teacher")],
+    "pruning": lambda config: [stage_directory(config, "prune")],
+    "distillation": lambda config: [stage_directory(config, "distil")],
+    "evaluation": lambda config: [stage_directory(config, "evaluate")],
+    "exported": lambda config: [stage_directory(config, "export")],
+}
+
+
+def _tokenizer_files(directory: str | None) -> list[Path]:
+    if not directory:
+        return []
+    return sorted(f for f in Path(directory).glob("*") if "token" in f.name and f.suffix in (".json", ".model"))
+
+
+# What a stage is made from
+
+
+def sidecar_directory(config: Config) -> Path:
+    return Path(config.run.directory) / ".hashes"
+
+
+def settings(config: Config, stage: Stage) -> dict[str, Any]:
+    """{dotted path: value} of the settings that decide the stage's result."""
+    flat: dict[str, Any] = {}
+    tree = json.loads(json.dumps(asdict(config), default=plain))
+    for path in stage.settings:
+        value = tree
+        for key in path.split("."):
+            value = value[key]
+        if isinstance(value, dict):
+            flat |= {f"{path}.{k}": v for k, v in _flatten(value).items() if k.rsplit(".", 1)[-1] not in FREE}
+        else:
+            flat[path] = value
+    return flat
+
+
+def _flatten(tree: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= {f"{key}.{k}": v for k, v in _flatten(value).items()} if isinstance(value, dict) else {key: value}
+    return flat
+
+
+def inputs(config: Config, stage: Stage) -> dict[str, dict[str, Any]]:
+    """{name: {"path": ..., "files": {relative path: sha256}}} of what the stage reads.
+
+    Raises UserError where something that it must read is not there or was not finished.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name in stage.reads + stage.may_read:
+        paths = INPUTS[name](config)
+        for number, path in enumerate(paths):
+            files = {} if name in stage.may_read and not path.exists() else fingerprint(path, sidecar_directory(config))
+            if name in stage.reads:
+                _require(config, stage, name, path, bool(files))
+            if files:
+                found[name if len(paths) == 1 else f"{name}[{number}]"] = {"path": str(path), "files": files}
+    return found
+
+
+def _require(config: Config, stage: Stage, name: str, path: Path, present: bool) -> None:
+    maker = path if (path / MANIFEST).is_file() or path.name in STAGES else path.parent
+    unfinished = (maker / MANIFEST).is_file() and not is_complete(maker)
+    if present and not unfinished:
+        return
+    ours = maker.parent == run_directory(config) and maker.name in STAGES
+    remedy = f"Run stage={maker.name} first." if ours or unfinished else "Check the path."
+    found = "a directory whose stage has not finished" if unfinished else "nothing"
+    raise UserError(f"stage {stage.name}: expected {name} in {path}, found {found}. {remedy}")
+
+
+def is_complete(directory: str | Path) -> bool:
+    return (Path(directory) / COMPLETE).is_file()
+
+
+def read_manifest(directory: str | Path) -> dict[str, Any]:
+    """The manifest.json of a stage's directory; {} where there is none."""
+    path = Path(directory) / MANIFEST
+    if not path.is_file():
+        return {}
+    try:
+        manifest = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}: expected JSON, found an error at line {error.lineno}. Remove the directory."
+        ) from None
+    return dict(manifest)
+
+
+def changes(manifest: dict[str, Any], now_settings: dict[str, Any], now_inputs: dict[str, Any]) -> list[str]:
+    """What differs between a manifest and now, one line each: `distil.steps: 200 -> 300`."""
+    lines = []
+    before = manifest.get("settings", {})
+    for key in sorted(before.keys() | now_settings.keys()):
+        if key not in before or key not in now_settings or before[key] != now_settings[key]:
+            old, new = (json.dumps(side[key]) if key in side else "(not there)" for side in (before, now_settings))
+            lines.append(f"{key}: {old} -> {new}")
+    known = manifest.get("inputs", {})
+    for name in sorted(known.keys() | now_inputs.keys()):
+        old_files, new_files = (side.get(name, {}).get("files", {}) for side in (known, now_inputs))
+        different = [f for f in sorted(old_files.keys() | new_files.keys()) if old_files.get(f) != new_files.get(f)]
+        if different:
+            file = different[0]
+            old, new = (files.get(file, "(not there)")[:12] for files in (old_files, new_files))
+            more = f" and {len(different) - 1} more files" if len(different) > 1 else ""
+            where = (now_inputs.get(name) or known[name])["path"]
+            lines.append(f"input {name} ({where}): {file} {old} -> {new}{more}")
+    return lines
+
+
+class State(Enum):
+    new = "new"
+    unfinished = "unfinished"  # same settings and inputs: it continues
+    finished = "finished"
+    changed = "changed"  # asks for overwrite
+
+
+@dataclass
+class Examination:
+    state: State
+    changes: list[str]
+    settings: dict[str, Any]
+    inputs: dict[str, Any]
+
+
+def examine(config: Config, stage: Stage) -> Examination:
+    """Whether a stage is to be started, continued or left alone. Raises UserError on changes without overwrite."""
+    directory = stage_directory(config, stage.name)
+    now_settings, now_inputs = settings(config, stage), inputs(config, stage)
+    manifest = read_manifest(directory)
+    if not manifest:
+        return Examination(State.new, [], now_settings, now_inputs)
+    differences = changes(manifest, now_settings, now_inputs)
+    if differences and not config.overwrite:
+        state = "finished" if is_complete(directory) else "unfinished"
+        shown = "\n  ".join(differences[:20])
+        raise UserError(
+            f"stage {stage.name}: {directory} is {state} and was made from other settings or inputs:\n  {shown}\n"
+            "Give overwrite=true to start it again (training checkpoints are moved aside), or another run.name."
+        )
+    if differences:
+        return Examination(State.changed, differences, now_settings, now_inputs)
+    state = State.finished if is_complete(directory) else State.unfinished
+    return Examination(state, [], now_settings, now_inputs)
+
+
+# A stage's life
+
+
+class Attempt:
+    """One running stage: holds the lock from `begin` until `finish` or `release`."""
+
+    def __init__(self, context: StageContext, lock: Lock | None, manifest: dict[str, Any]) -> None:
+        self.context, self.lock, self.manifest, self.started = context, lock, manifest, time.monotonic()
+
+    def finish(self, figures: dict[str, Any] | None) -> None:
+        """Write figures and outputs to manifest.json, then the complete marker."""
+        if self.lock is None:
+            return
+        directory, sidecars = self.context.directory, sidecar_directory(self.context.config)
+        for file in content(directory):
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        self.manifest |= {
+            "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - self.started, 1),
+            "figures": figures or {},
+            "outputs": fingerprint(directory, sidecars),
+        }
+        write_json(directory / MANIFEST, self.manifest)
+        write_atomic(directory / COMPLETE, hashlib.sha256((directory / MANIFEST).read_bytes()).hexdigest() + "\n")
+        self.release()
+
+    def release(self) -> None:
+        if self.lock is not None:
+            self.lock.release()
+
+
+def begin(config: Config, stage_name: str, say: Callable[[str], None] = print) -> Attempt:
+    """Lock and prepare the stage's directory. One process per stage calls it.
+
+    A changed stage (with overwrite) starts from an empty directory, its training state moved aside; an unfinished one
+    keeps what it has. Raises UserError where another live process writes there.
+    """
+    stage, directory = STAGES[stage_name], stage_directory(config, stage_name)
+    directory.mkdir(parents=True, exist_ok=True)
+    context = StageContext(config, stage_name, directory)
+    if not stage.kept:
+        return Attempt(context, None, {})
+    lock = Lock(directory / "lock", say)
+    try:
+        examination = examine(config, stage)
+        (directory / COMPLETE).unlink(missing_ok=True)
+        if examination.state is State.changed:
+            move_aside(directory, say)
+        manifest = {
+            "stage": stage_name,
+            "run": config.run.name,
+            "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "settings": examination.settings,
+            "inputs": examination.inputs,
+            **lineage.describe(config),
+        }
+        write_atomic(directory / "config.yaml", lineage.to_yaml(json.loads(json.dumps(asdict(config), default=plain))))
+        write_json(directory / MANIFEST, manifest)
+    except BaseException:
+        lock.release()
+        raise
+    return Attempt(context, lock, manifest)
+
+
+def move_aside(directory: Path, say: Callable[[str], None]) -> None:
+    """Empty a stage's directory; training state (and what was moved aside before) stays, under a name with the date."""
+    date = datetime.now().strftime("%Y%m%d-%H%M%S")
+    for path in sorted(directory.iterdir(), key=lambda p: (p.name == MANIFEST, p.name not in TRAINING_STATE, p.name)):
+        if path.name in TRAINING_STATE:
+            kept = path.with_name(f"{path.name}.{date}")
+            path.rename(kept)
+            say(f"moved {path} to {kept}")
+        elif path.is_dir() and not path.is_symlink() and not path.name.startswith(TRAINING_STATE):
+            shutil.rmtree(path)
+        elif not path.name.startswith((*TRAINING_STATE, "lock")):
+            path.unlink()

@@ -1,0 +1,135 @@
+"""Files written whole or not at all, and their hashes. Imports no torch."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+SMALL = 1 << 20  # bytes: below, a file is hashed at every look and needs no sidecar
+COMPLETE, MANIFEST = "complete", "manifest.json"
+BOOKKEEPING = (COMPLETE, MANIFEST, "config.yaml", "lock", "checkpoints", "tensorboard", "logs")
+
+
+def write_atomic(path: str | Path, data: bytes | str) -> None:
+    """Write a file so that a reader, or a reader after a crash, sees the old content or the new, never a part."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_directory(path.parent)
+
+
+def write_json(path: str | Path, data: Any) -> None:
+    write_atomic(path, json.dumps(data, indent=2, default=plain) + "\n")
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames and new names in a directory survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def new_directory(path: str | Path) -> Iterator[Path]:
+    """Build a directory as <path>.partial and give it its name at the end; a leftover of a killed attempt is removed.
+
+    Every file is synced before the rename. On an error the part that was written is removed and `path` is as before.
+    """
+    path = Path(path)
+    partial, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for file in content(partial):
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        sync_directory(partial)
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            os.rename(path, old)
+        os.rename(partial, path)
+        sync_directory(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+def file_hash(path: Path, sidecars: Path) -> str:
+    """sha256 of a file. A large one is read once; its hash lies in `sidecars` beside the size and time it holds for."""
+    status = path.stat()
+    sidecar = sidecars / (hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32] + ".json")
+    key = {"path": str(path.resolve()), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    if status.st_size > SMALL:
+        with suppress(OSError, json.JSONDecodeError):
+            known = json.loads(sidecar.read_text())
+            if {name: known.get(name) for name in key} == key:
+                return str(known["sha256"])
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    if status.st_size > SMALL:
+        sidecars.mkdir(parents=True, exist_ok=True)
+        write_json(sidecar, {**key, "sha256": digest.hexdigest()})
+    return digest.hexdigest()
+
+
+def content(path: Path) -> list[Path]:
+    """The files of a directory that count as content; a file itself; the two files of a Megatron prefix."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        return [p for suffix in (".bin", ".idx") if (p := path.with_name(path.name + suffix)).is_file()]
+    found = []
+    for directory, names, files in os.walk(path, followlinks=True):
+        here = Path(directory)
+        skipped = [
+            n for n in names if n.startswith(".") or n.endswith((".partial", ".old")) or _is_bookkeeping(here / n, path)
+        ]
+        names[:] = sorted(set(names) - set(skipped))
+        found += [here / f for f in sorted(files) if not f.startswith(".") and not _is_bookkeeping(here / f, path)]
+    return found
+
+
+def _is_bookkeeping(path: Path, root: Path) -> bool:
+    """Bookkeeping and training state at the top of a stage's own directory, also `checkpoints.<date>`."""
+    if path.parent != root or not (root / MANIFEST).is_file():
+        return False
+    return any(path.name == name or path.name.startswith(name + ".") for name in BOOKKEEPING)
+
+
+def fingerprint(path: Path, sidecars: Path) -> dict[str, str]:
+    """{relative path: sha256} of what lies at a path."""
+    root = path if path.is_dir() else path.parent
+    return {str(file.relative_to(root)): file_hash(file, sidecars) for file in content(path)}
+
+
+def is_disk_error(error: BaseException) -> bool:
+    """Whether an error says that nothing more can be written: disk full, quota, file size limit."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    return any(text in str(error) for text in ("No space left on device", "Disk quota exceeded", "File too large"))
