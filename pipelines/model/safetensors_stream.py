@@ -1,49 +1,32 @@
-"""Directories of safetensors files, read by slices and written tensor by tensor, larger than memory either way.
+"""Directories of safetensors files, read by slices and written tensor by tensor, larger than memory either way."""
 
-The format: 8 bytes of little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the data.
-"""
-
-import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from pipelines import files
 from pipelines.config import UserError
+from pipelines.model.safetensors_header import (
+    DTYPES,
+    INDEX,
+    SINGLE,
+    Entry,
+    listed,
+    model_files,
+    read_header,
+    read_index,
+    tensor_bytes,
+)
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_LISTED = 5  # tensors named in an error message
 _CHUNK_BYTES = 64 * 2**20  # of a tensor on its way to the file
-
-
-@dataclass(frozen=True)
-class _Entry:
-    file: Path
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 class Tensors:
@@ -56,11 +39,11 @@ class Tensors:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Entry] = {}
         self._open_files: dict[Path, Any] = {}
-        weight_map = _read_index(self.directory)
-        for file in _files(self.directory, weight_map):
-            for name, entry in _read_header(file).items():
+        weight_map = read_index(self.directory)
+        for file in model_files(self.directory, weight_map):
+            for name, entry in read_header(file).items():
                 if name in self._entries:
                     raise UserError(
                         f"{self.directory}: expected each tensor once, found {name} in {self._entries[name].file.name} "
@@ -106,7 +89,7 @@ class Tensors:
         if missing:
             raise UserError(
                 f"{self.directory}: expected the tensors that config.json describes, missing {len(missing)} of "
-                f"{len(shapes)}: {_listed(missing)}. Check config.json, or copy the directory again."
+                f"{len(shapes)}: {listed(missing)}. Check config.json, or copy the directory again."
             )
         wrong = [
             f"{name}: expected {list(shape)}, found {list(self.shape(name))}"
@@ -116,17 +99,17 @@ class Tensors:
         if wrong:
             raise UserError(
                 f"{self.directory}: expected tensors of the shape in config.json, {len(wrong)} of {len(shapes)} differ: "
-                f"{_listed(wrong)}. Correct config.json, or copy the directory again."
+                f"{listed(wrong)}. Correct config.json, or copy the directory again."
             )
         ignored = tuple(ignore)
         unknown = [name for name in self._entries if name not in shapes and not name.endswith(ignored)]
         if unknown:
             raise UserError(
                 f"{self.directory}: expected only the tensors that config.json describes, found {len(unknown)} more: "
-                f"{_listed(unknown)}. Check config.json: the model has parts that would be left out."
+                f"{listed(unknown)}. Check config.json: the model has parts that would be left out."
             )
 
-    def _entry(self, name: str) -> _Entry:
+    def _entry(self, name: str) -> Entry:
         if name not in self._entries:
             raise UserError(
                 f"{self.directory}: expected a tensor {name}, found none among {len(self._entries)} tensors. "
@@ -161,20 +144,18 @@ class Writer:
         max_shard_bytes: float = 5e9,
     ) -> None:
         self.directory = Path(directory)
-        self.partial = self.directory.with_name(self.directory.name + ".partial")
         self._tensors = tensors
         self._waiting = set(tensors)
         self._places: dict[str, tuple[BinaryIO, int]] = {}
         self._files: list[BinaryIO] = []
-        _require_space(self.directory, sum(_bytes(*description) for description in tensors.values()))
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir(parents=True)
-        shards = _shards(tensors, max_shard_bytes)
-        for number, shard in enumerate(shards, start=1):
-            name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            self._begin_file(self.partial / name, shard)
-        if len(shards) > 1:
-            self._write_index()
+        _require_space(self.directory, sum(tensor_bytes(*description) for description in tensors.values()))
+        self._building = files.new_directory(self.directory)
+        self.partial = self._building.__enter__()
+        try:
+            self._begin(_shards(tensors, max_shard_bytes))
+        except BaseException:
+            self.abandon()
+            raise
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """tensor: on any device, contiguous or not; shape and dtype as announced."""
@@ -183,10 +164,10 @@ class Writer:
             f"{name}: announced {self._tensors[name]}, found {(tuple(tensor.shape), tensor.dtype)}"
         )
         file, offset = self._places[name]
-        rows = max(1, _CHUNK_BYTES // max(1, _bytes(tensor.shape[1:], tensor.dtype)))
-        with _full_disk_is_the_users(self.directory):
+        rows = max(1, _CHUNK_BYTES // max(1, tensor_bytes(tensor.shape[1:], tensor.dtype)))
+        with _full_disk_as_user_error(self.directory):
             for piece in tensor.detach().split(rows) if tensor.dim() else (tensor.detach(),):
-                data = memoryview(piece.contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+                data = memoryview(piece.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
                 while data:
                     written = os.pwrite(file.fileno(), data, offset)
                     data, offset = data[written:], offset + written
@@ -194,18 +175,18 @@ class Writer:
 
     def close(self) -> None:
         """Everything is on the disk, and `directory` appears whole, replacing an earlier one."""
-        assert not self._waiting, f"{len(self._waiting)} tensors were not written: {_listed(sorted(self._waiting))}"
-        with _full_disk_is_the_users(self.directory):
+        assert not self._waiting, f"{len(self._waiting)} tensors were not written: {listed(sorted(self._waiting))}"
+        with _full_disk_as_user_error(self.directory):
             for file in self._files:
-                os.fsync(file.fileno())
                 file.close()
-            _replace_directory(self.partial, self.directory)
+            self._building.__exit__(None, None, None)
 
     def abandon(self) -> None:
         """Remove what was built; `directory` stays as it was."""
         for file in self._files:
             file.close()
-        shutil.rmtree(self.partial, ignore_errors=True)
+        with suppress(_Abandoned):
+            self._building.__exit__(_Abandoned, _Abandoned(), None)
 
     def __enter__(self) -> "Writer":
         return self
@@ -219,107 +200,41 @@ class Writer:
             self.abandon()
             raise
 
+    def _begin(self, shards: list[list[str]]) -> None:
+        with _full_disk_as_user_error(self.directory):
+            for number, shard in enumerate(shards, start=1):
+                name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+                self._begin_file(self.partial / name, shard)
+            if len(shards) > 1:
+                total = sum(tensor_bytes(*description) for description in self._tensors.values())
+                weight_map = {name: Path(file.name).name for name, (file, _) in self._places.items()}
+                index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+                (self.partial / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
     def _begin_file(self, path: Path, names: list[str]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         # Wider dtypes first, as safetensors does, so that every tensor is aligned in a mapped file.
         for name in sorted(names, key=lambda name: -self._tensors[name][1].itemsize):
             shape, dtype = self._tensors[name]
-            end = offset + _bytes(shape, dtype)
+            end = offset + tensor_bytes(shape, dtype)
             header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        with _full_disk_is_the_users(self.directory):
-            file = path.open("wb", buffering=0)
-            self._files.append(file)
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(8 + len(text) + offset)
+        file = path.open("wb", buffering=0)
+        self._files.append(file)
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + offset)
         for name in names:
             self._places[name] = (file, 8 + len(text) + header[name]["data_offsets"][0])
-
-    def _write_index(self) -> None:
-        total = sum(_bytes(*description) for description in self._tensors.values())
-        weight_map = {name: Path(file.name).name for name, (file, _) in self._places.items()}
-        with _full_disk_is_the_users(self.directory):
-            text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True)
-            (self.partial / INDEX).write_text(text + "\n")
-
-
-def _read_index(directory: Path) -> dict[str, str]:
-    """{tensor name: file name} of the directory's index; empty where there is none."""
-    if not directory.is_dir():
-        raise UserError(f"{directory}: expected a Hugging Face model directory, found no directory. Check the path.")
-    path = directory / INDEX
-    if not path.is_file():
-        return {}
-    try:
-        weight_map = json.loads(path.read_text())["weight_map"]
-        return {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: expected a JSON object with a weight_map, found {error!r}. Copy it again.") from None
-
-
-def _files(directory: Path, weight_map: dict[str, str]) -> list[Path]:
-    if not weight_map and (directory / SINGLE).is_file():
-        return [directory / SINGLE]
-    files = sorted({directory / name for name in weight_map.values()} or directory.glob("*.safetensors"))
-    if not files:
-        raise UserError(
-            f"{directory}: expected *.safetensors files, found none. Weights in another format (such as "
-            "pytorch_model.bin) are converted by loading them in transformers and calling save_pretrained."
-        )
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise UserError(
-            f"{directory}: expected the {len(files)} files of {INDEX}, missing {_listed(missing)}. "
-            "Download or copy them again."
-        )
-    return files
-
-
-def _read_header(file: Path) -> dict[str, _Entry]:
-    """The tensors of one file. Raises UserError unless header and file size agree to the byte."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise UserError(
-                f"{file}: expected a safetensors file with a header of {length:,} bytes, found a file of {size:,} bytes: "
-                "truncated or corrupt. Download or copy it again."
-            )
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            entries = {name: _header_entry(file, description) for name, description in header.items()}
-            end = max((description["data_offsets"][1] for description in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise UserError(
-                f"{file}: expected a safetensors header, found {error}: corrupt. Download or copy it again."
-            ) from None
-    if size != 8 + length + end:
-        raise UserError(
-            f"{file}: expected {8 + length + end:,} bytes from its header, found {size:,}: truncated or corrupt. "
-            "Download or copy it again."
-        )
-    return entries
-
-
-def _header_entry(file: Path, description: dict[str, Any]) -> _Entry:
-    shape, dtype = tuple(int(size) for size in description["shape"]), DTYPES.get(description["dtype"])
-    if dtype is None:
-        raise ValueError(f"dtype {description['dtype']}")
-    start, end = description["data_offsets"]
-    if end - start != _bytes(shape, dtype) or start < 0:
-        raise ValueError(f"{end - start:,} bytes for {description['dtype']} {list(shape)}")
-    return _Entry(file, shape, dtype)
 
 
 def _shards(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]], max_shard_bytes: float) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     filled = 0
     for name, description in tensors.items():
-        size = _bytes(*description)
+        size = tensor_bytes(*description)
         if shards[-1] and filled + size > max_shard_bytes:
             shards.append([])
             filled = 0
@@ -338,37 +253,18 @@ def _require_space(directory: Path, needed: int) -> None:
         )
 
 
-class _full_disk_is_the_users:
-    """Turns "no space left on device" and "quota exceeded" inside it into a UserError."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"{self.directory}: expected room for the weights, found the disk full while writing ({error.strerror}). "
-                "Free some space, or set run.directory to another disk; what was half-written is removed."
-            ) from None
+@contextmanager
+def _full_disk_as_user_error(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if not files.is_disk_error(error):
+            raise
+        raise UserError(
+            f"{directory}: expected room for the weights, found the disk full while writing ({error.strerror}). "
+            "Free some space, or set run.directory to another disk; what was half-written is removed."
+        ) from None
 
 
-def _replace_directory(partial: Path, directory: Path) -> None:
-    earlier = directory.with_name(directory.name + ".earlier")
-    shutil.rmtree(earlier, ignore_errors=True)
-    if directory.exists():
-        directory.rename(earlier)
-    partial.rename(directory)
-    descriptor = os.open(directory.parent, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-    shutil.rmtree(earlier, ignore_errors=True)
-
-
-def _bytes(shape: Iterable[int], dtype: torch.dtype) -> int:
-    return prod(shape) * dtype.itemsize
-
-
-def _listed(names: list[str]) -> str:
-    return "; ".join(names[:_LISTED]) + (f"; and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
+class _Abandoned(Exception):
+    """Tells the directory under construction to remove itself."""
