@@ -1,0 +1,156 @@
+"""The float64 oracle: a Llama forward, the loss of distillation and its gradients, as plainly as they can be written.
+
+For the verify stage and tests alone. Unsharded, gradients by autograd, tensors by their Hugging Face names. It shares no
+code with what it checks: no function of the loss, the layers or rope is imported here.
+"""
+
+import math
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+
+
+class Shape(Protocol):
+    """What the forward pass reads of a model's shape, in the words of Hugging Face's config.json."""
+
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def num_key_value_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def rms_norm_eps(self) -> float: ...
+    @property
+    def rope_theta(self) -> float: ...
+    @property
+    def rope_scaling(self) -> dict[str, Any] | None: ...
+    @property
+    def tie_word_embeddings(self) -> bool: ...
+
+
+class ReferenceStep(NamedTuple):
+    """means: "loss", "kd", "ce", "agreement" over the valid tokens, and "tokens", their number.
+    gradients: of the student's loss, by Hugging Face name."""
+
+    means: dict[str, float]
+    gradients: Tensors
+
+
+def llama_logits(tensors: Tensors, shape: Shape, tokens: Tensor) -> Tensor:
+    """tokens: (batch, sequence) int64 -> logits (batch, sequence, vocabulary), in the dtype of the tensors."""
+    embedding = tensors["model.embed_tokens.weight"]
+    x = embedding[tokens]
+    cosine, sine = _rope_tables(shape, tokens.shape[1])
+    for layer in range(shape.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        weights = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        normed = _rms_norm(x, weights["input_layernorm.weight"], shape.rms_norm_eps)
+        x = x + _attention(normed, weights, shape, cosine, sine)
+        normed = _rms_norm(x, weights["post_attention_layernorm.weight"], shape.rms_norm_eps)
+        gate = normed @ weights["mlp.gate_proj.weight"].T
+        up = normed @ weights["mlp.up_proj.weight"].T
+        x = x + (gate * torch.sigmoid(gate) * up) @ weights["mlp.down_proj.weight"].T
+    x = _rms_norm(x, tensors["model.norm.weight"], shape.rms_norm_eps)
+    return x @ (embedding if shape.tie_word_embeddings else tensors["lm_head.weight"]).T
+
+
+def distillation_step(
+    student: Tensors,
+    student_shape: Shape,
+    teacher: Tensors,
+    teacher_shape: Shape,
+    tokens: Tensor,
+    labels: Tensor,
+    mask: Tensor,
+    *,
+    kd_weight: float,
+    ce_weight: float,
+    temperature: float,
+    temperature_squared: bool = True,
+) -> ReferenceStep:
+    """One step over the whole global batch: tokens, labels, mask (batch, sequence); a token counts where mask is not 0.
+
+    loss = kd_weight * T^2 * KL(teacher || student, T) + ce_weight * CE(labels, student), the mean over all that count.
+    """
+    student = {name: t.detach().double().requires_grad_() for name, t in student.items()}
+    with torch.no_grad():
+        teacher_logits = llama_logits({n: t.double() for n, t in teacher.items()}, teacher_shape, tokens)
+    student_logits = llama_logits(student, student_shape, tokens)
+    log_p = torch.log_softmax(teacher_logits / temperature, dim=-1)
+    log_q = torch.log_softmax(student_logits / temperature, dim=-1)
+    kd = (log_p.exp() * (log_p - log_q)).sum(-1)
+    ce = -torch.log_softmax(student_logits, dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    loss = kd_weight * (temperature * temperature if temperature_squared else 1.0) * kd + ce_weight * ce
+    agreement = (teacher_logits.argmax(-1) == student_logits.argmax(-1)).double()
+    counted = mask != 0
+    mean_loss = loss[counted].mean()
+    gradients = torch.autograd.grad(mean_loss, list(student.values()))
+    means = {
+        "loss": mean_loss.item(),
+        "kd": kd[counted].mean().item(),
+        "ce": ce[counted].mean().item(),
+        "agreement": agreement[counted].mean().item(),
+        "tokens": float(counted.sum().item()),
+    }
+    return ReferenceStep(means, dict(zip(student, gradients, strict=True)))
+
+
+def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + epsilon) * weight
+
+
+def _attention(x: Tensor, weights: Tensors, shape: Shape, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Causal grouped-query attention; x: (batch, sequence, hidden) -> the same."""
+    batch, sequence, _ = x.shape
+    heads, groups, head_dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
+    query = (x @ weights["self_attn.q_proj.weight"].T).view(batch, sequence, heads, head_dim)
+    key = (x @ weights["self_attn.k_proj.weight"].T).view(batch, sequence, groups, head_dim)
+    value = (x @ weights["self_attn.v_proj.weight"].T).view(batch, sequence, groups, head_dim)
+    query, key = _rotate(query, cosine, sine), _rotate(key, cosine, sine)
+    key, value = (t.repeat_interleave(heads // groups, dim=2) for t in (key, value))
+    scores = torch.einsum("bihd,bjhd->bhij", query, key) / math.sqrt(head_dim)
+    future = torch.ones(sequence, sequence, dtype=torch.bool, device=x.device).triu(1)
+    probabilities = scores.masked_fill(future, -math.inf).softmax(-1)
+    mixed = torch.einsum("bhij,bjhd->bihd", probabilities, value).reshape(batch, sequence, heads * head_dim)
+    return mixed @ weights["self_attn.o_proj.weight"].T
+
+
+def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """x: (batch, sequence, heads, head_dim); the pair of element i is i + head_dim / 2."""
+    first, second = x.chunk(2, dim=-1)
+    cosine, sine = cosine[:, None].to(x.device), sine[:, None].to(x.device)
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+
+
+def _rope_tables(shape: Shape, sequence: int) -> tuple[Tensor, Tensor]:
+    """cos and sin, (sequence, head_dim / 2) float64."""
+    frequencies = []
+    for index in range(shape.head_dim // 2):
+        frequencies.append(_scaled(shape.rope_theta ** (-2 * index / shape.head_dim), shape.rope_scaling))
+    angles = torch.arange(sequence, dtype=torch.float64)[:, None] * torch.tensor(frequencies, dtype=torch.float64)
+    return angles.cos(), angles.sin()
+
+
+def _scaled(frequency: float, scaling: dict[str, Any] | None) -> float:
+    """One rope frequency under "linear" (arXiv 2306.15595) or "llama3" scaling (the Llama 3.1 release)."""
+    if scaling is None:
+        return frequency
+    kind, factor = scaling["rope_type"], scaling["factor"]
+    if kind == "linear":
+        return frequency / factor
+    if kind != "llama3":
+        raise ValueError(f"rope scaling: expected linear or llama3, found {kind}.")
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    if turns < low:
+        return frequency / factor
+    if turns > high:
+        return frequency
+    share = (turns - low) / (high - low)
+    return (1 - share) * frequency / factor + share * frequency
