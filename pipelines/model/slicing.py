@@ -1,0 +1,99 @@
+"""The student's safetensors, cut tensor by tensor out of the teacher's along the axes named in pipelines/families.py."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from pipelines.core.selection import Kept
+from pipelines.families import HEAD, ModelShape, Tensor, read_shape
+from pipelines.model.hub_files import TOKENIZER_FILES, write_hub_files
+from pipelines.model.safetensors_stream import Tensors, Writer
+
+_DERIVED = ("rotary_emb.inv_freq",)  # what other writers put beside the weights and follows from config.json
+
+
+def sliced_shape(teacher: ModelShape, kept: Kept) -> ModelShape:
+    """The student's shape. head_dim, KV groups and vocabulary are the teacher's."""
+    first = kept.layers[0]
+    return teacher.replace(
+        hidden_size=len(kept.hidden),
+        intermediate_size=len(kept.ffn[first]),
+        num_attention_heads=len(kept.heads[first]),
+        num_hidden_layers=len(kept.layers),
+    )
+
+
+def slice_checkpoint(
+    source: str | Path,
+    destination: str | Path,
+    teacher: ModelShape,
+    kept: Kept,
+    *,
+    max_shard_bytes: float = 5e9,
+    advance: Callable[[int], None] | None = None,
+) -> ModelShape:
+    """Write the student's Hugging Face directory, whole or not at all, and return its shape. For one process.
+
+    Each tensor keeps its dtype; at most one teacher's tensor and its cut are held. The tokenizer's files are copied.
+    Every written header is read again and compared with the written config.json. advance: called with the parameters
+    written since the last call. Raises UserError where the teacher's tensors are not those of its shape, or the disk
+    is full.
+    """
+    source, student = Path(source), sliced_shape(teacher, kept)
+    tensors = Tensors(source)
+    tensors.expect(teacher.tensor_shapes(), ignore=(*_DERIVED, HEAD) if teacher.tie_word_embeddings else _DERIVED)
+    origins = _origins(teacher, student, kept)
+    announced = {name: (size, tensors.dtype(origins[name][0])) for name, size in student.tensor_shapes().items()}
+    has_tokenizer = any((source / name).is_file() for name in TOKENIZER_FILES)
+    with Writer(destination, announced, max_shard_bytes) as writer:
+        dtype = next(iter(announced.values()))[1]
+        write_hub_files(writer.partial, student, dtype, source if has_tokenizer else None)
+        for name, tensor in student.tensors().items():
+            origin, number = origins[name]
+            cut = slice_tensor(tensors[origin], tensor, teacher, kept, number)
+            writer.write(name, cut)
+            if advance:
+                advance(cut.numel())
+        written = read_shape(writer.partial)
+        assert written == student, f"config.json: expected {student}, found {written}"
+        Tensors(writer.partial).expect(written.tensor_shapes())
+    return student
+
+
+def slice_tensor(value: torch.Tensor, tensor: Tensor, teacher: ModelShape, kept: Kept, number: int) -> torch.Tensor:
+    """What stays of one teacher's tensor, its indices in the teacher's order.
+
+    value: one size per axis of `tensor`. number: the teacher's layer, from 1; of tensors outside the layers, any.
+    """
+    for dim, axis in enumerate(tensor.axes):
+        indices = _indices(axis, teacher, kept, number)
+        if indices is not None and len(indices) != value.shape[dim]:
+            value = value.index_select(dim, torch.tensor(indices))
+    return value
+
+
+def _indices(axis: str, teacher: ModelShape, kept: Kept, number: int) -> list[int] | None:
+    """The kept indices of an axis; None where it is never cut."""
+    if axis == "hidden":
+        return kept.hidden
+    if axis == "ffn":
+        return kept.ffn[number]
+    if axis == "query":
+        return [head * teacher.head_dim + channel for head in kept.heads[number] for channel in range(teacher.head_dim)]
+    assert axis in ("key_value", "vocabulary"), axis
+    return None
+
+
+def _origins(teacher: ModelShape, student: ModelShape, kept: Kept) -> dict[str, tuple[str, int]]:
+    """{student's tensor: (teacher's tensor, teacher's layer from 1)}: kept layers are numbered anew, in their order."""
+    table = [tensor for tensor in teacher.family.tensors if tensor.name in teacher.tensors() or tensor.per_layer]
+    origins: dict[str, tuple[str, int]] = {}
+    for tensor in table:
+        if not tensor.per_layer:
+            origins[tensor.name] = (tensor.name, kept.layers[0])
+            continue
+        for index, number in enumerate(kept.layers):
+            origins[tensor.name.format(layer=index)] = (tensor.name.format(layer=number - 1), number)
+    assert origins.keys() == student.tensors().keys()
+    return origins
