@@ -1,0 +1,101 @@
+"""Distillation: a student trained on the logits of its frozen teacher, both sharded over the same ranks."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from megatron.core.models.gpt import GPTModel
+
+from pipelines import artifacts, console
+from pipelines.config import UserError, layout
+from pipelines.core.loss import LossWeights, loss_identity
+from pipelines.families import ModelShape, read_shape
+from pipelines.model import build, parallel, step, windows
+from pipelines.model.export import save_hugging_face
+from pipelines.model.pair import DistillationPair, schedule_config
+from pipelines.model.weights import load_hugging_face
+
+
+def run(context: artifacts.StageContext) -> dict[str, Any]:
+    config, settings, ranks = context.config, context.config.distil, layout(context.config.parallel)
+    parallel.initialize(ranks.tensor, ranks.pipeline, ranks.context, device=ranks.device, seed=config.run.seed)
+    from pipelines.trainer.run import train
+
+    teacher_directory, start = artifacts.teacher_directory(config), artifacts.student_start_directory(config)
+    teacher_shape, shape = read_shape(teacher_directory), read_shape(start)
+    if teacher_shape.vocab_size != shape.vocab_size:
+        raise UserError(
+            f"distil: expected teacher and student to share a vocabulary, found {teacher_shape.vocab_size} ids in "
+            f"{teacher_directory} and {shape.vocab_size} in {start}. Prune the student from this teacher."
+        )
+    weights = LossWeights(
+        settings.kd_weight, settings.ce_weight, settings.temperature, settings.temperature_squared
+    )
+    options = {"sequence_parallel": ranks.sequence_parallel, "precision": settings.precision.value}
+    teacher_config = build.transformer_config(teacher_shape, **options)
+    student_config = build.transformer_config(shape, recompute=settings.recompute, **options)
+    pair_config = schedule_config(student_config, teacher_config)
+
+    def built() -> DistillationPair:
+        teacher = build.build_model(teacher_shape, config=teacher_config, sequence_length=settings.sequence_length)
+        load_hugging_face(teacher, teacher_directory, teacher_shape)
+        _check_teacher(context, teacher, teacher_shape, teacher_directory)
+        student = build.build_model(shape, config=student_config, sequence_length=settings.sequence_length)
+        load_hugging_face(student, start, shape)
+        return DistillationPair(
+            student,
+            teacher,
+            config=pair_config,
+            vocab_size=shape.vocab_size,
+            kd_weight=weights.kd,
+            ce_weight=weights.ce,
+            temperature=weights.temperature,
+            temperature_squared=weights.temperature_squared,
+        )
+
+    console.say(
+        f"distil  {shape.parameters():,} of {teacher_shape.parameters():,} parameters, {settings.steps} steps\n"
+        f"distil  {loss_identity(weights)}"
+    )
+    pair, validation = train(context, settings, ranks, description="distil", model_config=pair_config, built=built)
+    tokenizer = artifacts.corpus_directory(config) / "tokenizer"
+    save_hugging_face(pair.student, context.directory / "hf", shape, tokenizer=tokenizer)
+    return {
+        "model": str(context.directory / "hf"),
+        "loss": loss_identity(weights),
+        "parameters": shape.parameters(),
+        "teacher_parameters": teacher_shape.parameters(),
+        "steps": settings.steps,
+        "tokens": settings.steps * settings.global_batch_size * settings.sequence_length,
+        "validation": validation,
+    }
+
+
+def _check_teacher(context: artifacts.StageContext, teacher: GPTModel, shape: ModelShape, directory: Path) -> None:
+    """Print the teacher's own loss on validation data; raise where it knows next to nothing.
+
+    A teacher whose weights silently stayed random is a known failure of such tools. One validation pass over at most
+    four micro batches per data-parallel rank.
+    """
+    from megatron.core import parallel_state
+
+    settings = context.config.distil
+    prefixes = windows.split_prefixes(artifacts.corpus_directory(context.config), "validation")
+    batches = list(
+        windows.batches(
+            windows.Windows(prefixes, settings.sequence_length),
+            settings.micro_batch_size,
+            parallel_state.get_data_parallel_rank(),
+            parallel_state.get_data_parallel_world_size(),
+            4,
+        )
+    )
+    model = DistillationPair(teacher, vocab_size=shape.vocab_size, kd_weight=0.0, ce_weight=1.0)
+    loss = step.evaluation_step(model, batches)["ce"]
+    bound = 0.9 * math.log(shape.vocab_size)
+    console.say(f"distil  teacher's own loss on validation data: {loss:.4f} nats/token (knowing nothing: {bound / 0.9:.2f})")
+    if not loss < bound:
+        raise UserError(
+            f"distil: expected a teacher with a loss below 0.9 * log(vocabulary) = {bound:.3f} nats/token on validation "
+            f"data, found {loss:.3f} for {directory}. Its weights are random or its tokenizer is not the corpus's."
+        )

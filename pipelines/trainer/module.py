@@ -1,0 +1,66 @@
+"""The LightningModule that NeMo trains, and the reduction of its loss."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_batch_on_this_cp_rank
+from nemo.collections.llm.gpt.model.base import GPTModel
+from nemo.lightning.megatron_parallel import MegatronLossReduction
+from nemo.lightning.pytorch.optim import MegatronOptimizerModule
+
+from pipelines.model import step
+
+_BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+
+
+class TrainedModel(GPTModel):
+    """NeMo's GPTModel around a Megatron module built by `build`: a language model, or a student with its teacher.
+
+    config: the very object that the built module carries as `config`: Megatron's schedule, NeMo's strategy and the
+    optimizer each write into it what the others read (a copy would leave the gradients unreduced).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        build: Callable[[], MegatronModule],
+        optim: MegatronOptimizerModule,
+    ) -> None:
+        super().__init__(config, optim=optim)
+        self.build = build
+        self._training_loss_reduction = LossReduction()
+        self._validation_loss_reduction = LossReduction()
+
+    def configure_model(self, vp_stage: int | None = None) -> None:
+        if not hasattr(self, "module"):
+            self.module = self.build()
+            assert self.module.config is self.config, "NeMo and Megatron's schedule must share one config object"
+
+    def data_step(self, dataloader_iter: Iterator[Any]) -> dict[str, torch.Tensor]:
+        """One micro batch on this rank's device, cut to the rank's part of the sequence under context parallelism."""
+        batch = next(dataloader_iter)
+        batch = batch[0] if isinstance(batch, tuple) else batch
+        batch = {key: batch[key].to(torch.cuda.current_device(), non_blocking=True) for key in _BATCH_KEYS}
+        return get_batch_on_this_cp_rank(batch)
+
+    def forward_step(self, batch: dict[str, torch.Tensor]) -> Any:
+        return step.forward(self.module, batch)
+
+
+class LossReduction(MegatronLossReduction):
+    """The loss function of model/step.py in NeMo's form, for one step's micro batches.
+
+    `reduce` makes no collective and returns this data-parallel rank's mean, which NeMo logs: NeMo calls it on the last
+    pipeline stage alone. The means over all ranks are `callbacks.Metrics`'.
+    """
+
+    def forward(self, batch: dict[str, torch.Tensor], forward_out: Any) -> step.Loss:  # type: ignore[override]
+        return step.loss_function(batch, forward_out)
+
+    def reduce(self, losses_reduced_per_micro_batch: Sequence[step.Report]) -> torch.Tensor:
+        total = sum(report["loss"] for report in losses_reduced_per_micro_batch)
+        tokens = sum(report["tokens"] for report in losses_reduced_per_micro_batch)
+        return torch.as_tensor(total / tokens, dtype=torch.float32)

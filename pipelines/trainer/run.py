@@ -1,0 +1,53 @@
+"""A training stage's settings into `fit`: what teacher and distil have in common."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from pipelines import artifacts
+from pipelines.config import Layout, TrainingConfig, UserError
+from pipelines.model.pair import DistillationPair
+
+
+def train(
+    context: artifacts.StageContext,
+    settings: TrainingConfig,
+    ranks: Layout,
+    *,
+    description: str,
+    model_config: TransformerConfig,
+    built: Callable[[], DistillationPair],
+) -> tuple[DistillationPair, dict[str, float]]:
+    """Train what `built` returns on the run's corpus. Returns it with the figures of the last validation."""
+    if ranks.device == "cpu":
+        from pipelines.trainer import cpu_runtime
+
+        cpu_runtime.install()
+    from pipelines.trainer.fit import Schedule, fit
+
+    corpus = artifacts.corpus_directory(context.config)
+    schedule = {name: getattr(settings, name) for name in Schedule.__dataclass_fields__}
+    pair, validation = fit(
+        description=description,
+        directory=context.directory,
+        config=model_config,
+        build=built,
+        schedule=Schedule(**(schedule | {"precision": settings.precision.value})),
+        blend={split: _blend(corpus, split) for split in ("train", "validation")},
+        tokenizer=corpus / "tokenizer",
+        seed=context.config.run.seed,
+        device=ranks.device,
+        callbacks=[],
+    )
+    assert isinstance(pair, DistillationPair)
+    return pair, validation
+
+
+def _blend(corpus: Any, split: str) -> list[str]:
+    """Megatron's blend: weight and prefix in turns."""
+    entries = json.loads((corpus / "blend.json").read_text())["splits"].get(split) or []
+    if not entries:
+        raise UserError(f"{corpus}: expected a {split} split in blend.json, found none. Run stage=corpus again.")
+    return [text for entry in entries for text in (str(entry["weight"]), str(corpus / entry["prefix"]))]
