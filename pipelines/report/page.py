@@ -1,0 +1,223 @@
+"""The report's one HTML page: no network, no script, everything from the run escaped. No torch."""
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from pipelines.report import plots, summary
+from pipelines.report.record import MODELS, RunRecord
+
+KEPT_INDICES_SHOWN = 6000  # characters; the whole stands in kept.json
+
+
+def environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("pipelines.report", "."),
+        autoescape=lambda name: name is None or ".html" in name,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def render(record: RunRecord, results: dict[str, Any], configuration: str, identity: str, plot_directory: Path) -> str:
+    """The page as text; PNG files of its plots go to plot_directory, which exists.
+
+    results: of `summary.results`; configuration: YAML; identity: the loss in words.
+    """
+    models = results["models"]
+    style = (Path(__file__).parent / "page.css").read_text()
+    return (
+        environment()
+        .get_template("page.html.jinja")
+        .render(
+            style=Markup(style),
+            run=record.name,
+            results=results,
+            written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+            scale=_scale(models),
+            highlights=_highlights(results),
+            evaluated=_evaluated(results),
+            has_models=bool(models),
+            table=summary.table(models),
+            absent_models=_absent_models(record, models),
+            quality=_plot(
+                plots.quality_against_size(models, "quality_against_size", plot_directory),
+                "Quality against size",
+                "Further down is better, further left is smaller; the arrow is what distillation did.",
+            ),
+            identity=identity if record.distil_metrics.rows else "",
+            distil_plots=_distil_plots(record, models, plot_directory),
+            teacher_plots=_teacher_plots(record, plot_directory),
+            importance_plots=_importance_plots(record, plot_directory),
+            pruned_intro="Scores come from forward passes over calibration text." if record.importance else "",
+            kept=_kept(results),
+            times=_times(results),
+            lineage=[_lineage_entry(entry) for entry in results["lineage"]],
+            versions=_versions(results["lineage"]),
+            licence=results.get("licence") or "not stated in the teacher's directory",
+            configuration=configuration,
+        )
+    )
+
+
+def _plot(svg: str | None, title: str, caption: str) -> dict[str, Any] | None:
+    # Markup: matplotlib has escaped the text of the SVG itself.
+    return {"svg": Markup(svg), "title": title, "caption": caption} if svg else None
+
+
+def _present(*entries: dict[str, Any] | None) -> list[dict[str, Any]]:
+    return [entry for entry in entries if entry]
+
+
+def _scale(models: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """Where the student stands between pruned and teacher; None where that says nothing."""
+    if not all(summary.usable(models.get(role)) for role in MODELS):
+        return None
+    teacher, pruned, student = (models[role]["loss"] for role in MODELS)
+    if pruned <= teacher:
+        return None
+    share = min(max((pruned - student) / (pruned - teacher), 0.0), 1.0)
+    # The label above the dot grows away from the nearer end.
+    right = share > 0.5
+    side = f"justify-content:{'flex-end' if right else 'flex-start'};margin-{'right' if right else 'left'}:"
+    side += f"calc({100 * (1 - share if right else share):.2f}% - 7px)"
+    labels = {role: f"{models[role]['loss']:.3f}" for role in MODELS}
+    return {"position": f"{share * 100:.2f}", "side": side} | labels
+
+
+def _highlights(results: dict[str, Any]) -> list[dict[str, str]]:
+    student = results["models"].get("student", {})
+    teacher = results["models"].get("teacher", {})
+    items = []
+    if results["parameters_kept"] is not None:
+        items.append(("Parameters kept", f"{results['parameters_kept']:.0%}"))
+    if results["pruning_gap_closed"] is not None:
+        items.append(("Pruning gap closed", summary.percent(results["pruning_gap_closed"])))
+    if results["student_minus_teacher"] is not None:
+        items.append(("Loss above the teacher's", f"{results['student_minus_teacher']:+.3f} nats"))
+    if student.get("agreement") is not None:
+        items.append(("Agreement, top-1", f"{student['agreement']:.1%}"))
+    if student.get("tokens_per_second") and teacher.get("tokens_per_second"):
+        items.append(("Speed-up", f"{student['tokens_per_second'] / teacher['tokens_per_second']:.2f}×"))
+    return [{"title": title, "value": value} for title, value in items]
+
+
+def _evaluated(results: dict[str, Any]) -> str:
+    if not results["models"]:
+        return ""
+    split, tokens, bytes_ = results["split"], results["tokens"], results["bytes"]
+    text = f"On the {split} split: {tokens:,} tokens, {bytes_:,} bytes of text that no model was trained on."
+    if results["unigram_entropy"]:
+        text += f" The entropy of single tokens is {results['unigram_entropy']:.3f} nats/token."
+    return text
+
+
+def _absent_models(record: RunRecord, models: dict[str, Any]) -> list[str]:
+    if "evaluate" in record.missing:
+        return [record.missing["evaluate"]]
+    reasons = record.evaluation.get("missing", {})
+    return [f"{role}: {reasons.get(role, 'not evaluated.')}" for role in MODELS if role not in models]
+
+
+def _distil_plots(record: RunRecord, models: dict[str, Any], directory: Path) -> list[dict[str, Any]]:
+    metrics = record.distil_metrics
+    references = [(f"teacher, {record.evaluation['split']}", models["teacher"]["loss"])] if "teacher" in models else []
+    return _present(
+        _plot(
+            plots.curves(metrics, "ce", "cross-entropy, nats/token", "distil_loss", directory, references),
+            "Student's loss",
+            "Cross-entropy with the text while it learns from the teacher.",
+        ),
+        _plot(
+            plots.curves(metrics, "kd", "KL, nats/token", "distil_kl", directory),
+            "KL to the teacher",
+            "KL(teacher || student), the divergence that distillation lowers.",
+        ),
+    )
+
+
+def _teacher_plots(record: RunRecord, directory: Path) -> list[dict[str, Any]]:
+    entropy = record.corpus.get("unigram_entropy")
+    references = [("single-token entropy", entropy)] if entropy else []
+    metrics = record.teacher_metrics
+    key = "ce" if metrics.series("train", "ce") or metrics.series("validation", "ce") else "loss"
+    return _present(
+        _plot(
+            plots.curves(metrics, key, "cross-entropy, nats/token", "teacher_loss", directory, references),
+            "Teacher's loss",
+            "Training on the corpus. A teacher worth learning from lies well below the entropy of single tokens.",
+        )
+    )
+
+
+def _importance_plots(record: RunRecord, directory: Path) -> list[dict[str, Any]]:
+    captions = {
+        "hidden": "One set for the whole model, in the order of the scores.",
+        "ffn": "In each layer: the 5th to 95th percentile of kept and of dropped neurons, a dot at the median.",
+        "heads": "One dot per query head; heads are ranked within their KV group.",
+        "layers": "1 minus the cosine between a layer's input and its output.",
+    }
+    return _present(
+        *(
+            _plot(
+                plots.importance(axis, f"importance_{axis.name}", directory),
+                axis.title,
+                f"{axis.kept_units:,} of {axis.units:,} kept. {captions[axis.name]}",
+            )
+            for axis in record.importance
+        )
+    )
+
+
+def _kept(results: dict[str, Any]) -> dict[str, str]:
+    entry = next((entry for entry in results["lineage"] if entry["stage"] == "prune"), {})
+    return {
+        axis: words if len(words) <= KEPT_INDICES_SHOWN else words[:KEPT_INDICES_SHOWN] + " … (all: prune/kept.json)"
+        for axis, words in entry.get("kept", {}).items()
+    }
+
+
+def _times(results: dict[str, Any]) -> list[dict[str, Any]]:
+    seconds = {name: stage["seconds"] for name, stage in results["stages"].items()}
+    longest = max((value for value in seconds.values() if value), default=1.0)
+    return [
+        {"name": name, "share": (value or 0.0) / longest, "text": duration(value) if value is not None else "not run"}
+        for name, value in seconds.items()
+    ]
+
+
+def duration(seconds: float) -> str:
+    """12.3 -> "12.3 s"; 754 -> "12 min 34 s"; 7300 -> "2 h 2 min"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _lineage_entry(entry: dict[str, Any]) -> dict[str, Any]:
+    layout = entry.get("layout") or {}
+    degrees = ", ".join(
+        f"{name} {layout[name]}" for name in ("tensor", "pipeline", "context", "data") if layout.get(name)
+    )
+    facts = [
+        degrees and f"{degrees} on {layout.get('device', 'cpu')}",
+        f"seed {entry['seed']}" if entry.get("seed") is not None else "",
+        f"commit {short_commit(entry['git'])}" if entry.get("git") else "",
+        entry.get("finished") or "",
+    ]
+    return {"stage": entry["stage"], "inputs": entry["inputs"], "facts": [fact for fact in facts if fact]}
+
+
+def short_commit(commit: str) -> str:
+    """The first 12 characters of a commit, with its "-dirty" where it has one."""
+    identifier, _, rest = commit.partition("-")
+    return identifier[:12] + (f"-{rest}" if rest else "")
+
+
+def _versions(lineage: list[dict[str, Any]]) -> dict[str, str]:
+    """Versions of the last stage that tells them; the stages of one run may differ, results.json has each."""
+    return next((entry["versions"] for entry in reversed(lineage) if entry.get("versions")), {})

@@ -1,0 +1,241 @@
+"""The figures of the report: drawn once with matplotlib, written as PNG files and as SVG that follows the page's theme.
+
+Every colour of a figure is one of `THEME`; in the SVG each becomes a CSS variable of the page, so that one drawing
+serves light, dark and print. Text stays text. No torch.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from pipelines.report.record import AxisImportance, Metrics
+
+# CSS variable of the page -> its colour in the PNG files.
+THEME = {"ink": "#23201d", "muted": "#76706a", "faint": "#bdb7b0", "grid": "#e8e4df", "accent": "#b1521b"}
+INK, MUTED, FAINT, GRID, ACCENT = THEME.values()
+MODEL_COLOURS = {"teacher": INK, "pruned": MUTED, "student": ACCENT}
+SIZE = (5.0, 3.1)  # inches
+
+_STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": MUTED,
+    "axes.labelsize": 8.5,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "text.color": INK,
+    "text.parse_math": False,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "lines.linewidth": 1.6,
+    "svg.fonttype": "none",
+}
+
+
+@contextmanager
+def _figure() -> Iterator[tuple[Figure, Axes]]:
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = pyplot.subplots(figsize=SIZE, layout="constrained")
+        try:
+            yield figure, axes
+        finally:
+            pyplot.close(figure)
+
+
+def _write(figure: Figure, name: str, directory: Path) -> str:
+    """Write <directory>/<name>.png and return the figure as themed SVG for the page."""
+    figure.savefig(directory / f"{name}.png", dpi=160, metadata={"Software": None})
+    text = StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    return themed(text.getvalue(), name)
+
+
+def themed(svg: str, name: str) -> str:
+    """A standalone SVG made ready to stand inside a page: CSS variables as colours, unique ids, the page's font."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
+    svg = svg.replace("url(#", f"url(#{name}-").replace('href="#', f'href="#{name}-')
+    svg = re.sub(r"(font: [0-9.]+px) [^;\"]+", r"\1 var(--sans)", svg)
+    for variable, colour in THEME.items():
+        svg = svg.replace(colour, f"var(--{variable})")
+    return svg.replace("<svg ", '<svg aria-hidden="true" ', 1)
+
+
+def curves(
+    metrics: Metrics,
+    key: str,
+    label: str,
+    name: str,
+    directory: Path,
+    references: Sequence[tuple[str, float]] = (),
+) -> str | None:
+    """Train and validation values of `key` over steps, with horizontal reference lines. None: nothing to draw."""
+    train, validation = metrics.series("train", key), metrics.series("validation", key)
+    if not train and not validation:
+        return None
+    with _figure() as (figure, axes):
+        if train:
+            axes.plot(*zip(*train, strict=True), color=FAINT, linewidth=1.1, label="train")
+        if validation:
+            axes.plot(*zip(*validation, strict=True), color=ACCENT, marker="o", markersize=3.2, label="validation")
+        values = [value for _, value in train + validation]
+        if min(values) > 0 and max(values) > 20 * min(values):
+            _log_scale(axes)
+        for text, value in references:
+            _reference_line(axes, text, value)
+        axes.set(xlabel="optimizer step", ylabel=label)
+        axes.margins(x=0.02)
+        axes.legend(loc="upper right")
+        return _write(figure, name, directory)
+
+
+def _reference_line(axes: Axes, text: str, value: float) -> None:
+    axes.axhline(value, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+    axes.annotate(
+        f"{text} {value:.3f}",
+        (0.99, value),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha="right",
+        fontsize=8,
+        color=MUTED,
+    )
+
+
+def importance(axis: AxisImportance, name: str, directory: Path) -> str:
+    """What was scored on one axis, kept units in the accent colour, dropped ones in grey."""
+    with _figure() as (figure, axes):
+        if axis.name == "layers":
+            _draw_layers(axes, axis)
+        elif len(axis.scores) == 1:
+            _draw_ranked(axes, axis)
+        elif max(len(scores) for scores in axis.scores) <= 64:
+            _draw_units(axes, axis)
+        else:
+            _draw_ranges(axes, axis)
+        handles = [
+            pyplot.Line2D([], [], color=colour, marker="s", linestyle="", markersize=6, label=label)
+            for colour, label in ((ACCENT, "kept"), (FAINT, "dropped"))
+        ]
+        figure.legend(handles=handles, loc="outside upper right", ncols=2, handletextpad=0.2)
+        return _write(figure, name, directory)
+
+
+def _draw_layers(axes: Axes, axis: AxisImportance) -> None:
+    """One bar per layer."""
+    scores, kept = axis.scores[0], axis.kept[0]
+    numbers = np.arange(1, len(scores) + 1)
+    axes.bar(numbers, scores, width=0.7, color=[ACCENT if keep else FAINT for keep in kept])
+    axes.set(xlabel="layer", ylabel=axis.label)
+    _layer_ticks(axes, len(scores))
+
+
+def _draw_ranked(axes: Axes, axis: AxisImportance) -> None:
+    """Units of the whole model in descending order."""
+    order = np.argsort(-axis.scores[0], kind="stable")
+    scores, kept = axis.scores[0][order], axis.kept[0][order]
+    rank = np.arange(1, len(scores) + 1)
+    floor = min(scores.min() * 0.8, scores.min())
+    for mask, colour in ((kept, ACCENT), (~kept, FAINT)):
+        axes.vlines(rank[mask], floor, scores[mask], color=colour, linewidth=max(0.4, 260 / len(scores)))
+    axes.set(xlabel=f"{axis.unit}, by score", ylabel=axis.label)
+    axes.margins(x=0.01)
+    axes.set_ylim(bottom=floor)
+    if floor > 0 and scores.max() > 20 * scores.min():
+        _log_scale(axes)
+
+
+def _draw_units(axes: Axes, axis: AxisImportance) -> None:
+    """One dot per unit in its layer: few units per layer, such as heads."""
+    for layer, (scores, kept) in enumerate(zip(axis.scores, axis.kept, strict=True), start=1):
+        for mask, colour in ((~kept, FAINT), (kept, ACCENT)):
+            axes.scatter(np.full(mask.sum(), layer), scores[mask], s=22, color=colour, linewidths=0)
+    axes.set(xlabel="layer", ylabel=axis.label)
+    _layer_ticks(axes, len(axis.scores))
+
+
+def _draw_ranges(axes: Axes, axis: AxisImportance) -> None:
+    """The 5th to 95th percentile and the median of kept and of dropped units, side by side in each layer."""
+    for layer, (scores, kept) in enumerate(zip(axis.scores, axis.kept, strict=True), start=1):
+        for mask, colour, shift in ((~kept, FAINT, -0.16), (kept, ACCENT, 0.16)):
+            if not mask.any():
+                continue
+            low, middle, high = np.percentile(scores[mask], (5, 50, 95))
+            axes.vlines(layer + shift, low, high, color=colour, linewidth=3.2)
+            axes.scatter([layer + shift], [middle], s=16, color=INK, linewidths=0, zorder=3)
+    axes.set(xlabel="layer", ylabel=axis.label)
+    values = np.concatenate(axis.scores)
+    if values.min() > 0 and values.max() > 20 * np.median(values):
+        _log_scale(axes)
+    _layer_ticks(axes, len(axis.scores))
+
+
+def _log_scale(axes: Axes) -> None:
+    """Logarithmic, with plain numbers at 1, 2 and 5: matplotlib's own labels are formulas, which SVG text cannot show."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_tick_params(which="minor", length=0)
+
+
+def _layer_ticks(axes: Axes, layers: int) -> None:
+    stride = max(1, -(-layers // 16))
+    axes.set_xticks(range(1, layers + 1, stride))
+    axes.set_xlim(0.4, layers + 0.6)
+    axes.grid(visible=False, axis="x")
+
+
+def quality_against_size(models: dict[str, dict[str, Any]], name: str, directory: Path) -> str | None:
+    """Loss over parameters, one point per model, with an arrow from pruned to student."""
+    points = {
+        role: (model["parameters"] / 1e6, model["loss"])
+        for role, model in models.items()
+        if model.get("parameters") and model.get("loss") is not None
+    }
+    if len(points) < 2:
+        return None
+    with _figure() as (figure, axes):
+        for role, point in points.items():
+            colour = MODEL_COLOURS.get(role, MUTED)
+            axes.scatter(*point, s=46, color=colour, linewidths=0, zorder=3)
+            left = point[0] > 0.7 * max(parameters for parameters, _ in points.values()) and role == "teacher"
+            offset, side = ((-8, 5), "right") if left else ((8, 5), "left")
+            axes.annotate(role, point, xytext=offset, textcoords="offset points", fontsize=9, color=colour, ha=side)
+        if "pruned" in points and "student" in points:
+            arrow = {"arrowstyle": "->", "color": FAINT, "linewidth": 1.2, "shrinkA": 6, "shrinkB": 6}
+            axes.annotate("", points["student"], points["pruned"], arrowprops=arrow)
+        axes.set(xlabel="parameters, millions", ylabel="loss, nats/token")
+        axes.margins(0.22)
+        axes.set_xlim(left=0)
+        return _write(figure, name, directory)

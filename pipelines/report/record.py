@@ -1,0 +1,202 @@
+"""Everything the report knows: what the stages left on disk, read once, with a reason for each part that is missing."""
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+MODELS = ("teacher", "pruned", "student")
+STAGES = ("corpus", "teacher", "prune", "distil", "evaluate", "export")
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The rows of a metrics.jsonl. A resumed run writes a step twice: its last row counts."""
+
+    rows: tuple[dict[str, Any], ...] = ()
+
+    def series(self, split: str, key: str) -> list[tuple[int, float]]:
+        """(step, value) in the order of the steps; rows without a finite value are left out."""
+        values = {
+            int(row["step"]): float(row[key])
+            for row in self.rows
+            if row.get("split") == split and isinstance(row.get(key), int | float) and math.isfinite(row[key])
+        }
+        return sorted(values.items())
+
+    @property
+    def steps(self) -> int:
+        return max((int(row["step"]) for row in self.rows), default=0)
+
+
+@dataclass(frozen=True)
+class AxisImportance:
+    """Scores of one axis and what was kept: one array per layer, or a single one for an axis of the whole model."""
+
+    name: str  # "hidden", "ffn", "heads" or "layers"
+    title: str
+    unit: str  # what one score belongs to, in the plural
+    label: str  # of the score axis
+    scores: tuple[np.ndarray, ...]
+    kept: tuple[np.ndarray, ...]  # bool
+
+    @property
+    def kept_units(self) -> int:
+        return sum(int(kept.sum()) for kept in self.kept)
+
+    @property
+    def units(self) -> int:
+        return sum(len(kept) for kept in self.kept)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What one run directory holds. Empty parts have their reason in `missing`, by part."""
+
+    name: str
+    directory: Path
+    manifests: dict[str, dict[str, Any]]  # by stage; {} where the stage has none
+    complete: dict[str, bool]
+    evaluation: dict[str, Any]
+    corpus: dict[str, Any]  # counts.json
+    teacher_metrics: Metrics
+    distil_metrics: Metrics
+    kept: dict[str, Any]  # kept.json
+    importance: tuple[AxisImportance, ...]
+    missing: dict[str, str]
+
+    def inputs(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """By stage that ran, what it read, as `input_digests` tells it."""
+        return {stage: input_digests(manifest.get("inputs")) for stage, manifest in self.manifests.items() if manifest}
+
+
+def read_run(name: str, directory: Path) -> RunRecord:
+    """Read a run directory, whole or partial. A file that is there and cannot be read is an error, not a gap."""
+    missing: dict[str, str] = {}
+    manifests = {stage: read_json(directory / stage / "manifest.json") for stage in STAGES}
+    complete = {stage: (directory / stage / "complete").is_file() for stage in STAGES}
+    metrics = {stage: read_metrics(directory / stage / "metrics.jsonl") for stage in ("teacher", "distil")}
+    for stage, what in (("teacher", "no training curve of the teacher"), ("distil", "no curves of distillation")):
+        if not metrics[stage].rows:
+            missing[stage] = _why_no_metrics(stage, what, complete[stage])
+    evaluation = read_json(directory / "evaluate" / "results.json")
+    if not evaluation:
+        missing["evaluate"] = "no table: the evaluate stage has not run."
+    kept = read_json(directory / "prune" / "kept.json")
+    scores_file = directory / "prune" / "scores.safetensors"
+    importance = read_importance(scores_file, kept)
+    if not kept:
+        missing["prune"] = "no pruning in this run: the prune stage has not run, or the student was given."
+    elif not importance:
+        missing["prune"] = "no scores: this pruning needed none (its layers were given)."
+    return RunRecord(
+        name=name,
+        directory=directory,
+        manifests=manifests,
+        complete=complete,
+        evaluation=evaluation,
+        corpus=read_json(directory / "corpus" / "counts.json"),
+        teacher_metrics=metrics["teacher"],
+        distil_metrics=metrics["distil"],
+        kept=kept,
+        importance=importance,
+        missing=missing,
+    )
+
+
+def _why_no_metrics(stage: str, what: str, complete: bool) -> str:
+    if complete and stage == "teacher":
+        return f"{what}: it was taken as it is."
+    return f"{what}: the {stage} stage has not run." if not complete else f"{what}: no metrics.jsonl in {stage}/."
+
+
+def read_metrics(path: Path) -> Metrics:
+    """Rows of a metrics.jsonl; a line cut off by a kill is left out."""
+    if not path.is_file():
+        return Metrics()
+    rows = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
+    return Metrics(tuple(rows))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file, or {} when there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}: expected JSON, found an error at line {error.lineno}: {error.msg}. Run the stage that wrote it again."
+        ) from None
+
+
+def read_importance(scores_file: Path, kept: dict[str, Any]) -> tuple[AxisImportance, ...]:
+    """Axes that were scored, each with what was kept; an axis kept whole is left out.
+
+    kept: layers by the teacher's numbers from 1, channels, neurons and heads from 0, per kept layer.
+    """
+    if not kept or not scores_file.is_file():
+        return ()
+    try:
+        scores = load_file(scores_file)
+    except SafetensorError as error:
+        raise ValueError(f"{scores_file}: expected a safetensors file, found: {error}. Run prune again.") from None
+    axes = []
+    if "hidden" in scores:
+        mask = _mask(kept.get("hidden"), len(scores["hidden"]))
+        axes.append(
+            AxisImportance(
+                "hidden", "Hidden channels", "channels", "activation norm", (np.asarray(scores["hidden"]),), (mask,)
+            )
+        )
+    for name, title, unit in (("ffn", "Feed-forward neurons", "neurons"), ("heads", "Attention heads", "heads")):
+        if name in scores:
+            rows = tuple(np.asarray(row) for row in scores[name])
+            by_layer = kept.get(name) or {}
+            dropped = kept.get("layers") and set(range(1, len(rows) + 1)) - set(kept["layers"])
+            masks = tuple(
+                np.zeros(len(row), bool) if dropped and n in dropped else _mask(by_layer.get(str(n)), len(row))
+                for n, row in enumerate(rows, start=1)
+            )
+            axes.append(AxisImportance(name, title, unit, "activation norm", rows, masks))
+    if "block_influence" in scores:
+        influence = np.asarray(scores["block_influence"])
+        mask = _mask([n - 1 for n in kept["layers"]] if kept.get("layers") else None, len(influence))
+        axes.append(AxisImportance("layers", "Layers", "layers", "block influence", (influence,), (mask,)))
+    return tuple(axes)
+
+
+def _mask(indices: list[int] | None, size: int) -> np.ndarray:
+    """True at indices; all True where None."""
+    if indices is None:
+        return np.ones(size, bool)
+    mask = np.zeros(size, bool)
+    mask[np.asarray(indices, int)] = True
+    return mask
+
+
+def input_digests(inputs: Any) -> dict[str, dict[str, Any]]:
+    """A manifest's inputs with one digest each: {name: {"path", "files": count, "sha256"}}.
+
+    The digest of several files is the sha256 of their lines "<sha256>  <relative path>", sorted, as sha256sum writes.
+    """
+    digests = {}
+    for name, entry in (inputs or {}).items():
+        files = entry.get("files", {})
+        lines = "".join(f"{digest}  {path}\n" for path, digest in sorted(files.items()))
+        digest = next(iter(files.values())) if len(files) == 1 else hashlib.sha256(lines.encode()).hexdigest()
+        digests[name] = {"path": entry.get("path", ""), "files": len(files), "sha256": digest}
+    return digests

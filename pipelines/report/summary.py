@@ -1,0 +1,155 @@
+"""What a run amounts to: the verdict, the table of the models, and the content of report/results.json. Imports no torch."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines.report.record import MODELS, STAGES, RunRecord
+
+# (key in results.json, title, unit, format): the rows of every table, in one order.
+FIGURES = (
+    ("parameters", "Parameters", "", "{:,.0f}"),
+    ("loss", "Loss", "nats/token", "{:.4f}"),
+    ("perplexity", "Perplexity", "", "{:,.2f}"),
+    ("bits_per_byte", "Bits per byte", "", "{:.4f}"),
+    ("kl", "KL to teacher", "nats/token", "{:.4f}"),
+    ("agreement", "Agreement with teacher", "top-1", "{:.1%}"),
+    ("tokens_per_second", "Speed", "tokens/s", "{:,.0f}"),
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Shares are of 1; losses in nats/token. None: not known, and `sentence` says why."""
+
+    sentence: str
+    parameters_kept: float | None = None  # student / teacher
+    gap: float | None = None  # loss(pruned) - loss(teacher)
+    gap_closed: float | None = None  # (loss(pruned) - loss(student)) / gap
+    student_minus_teacher: float | None = None  # loss
+
+
+def judge(models: dict[str, dict[str, Any]]) -> Verdict:
+    """The verdict on evaluated models: {"teacher": {"parameters", "loss", ...}, "pruned": ..., "student": ...}."""
+    absent = [role for role in ("teacher", "student") if not usable(models.get(role))]
+    if absent:
+        return Verdict(
+            f"No verdict yet: the {' and the '.join(absent)} {'has' if len(absent) == 1 else 'have'} not been evaluated."
+        )
+    teacher, student = models["teacher"], models["student"]
+    kept = student["parameters"] / teacher["parameters"]
+    difference = student["loss"] - teacher["loss"]
+    against = f"{student['loss']:.3f} nats/token against the teacher's {teacher['loss']:.3f}"
+    start = f"The student keeps {kept:.0%} of the teacher's parameters"
+    if not usable(models.get("pruned")):
+        return Verdict(f"{start} and reaches {against}.", kept, student_minus_teacher=difference)
+    gap = models["pruned"]["loss"] - teacher["loss"]
+    closed = (models["pruned"]["loss"] - student["loss"]) / gap if gap > 0 else None
+    if closed is None:
+        sentence = f"{start}; pruning opened no gap to close, and it reaches {against}."
+    elif closed < 0:
+        sentence = f"{start} but is worse than the pruned model that it started from: {against}."
+    elif difference <= 0:
+        sentence = f"{start}, closes the whole loss gap that pruning opened and passes the teacher: {against}."
+    else:
+        sentence = f"{start} and closes {percent(closed)} of the loss gap that pruning opened: {against}."
+    return Verdict(sentence, kept, gap, closed, difference)
+
+
+def usable(model: dict[str, Any] | None) -> bool:
+    """Whether an evaluated model has the figures that a verdict needs."""
+    return bool(model) and all(_is_number(model.get(key)) for key in ("parameters", "loss"))  # type: ignore[union-attr]
+
+
+def percent(share: float) -> str:
+    """A share near 1 gets the digit that tells it from 1, and is never rounded up to it: 0.9996 -> "99.9%"."""
+    if share >= 0.9:
+        return f"{math.floor(share * 1000 + 1e-6) / 10:.1f}%"
+    return f"{share * 100:.0f}%"
+
+
+def table(models: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the table: title, unit, and one cell per model ("–" where there is no number)."""
+    rows = []
+    for key, title, unit, form in FIGURES:
+        cells = []
+        for role in MODELS:
+            value = models.get(role, {}).get(key)
+            known = _is_number(value) and not (role == "teacher" and key in ("kl", "agreement"))
+            cells.append(form.format(value) if known else "–")
+        rows.append({"key": key, "title": title, "unit": unit, "cells": cells})
+    return rows
+
+
+def results(record: RunRecord) -> dict[str, Any]:
+    """The content of report/results.json."""
+    models = {role: record.evaluation.get("models", {}).get(role, {}) for role in MODELS}
+    verdict = judge(models)
+    return {
+        "run": record.name,
+        "verdict": verdict.sentence,
+        "parameters_kept": verdict.parameters_kept,
+        "pruning_gap": verdict.gap,
+        "pruning_gap_closed": verdict.gap_closed,
+        "student_minus_teacher": verdict.student_minus_teacher,
+        "split": record.evaluation.get("split"),
+        "tokens": record.evaluation.get("tokens"),
+        "bytes": record.evaluation.get("bytes"),
+        "unigram_entropy": record.corpus.get("unigram_entropy"),
+        "models": {role: model for role, model in models.items() if model},
+        "missing": record.missing | record.evaluation.get("missing", {}),
+        "stages": {stage: _stage(record, stage) for stage in STAGES},
+        "lineage": lineage(record),
+    }
+
+
+def _stage(record: RunRecord, stage: str) -> dict[str, Any]:
+    manifest = record.manifests[stage]
+    return {
+        "complete": record.complete[stage],
+        "seconds": manifest.get("seconds"),
+        "figures": manifest.get("figures", {}),
+    }
+
+
+def lineage(record: RunRecord) -> list[dict[str, Any]]:
+    """One entry per stage that ran: what it read with hashes, code and versions, layout, seed."""
+    entries = []
+    for stage, inputs in record.inputs().items():
+        manifest = record.manifests[stage]
+        entry = {"stage": stage, "inputs": inputs}
+        entry |= {
+            key: manifest[key]
+            for key in ("git", "versions", "layout", "seed", "started", "finished")
+            if key in manifest
+        }
+        if stage == "prune":
+            entry["kept"] = kept_in_words(record.kept)
+        entries.append(entry)
+    return entries
+
+
+def kept_in_words(kept: dict[str, Any]) -> dict[str, str]:
+    """kept.json as ranges: {"hidden": "0-3, 7", "layers": "1-4", "ffn of layer 1": ...}."""
+    words = {}
+    for axis, indices in kept.items():
+        if isinstance(indices, dict):
+            words |= {f"{axis} of layer {layer}": ranges(values) for layer, values in indices.items()}
+        elif isinstance(indices, list) and all(isinstance(index, int) for index in indices):
+            words[axis] = ranges(indices)
+    return words
+
+
+def ranges(indices: list[int]) -> str:
+    """Sorted numbers as ranges: [0, 1, 2, 5] -> "0-2, 5"."""
+    parts: list[list[int]] = []
+    for index in sorted(indices):
+        if parts and index == parts[-1][1] + 1:
+            parts[-1][1] = index
+        else:
+            parts.append([index, index])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

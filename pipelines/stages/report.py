@@ -1,0 +1,74 @@
+"""The report: one HTML page, results.json, plots and a model card, from what the other stages left on disk.
+
+A part that a run does not have is shown as missing with its reason. Needs no ranks and no torch.
+"""
+
+import json
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich import box
+from rich.table import Table
+
+from pipelines import artifacts, console
+from pipelines.config import Config
+from pipelines.report import card, page, summary
+from pipelines.report.record import MODELS, read_run
+
+
+def run(context: artifacts.StageContext) -> dict[str, Any]:
+    """Write <directory>/{index.html,results.json,MODEL_CARD.md,plots/*.png} and print the closing table."""
+    config, directory = context.config, context.directory
+    record = read_run(config.run.name, artifacts.run_directory(config))
+    results = summary.results(record)
+    teacher, student = artifacts.teacher_directory(config), artifacts.student_directory(config)
+    results["licence"] = card.licence(teacher)
+    with artifacts.new_directory(directory / "plots") as plots:
+        html = page.render(record, results, configuration_text(config), loss_in_words(config), plots)
+    model_card = card.render(record, results, teacher=teacher, student=student, prompt=config.export.prompt)
+    artifacts.write_json(directory / "results.json", results)
+    artifacts.write_atomic(directory / "MODEL_CARD.md", model_card)
+    artifacts.write_atomic(directory / "index.html", html)
+    print_closing(results, directory / "index.html", artifacts.stage_directory(config, "export") / "hf")
+    figures = ("parameters_kept", "pruning_gap_closed", "student_minus_teacher")
+    return {"verdict": results["verdict"]} | {name: results[name] for name in figures}
+
+
+def configuration_text(config: Config) -> str:
+    """The resolved configuration as YAML."""
+    tree = json.loads(
+        json.dumps(asdict(config), default=lambda value: value.value if isinstance(value, Enum) else str(value))
+    )
+    return str(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+
+
+def loss_in_words(config: Config) -> str:
+    distil = config.distil
+    factor = "T² · " if distil.temperature_squared else ""
+    return (
+        f"loss = {distil.kd_weight:g} · {factor}KL(teacher || student, T={distil.temperature:g}) "
+        f"+ {distil.ce_weight:g} · CE, mean over the valid tokens of a global batch"
+    )
+
+
+def print_closing(results: dict[str, Any], page_path: Path, export_path: Path) -> None:
+    """The table that ends a run, and where its page and its model lie."""
+    rows = summary.table(results["models"])
+    table = Table(box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table.add_column("")
+    for row in rows:
+        if row["key"] != "perplexity":
+            table.add_column(row["title"] + (f"\n{row['unit']}" if row["unit"] else ""), justify="right")
+    for number, role in enumerate(MODELS):
+        table.add_row(role, *(row["cells"][number] for row in rows if row["key"] != "perplexity"))
+    terminal = console.terminal()
+    terminal.print(table)
+    console.say(results["verdict"])
+    console.say(f"report          {page_path}")
+    if (export_path / "config.json").is_file():
+        console.say(f"exported model  {export_path}")
+    else:
+        console.say("exported model  none: the export stage has not run.")

@@ -1,0 +1,130 @@
+"""A run's directory as the stages leave it, with made-up numbers: what the report is tested on."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+LAYERS, HIDDEN, FFN, HEADS = 6, 256, 768, 8
+SEED = 7
+
+
+def write_sample_run(
+    directory: Path, *, stages: tuple[str, ...] = ("corpus", "teacher", "prune", "distil", "evaluate", "export")
+) -> Path:
+    """Write <directory>/<stage>/... for each stage. Returns directory."""
+    writers = {"corpus": _corpus, "teacher": _teacher, "prune": _prune, "distil": _distil, "evaluate": _evaluate}
+    for number, stage in enumerate(stages):
+        (directory / stage).mkdir(parents=True)
+        _manifest(directory, stage, seconds=(4.2, 181.0, 9.5, 204.3, 21.8, 6.4)[number])
+        writers.get(stage, _export)(directory / stage)
+    return directory
+
+
+def _manifest(directory: Path, stage: str, seconds: float) -> None:
+    parents = {"teacher": ["corpus"], "prune": ["corpus", "teacher"], "distil": ["corpus", "teacher", "start"]}
+    inputs = {
+        name: {"path": str(directory / name), "files": {"a.bin": "ab" * 32, "b.json": "cd" * 32}}
+        for name in parents.get(stage, ["corpus", "student"] if stage != "corpus" else [])
+    }
+    _write(
+        directory / stage / "manifest.json",
+        {
+            "stage": stage,
+            "started": "2026-11-22T10:00:00+00:00",
+            "finished": "2026-11-22T10:04:00+00:00",
+            "seconds": seconds,
+            "settings": {},
+            "inputs": inputs,
+            "git": "0123456789abcdef0123456789abcdef01234567-dirty",
+            "versions": {"python": "3.11.9", "torch": "2.13.0", "megatron-core": "0.15.3"},
+            "layout": {"processes": 2, "tensor": 2, "pipeline": 1, "context": 1, "data": 1, "device": "cpu"},
+            "seed": 1234,
+            "figures": {},
+        },
+    )
+    (directory / stage / "complete").write_text("x\n")
+
+
+def _write(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data))
+
+
+def _corpus(directory: Path) -> None:
+    split = {"documents": 40, "tokens": 40_000, "bytes": 130_000, "bytes_per_token": 3.25}
+    _write(directory / "counts.json", {"splits": {"train": split, "test": split}, "unigram_entropy": 6.91})
+
+
+def _curve(directory: Path, steps: int, start: float, end: float, *, kd: bool) -> None:
+    random = np.random.default_rng(SEED)
+    rows = []
+    for step in range(1, steps + 1):
+        value = end + (start - end) * math.exp(-4 * step / steps)
+        terms = {"kd": value - end + 0.03, "ce": value} if kd else {"ce": value}
+        train = {name: number + 0.05 * random.standard_normal() * number for name, number in terms.items()}
+        rows.append({"step": step, "split": "train", "loss": train[next(iter(train))], **train})
+        if step % 20 == 0:
+            rows.append({"step": step, "split": "validation", "loss": terms[next(iter(terms))], **terms})
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _teacher(directory: Path) -> None:
+    _curve(directory, 300, 8.3, 2.9, kd=False)
+
+
+def _prune(directory: Path) -> None:
+    random = np.random.default_rng(SEED)
+    scores = {
+        "hidden": np.sort(random.lognormal(0, 0.7, HIDDEN)),
+        "ffn": random.lognormal(0, 1, (LAYERS, FFN)),
+        "heads": random.lognormal(0, 0.5, (LAYERS, HEADS)),
+        "block_influence": random.uniform(0.1, 0.6, LAYERS),
+    }
+    save_file({name: array.astype(np.float32) for name, array in scores.items()}, directory / "scores.safetensors")
+    kept = {
+        "hidden": _best(scores["hidden"], 192),
+        "ffn": {str(n): _best(row, 512) for n, row in enumerate(scores["ffn"], start=1)},
+        "heads": {str(n): _best(row, 6) for n, row in enumerate(scores["heads"], start=1)},
+        "layers": list(range(1, LAYERS + 1)),
+    }
+    _write(directory / "kept.json", kept)
+
+
+def _best(scores: np.ndarray, count: int) -> list[int]:
+    return sorted(np.argsort(-scores)[:count].tolist())
+
+
+def _distil(directory: Path) -> None:
+    _curve(directory, 200, 5.4, 2.95, kd=True)
+
+
+def sample_models() -> dict[str, dict[str, Any]]:
+    models = {}
+    for role, parameters, loss, kl, agreement, speed in (
+        ("teacher", 5_834_240, 2.90, 0.0, 1.0, 21_034.0),
+        ("pruned", 3_301_440, 5.40, 2.61, 0.31, 35_120.0),
+        ("student", 3_301_440, 2.93, 0.041, 0.913, 35_377.0),
+    ):
+        models[role] = {
+            "parameters": parameters,
+            "loss": loss,
+            "perplexity": math.exp(loss),
+            "bits_per_byte": loss / math.log(2) / 3.25,
+            "kl": kl,
+            "agreement": agreement,
+            "tokens_per_second": speed,
+        }
+    return models
+
+
+def _evaluate(directory: Path) -> None:
+    results = {"split": "test", "tokens": 39_936, "bytes": 129_800, "models": sample_models(), "missing": {}}
+    _write(directory / "results.json", results)
+
+
+def _export(directory: Path) -> None:
+    (directory / "hf").mkdir()
+    (directory / "hf" / "config.json").write_text("{}")
