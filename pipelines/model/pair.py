@@ -28,8 +28,8 @@ class DistillationPair(MegatronModule):
     On earlier stages it gives the hidden states for the next stage, (sequence, batch, student hidden + teacher hidden),
     student's first; `config` says that size to the schedule.
 
-    config: the object that Megatron's schedule reads. It is the student's own config without pipeline parallelism and
-    a copy of another hidden_size with it, so finalize_model_grads_func and the like must be set on `pair.config`.
+    .config is the object that Megatron's schedule reads: the student's own without pipeline parallelism, a copy of
+    another hidden_size with it. So finalize_model_grads_func and the like must be set on `pair.config`.
 
     The teacher has no gradients, stays in eval mode under .train(), and is in no state dict: state_dict,
     load_state_dict and sharded_state_dict are the student's, with the student's names.

@@ -52,8 +52,9 @@ def loss_function(batch: Batch, terms: dict[str, Tensor]) -> Loss:
 
 
 def forward_step(batches: Iterator[Batch], model: Any) -> tuple[dict[str, Tensor] | Tensor, partial[Loss]]:
-    """Megatron's forward_step_func."""
-    batch = next(batches)
+    """Megatron's forward_step_func. Moves the batch to this rank's device."""
+    device = torch.cuda.current_device()
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
     return forward(model, batch), partial(loss_function, batch)
 
 
