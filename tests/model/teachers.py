@@ -1,5 +1,6 @@
 """Small Hugging Face teachers with random weights, as given or with parts that do nothing."""
 
+import random
 from pathlib import Path
 
 import torch
@@ -70,3 +71,32 @@ def sample_rows(vocab_size: int, samples: int, length: int) -> tuple[torch.Tenso
     mask = (torch.rand(samples, length, generator=generator) < 0.8).float()
     mask[0], mask[1] = 1, 0
     return tokens, mask
+
+
+def random_case(seed: int) -> tuple[ModelShape, Kept]:
+    """A random shape and what stays of it: half the hidden channels, and any part of neurons, heads and layers."""
+    draw = random.Random(seed)
+    hidden, groups, per_group = 2 * draw.randint(4, 12), draw.randint(1, 3), draw.randint(1, 4)
+    shape = ModelShape(
+        vocab_size=draw.randint(20, 60),
+        hidden_size=hidden,
+        intermediate_size=draw.randint(6, 30),
+        num_hidden_layers=draw.randint(2, 4),
+        num_attention_heads=groups * per_group,
+        num_key_value_heads=groups,
+        head_dim=2 * draw.randint(2, 5),
+        tie_word_embeddings=draw.random() < 0.5,
+        architecture=draw.choice(["LlamaForCausalLM", "MistralForCausalLM"]),
+    )
+    layers = sorted(draw.sample(range(1, shape.num_hidden_layers + 1), draw.randint(1, shape.num_hidden_layers)))
+    neurons, heads = draw.randint(1, shape.intermediate_size), draw.randint(1, per_group)
+    kept = Kept(
+        hidden=sorted(draw.sample(range(hidden), hidden // 2)),
+        ffn={n: sorted(draw.sample(range(shape.intermediate_size), neurons)) for n in layers},
+        heads={
+            n: [g * per_group + h for g in range(groups) for h in sorted(draw.sample(range(per_group), heads))]
+            for n in layers
+        },
+        layers=layers,
+    )
+    return shape, kept
