@@ -45,7 +45,9 @@ def test_sums_of_bfloat16_activations_are_not_rounded_to_bfloat16():
     activations = torch.full((4096, 1, 2), 1.0 + 2**-7, dtype=torch.bfloat16)
     norm = ActivationNorm(2)
     norm.update(activations, torch.ones(4096, 1, dtype=torch.bool))
-    torch.testing.assert_close(norm.squares.sqrt(), torch.full((2,), 1.0 + 2**-7, dtype=torch.float64), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        norm.squares.sqrt(), torch.full((2,), 1.0 + 2**-7, dtype=torch.float64), rtol=1e-6, atol=0
+    )
 
 
 def test_memory_does_not_grow_with_the_samples(activations, mask):
