@@ -229,10 +229,10 @@ def examine(config: Config, stage: Stage) -> Examination:
         return Examination(State.new, [], now_settings, now_inputs)
     differences = changes(manifest, now_settings, now_inputs)
     if differences and not config.overwrite:
-        state = "finished" if is_complete(directory) else "unfinished"
+        how_far = "finished" if is_complete(directory) else "unfinished"
         shown = "\n  ".join(differences[:20])
         raise UserError(
-            f"stage {stage.name}: {directory} is {state} and was made from other settings or inputs:\n  {shown}\n"
+            f"stage {stage.name}: {directory} is {how_far} and was made from other settings or inputs:\n  {shown}\n"
             "Give overwrite=true to start it again (training checkpoints are moved aside), or another run.name."
         )
     if differences:

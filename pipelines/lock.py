@@ -70,7 +70,8 @@ def read(path: Path) -> dict[str, Any] | None:
 
 def is_alive(holder: dict[str, Any], path: Path) -> bool:
     if holder["host"] == socket.gethostname():
-        return _start_time(holder["pid"]) == holder["start"] is not None
+        start = _start_time(holder["pid"])
+        return start is not None and start == holder["start"]
     with suppress(OSError):
         return time.time() - path.stat().st_mtime < STALE
     return False

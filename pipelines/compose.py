@@ -1,0 +1,156 @@
+"""From conf/ and command line overrides to a typed Config, with one clear message per mistake. Imports no torch."""
+
+import difflib
+import re
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from pipelines import config as configuration
+from pipelines.config import Config, UserError
+
+GROUPS = ("experiment", "model", "student", "parallel", "data", "teacher", "distil")
+
+
+def conf_directory() -> Path:
+    """conf/ of the checkout, or the copy that an installation carries inside the package."""
+    here = Path(__file__).resolve().parent
+    return here / "conf" if (here / "conf").is_dir() else here.parent / "conf"
+
+
+def group_options(group: str) -> list[str]:
+    return sorted(path.stem for path in (conf_directory() / group).glob("*.yaml"))
+
+
+def compose(overrides: list[str]) -> Config:
+    """The configuration of `conf/config.yaml` with `overrides` (Hydra's syntax). Raises UserError."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    ConfigStore.instance().store(name="schema", node=Config)
+    overrides = [o.lstrip("+") for o in overrides]  # every key exists: +key=value can mean nothing but key=value
+    for override in overrides:
+        group, _, option = override.partition("=")
+        if override.startswith("~"):
+            raise UserError(f"{override}: a setting cannot be removed. Give it another value with key=value.")
+        if group in GROUPS and group != "experiment" and option in ("null", ""):
+            raise UserError(f"{override}: expected one of {', '.join(group_options(group))}.")
+    try:
+        with initialize_config_dir(config_dir=str(conf_directory()), version_base="1.3"):
+            tree = hydra_compose("config", overrides=overrides)
+        config = OmegaConf.to_object(tree)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error, overrides)) from None
+    assert isinstance(config, Config)
+    return config
+
+
+def explain(error: Exception, overrides: list[str]) -> str:
+    """Hydra's and OmegaConf's errors in the words of the command line, with the names that come closest."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    text = "\n".join(str(part) for part in chain)
+    overridden = re.search(r"Could not override '([^']+)'", text)
+    if match := re.search(r"Could not find '([^'/]+)/([^']*)'", text):
+        return _unknown_option(*match.groups())
+    if match := re.search(r"Key '([^']+)' (?:is )?not in '(\w+)'", text):
+        key, kind = match.groups()
+        return _unknown(_full_key(text) or key, kind)
+    if overridden:
+        return _unknown(overridden.group(1))
+    if match := re.search(r"merging override (\S+?)=", text) or re.search(r"full_key: (\S+)", text):
+        problems = [line for line in text.splitlines() if re.match(r"(?i)(value|invalid|cannot|field|object)\b", line)]
+        return _wrong_value(match.group(1), (problems or [text.splitlines()[-1]])[0], overrides)
+    if match := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", text):
+        key, value = match.groups()
+        return f"{key}={value}: expected one value or a list. Write {key}=[{value}]."
+    if type(error).__name__ == "OverrideParseException":
+        bad = next((o for o in overrides if not _parses(o)), overrides[-1])
+        return (
+            f"{bad!r}: expected key=value, as in distil.steps=200 or stage=[prune,distil]. Quote for Hydra what has "
+            "commas, brackets or spaces in it, as in 'export.prompt=\"a, b\"'."
+        )
+    return text.splitlines()[0]
+
+
+def _parses(override: str) -> bool:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        return False
+    return True
+
+
+def known_keys(kind: Any = Config, prefix: str = "") -> list[str]:
+    """Every dotted path of the schema, groups too."""
+    keys = []
+    for entry in fields(kind):
+        keys.append(prefix + entry.name)
+        if is_dataclass(entry.type):
+            keys += known_keys(entry.type, f"{prefix}{entry.name}.")
+    return keys
+
+
+def _full_key(text: str) -> str:
+    match = re.search(r"full_key: (\S+)", text)
+    return match.group(1) if match else ""
+
+
+def _unknown(key: str, kind: str = "") -> str:
+    names = known_keys() + [group for group in GROUPS if group not in known_keys()]
+    inner = getattr(configuration, kind, None)
+    if inner is not None and inner is not Config and "." not in key:  # an entry of a list has no path of its own
+        siblings = [entry.name for entry in fields(inner)]
+    else:
+        parent = key.rpartition(".")[0]
+        siblings = [n for n in names if n.rpartition(".")[0] == (parent if parent in names else "")]
+    same_leaf = [n for n in names if n.rpartition(".")[2] == key.rpartition(".")[2]]
+    close = difflib.get_close_matches(key, siblings, n=3, cutoff=0.75) or same_leaf
+    remedy = f"Did you mean {' or '.join(close)}?" if close else f"Expected one of {', '.join(siblings)}."
+    return f"{key}: there is no such setting. {remedy}"
+
+
+def _unknown_option(group: str, option: str) -> str:
+    options = group_options(group)
+    close = difflib.get_close_matches(option, options, n=3, cutoff=0.4)
+    remedy = f" Did you mean {' or '.join(close)}?" if close else ""
+    return f"{group}={option}: there is no such option. Expected one of {', '.join(options)}.{remedy}"
+
+
+def _wrong_value(key: str, problem: str, overrides: list[str]) -> str:
+    given = [o for o in overrides if o.lstrip("+~").split("=", 1)[0] == key]
+    kind = _type_of(key)
+    expected = f" Expected {kind}." if kind else ""
+    return f"{given[0] if given else key}: {problem.strip().rstrip('.')}.{expected}"
+
+
+def _type_of(key: str) -> str:
+    kind: Any = Config
+    for name in key.split("."):
+        kinds = {entry.name: entry.type for entry in fields(kind)} if is_dataclass(kind) else {}
+        if name not in kinds:
+            return ""
+        kind = kinds[name]
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return " or ".join(kind.__members__)
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+    name = kind.__name__ if isinstance(kind, type) and "[" not in str(kind) else str(kind)
+    if is_dataclass(kind):
+        return f"a group of settings: {', '.join(entry.name for entry in fields(kind))}"
+    name = name.replace("pipelines.config.", "").replace(" | None", " or null")
+    return words.get(name, name)
+
+
+def to_yaml(config: Config) -> str:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.structured(config))

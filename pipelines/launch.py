@@ -1,0 +1,237 @@
+"""One stage in processes of its own: torchrun where it needs ranks, a plain Python elsewhere. Imports no torch.
+
+The parent composes and validates, and stays light; the children do the work. A child that fails leaves a file in the
+exchange directory, from which the parent prints one message. Rank 0 of the children owns the stage's directory (lock,
+manifest, marker); the other ranks wait for its word.
+"""
+
+import contextlib
+import ctypes
+import importlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pipelines import artifacts, console
+from pipelines.config import Config, UserError, layout
+from pipelines.files import is_disk_error
+from pipelines.stages import STAGES
+
+EXCHANGE = "STILLHOUSE_EXCHANGE"  # the directory where parent and ranks leave each other word
+PATIENCE = 20.0  # seconds that a child gets to end by itself
+
+
+class StageFailed(Exception):
+    """A stage ended with a message that is already complete. code: the exit code of the command."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def is_child() -> bool:
+    """Whether this process is to run one stage itself: our own child, or a rank that torchrun or srun started."""
+    return EXCHANGE in os.environ or "WORLD_SIZE" in os.environ
+
+
+# The parent
+
+
+def run_stage(config: Config, stage: str, overrides: list[str]) -> None:
+    """Run one stage in child processes and wait. Raises StageFailed with what the children left to say."""
+    exchange = Path(tempfile.mkdtemp(prefix="stillhouse-"))
+    log = artifacts.log_file(config, stage)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    start_of_log = log.stat().st_size if log.exists() else 0
+    processes = layout(config.parallel).processes if STAGES[stage].ranks else 1
+    try:
+        with open(log, "a") as stderr:
+            child = subprocess.Popen(
+                command(stage, processes, overrides),
+                env=environment(processes, exchange),
+                stderr=stderr,
+                start_new_session=True,  # Ctrl-C reaches the parent alone, which ends the children in order
+                preexec_fn=end_with_parent,
+            )
+        code = _wait(child)
+        if code:
+            raise _failure(exchange, log, start_of_log, code)
+    finally:
+        shutil.rmtree(exchange, ignore_errors=True)
+
+
+def command(stage: str, processes: int, overrides: list[str]) -> list[str]:
+    own = [o for o in overrides if not re.match(r"\+*stage=", o)]
+    start = [sys.executable]
+    if STAGES[stage].ranks:
+        start += ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+        start += [f"--nproc-per-node={processes}"]
+    return [*start, "-m", "pipelines", *own, f"stage={stage}"]
+
+
+def environment(processes: int, exchange: Path) -> dict[str, str]:
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    defaults = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    return {**defaults, **os.environ, EXCHANGE: str(exchange)}
+
+
+def end_with_parent() -> None:
+    """Linux: this process gets SIGTERM when its parent dies, so that kill -9 of the parent leaves no ranks behind."""
+    PR_SET_PDEATHSIG = 1
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _wait(child: "subprocess.Popen[bytes]") -> int:
+    """The child's exit code. Ctrl-C and SIGTERM end the child first, then raise StageFailed."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        return child.wait()
+    except KeyboardInterrupt:
+        _end(child)
+        raise StageFailed("interrupted; the same command continues where the stage left off", 130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end(child: "subprocess.Popen[bytes]") -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            child.send_signal(number)  # torchrun passes SIGTERM on to the ranks
+        with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+            child.wait(PATIENCE)
+            return
+
+
+def _failure(exchange: Path, log: Path, start_of_log: int, code: int) -> StageFailed:
+    """The one thing to say: a user's mistake before our own failure, the first failure before those that follow it."""
+    failures = []
+    for file in exchange.glob("failure-*.json"):
+        with contextlib.suppress(json.JSONDecodeError):
+            failures.append(json.loads(file.read_text()))
+    failures.sort(key=lambda failure: (not failure["user"], failure["time"]))
+    if failures and failures[0]["user"]:
+        return StageFailed(failures[0]["message"], failures[0]["code"])
+    if failures:
+        return StageFailed(f"{failures[0]['message'].rstrip()}\nlog: {log}", failures[0]["code"])
+    text = log.read_bytes()[start_of_log:].decode(errors="replace")
+    numbers = [int(n) for n in re.findall(r"exitcode\s*:\s*(-\d+)", text)] or [code]
+    if (killed := min(numbers)) < 0:
+        name = signal.Signals(-killed).name
+        memory = ", often because the machine's memory was full" if -killed == signal.SIGKILL else ""
+        return StageFailed(f"a process was ended by {name}{memory}; the same command continues.\nlog: {log}", 1)
+    tail = "\n".join(text.splitlines()[-15:])
+    return StageFailed(f"the stage ended with exit code {code}:\n{tail}\nlog: {log}", 1)
+
+
+# A child
+
+
+@dataclass
+class Exchange:
+    """Where the processes of one stage leave each other word."""
+
+    directory: Path
+    ours: bool  # started by a parent of ours, which reads the failures
+
+    @classmethod
+    def of(cls, config: Config, stage: str) -> "Exchange":
+        if EXCHANGE in os.environ:
+            return cls(Path(os.environ[EXCHANGE]), ours=True)
+        names = ["TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID", "SLURM_STEP_ID"]
+        names += ["SLURM_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT"]
+        attempt = re.sub(r"[^\w.-]", "_", "-".join(os.environ.get(name, "") for name in names))
+        return cls(artifacts.run_directory(config) / "logs" / f".{stage}-{attempt}", ours=False)
+
+    def tell(self, word: str) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        artifacts.write_atomic(self.directory / "word", word)
+
+    def listen(self) -> str:
+        """Rank 0's word: "run" or "finished". Where rank 0 fails, the launcher ends this process."""
+        while not (self.directory / "word").is_file():
+            time.sleep(0.1)
+        return (self.directory / "word").read_text()
+
+    def fail(self, failure: dict[str, Any]) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        artifacts.write_json(self.directory / f"failure-{console.rank()}.json", failure)
+
+
+def work(config: Config, stage: str) -> int:
+    """Run one stage in this process, one rank of it, and return the exit code."""
+    exchange = Exchange.of(config, stage)
+    if exchange.ours:
+        end_with_parent()
+    terminal = os.fdopen(os.dup(2), "w") if not exchange.ours else None
+    if console.rank() and not STAGES[stage].ranks:
+        return 0
+    try:
+        console.capture(artifacts.log_file(config, stage))
+        _work(config, stage, exchange)
+        return 0
+    except BaseException as error:
+        failure = describe_failure(error)
+        traceback.print_exc()  # into the log
+        with contextlib.suppress(OSError):
+            exchange.fail(failure)
+        if terminal is not None:
+            print(failure["message"], file=terminal, flush=True)
+        return int(failure["code"])
+    finally:
+        if not exchange.ours and console.rank() == 0:
+            shutil.rmtree(exchange.directory, ignore_errors=True)
+
+
+def _work(config: Config, stage: str, exchange: Exchange) -> None:
+    context = artifacts.StageContext(config, stage, artifacts.stage_directory(config, stage))
+    attempt = None
+    if console.rank() == 0:
+        if not exchange.ours:
+            shutil.rmtree(exchange.directory, ignore_errors=True)
+            if STAGES[stage].kept and artifacts.examine(config, STAGES[stage]).state is artifacts.State.finished:
+                console.say(f"{stage}: finished already in {context.directory}")
+                exchange.tell("finished")
+                time.sleep(2 * PATIENCE / 10)  # the others look ten times a second
+                return
+        attempt = artifacts.begin(config, stage, console.say)
+        exchange.tell("run")
+    elif exchange.listen() == "finished":
+        return
+    try:
+        figures = importlib.import_module(f"pipelines.stages.{stage}").run(context)
+        if attempt is not None:
+            attempt.finish(figures)
+    finally:
+        if attempt is not None:
+            attempt.release()
+
+
+def describe_failure(error: BaseException) -> dict[str, Any]:
+    """What the parent prints: a message for a user's mistake or a full disk, the traceback for our own failure."""
+    failure: dict[str, Any] = {"user": True, "time": time.time(), "code": 2, "message": str(error)}
+    if isinstance(error, SystemExit):  # a stage's own verdict: a message, or a code after it has printed its reasons
+        code = error.code if isinstance(error.code, int) else 1
+        return failure | {"code": code, "message": "" if isinstance(error.code, int) else str(error.code)}
+    if isinstance(error, UserError):
+        return failure
+    if is_disk_error(error):
+        message = f"{error}: expected room to write. Free some space and start the same command again; it continues."
+        return failure | {"message": message}
+    text = "".join(traceback.format_exception(error))
+    return failure | {"user": False, "code": 1, "message": text}

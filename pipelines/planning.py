@@ -1,0 +1,171 @@
+"""Arithmetic of shapes: parameters, tokens, FLOPs and bytes of an experiment, before anything is started. No torch.
+
+FLOPs count matrix products, two per multiply-add. Per token: a forward pass costs 2 per weight of a matrix that the
+token passes (the embedding is a lookup and costs none), backward twice the forward. Causal attention costs in each
+layer 2 * sequence * heads * head_dim forward: two products over sequence keys, half of them masked.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipelines.artifacts import is_hugging_face
+from pipelines.config import Config, Layout, Precision, ShapeConfig, StudentConfig, TrainingConfig, UserError, layout
+from pipelines.families import EMBEDDING, HEAD, ModelShape, read_shape
+
+FORWARD, FORWARD_AND_BACKWARD = 1, 3  # in units of a forward pass
+H100_BF16 = 989e12  # FLOP/s, dense
+
+
+def shape_from_config(shape: ShapeConfig) -> ModelShape:
+    values = asdict(shape)
+    if values["head_dim"] is None:
+        values["head_dim"] = shape.hidden_size // shape.num_attention_heads
+    return ModelShape(**values)
+
+
+def teacher_shape(config: Config) -> ModelShape:
+    """The shape of model.path's config.json where it is a Hugging Face directory, else model.shape."""
+    if config.model.path and is_hugging_face(config.model.path):
+        return read_shape(config.model.path)
+    return shape_from_config(config.model.shape)
+
+
+def student_shape(config: Config) -> ModelShape:
+    """The shape of student.path's config.json where it is a Hugging Face directory, else the target of pruning."""
+    if config.student.path and is_hugging_face(config.student.path):
+        return read_shape(config.student.path)
+    return target_shape(teacher_shape(config), config.student)
+
+
+def target_shape(teacher: ModelShape, student: StudentConfig) -> ModelShape:
+    """The teacher's shape with what `student` makes smaller; head_dim stays the teacher's."""
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
+    changes = {name: value for name in names if (value := getattr(student, name)) is not None}
+    if student.drop_layers:
+        left = teacher.num_hidden_layers - len(set(student.drop_layers))
+        if changes.setdefault("num_hidden_layers", left) != left:
+            raise UserError(
+                f"student.num_hidden_layers={student.num_hidden_layers}: expected {left}, what "
+                f"student.drop_layers leaves of {teacher.num_hidden_layers}. Give one of the two."
+            )
+    return teacher.replace(**changes)
+
+
+def matrix_parameters(shape: ModelShape) -> int:
+    """Weights that every token is multiplied with: all matrices and the head, which a tied model shares."""
+    sizes = shape.tensor_shapes()
+    inner = sum(size[0] * size[1] for name, size in sizes.items() if len(size) == 2 and name not in (EMBEDDING, HEAD))
+    return inner + shape.vocab_size * shape.hidden_size
+
+
+def attention_flops(shape: ModelShape, sequence_length: int) -> int:
+    """Per token, forward, causal."""
+    return 2 * sequence_length * shape.num_attention_heads * shape.head_dim * shape.num_hidden_layers
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Per token of the distillation step."""
+
+    teacher: int  # forward
+    student: int  # forward and backward
+    attention: int  # both
+
+    @property
+    def without_attention(self) -> int:
+        return self.teacher + self.student
+
+    @property
+    def total(self) -> int:
+        return self.without_attention + self.attention
+
+
+def distillation_flops(teacher: ModelShape, student: ModelShape, sequence_length: int) -> Flops:
+    return Flops(
+        teacher=FORWARD * 2 * matrix_parameters(teacher),
+        student=FORWARD_AND_BACKWARD * 2 * matrix_parameters(student),
+        attention=FORWARD * attention_flops(teacher, sequence_length)
+        + FORWARD_AND_BACKWARD * attention_flops(student, sequence_length),
+    )
+
+
+def parameters_per_device(shape: ModelShape, tensor: int, pipeline: int) -> int:
+    """Of the fullest pipeline stage: tensor-parallel tensors cut, norms whole, the vocabulary padded to divide."""
+    padded = shape.replace(vocab_size=-(-shape.vocab_size // tensor) * tensor)
+    sizes, per_layer, outer = padded.tensor_shapes(), 0, {}
+    for name, entry in padded.tensors().items():
+        count = 1
+        for size in sizes[name]:
+            count *= size
+        count = count // tensor if entry.parallel_dim is not None else count
+        if ".layers." in name:
+            per_layer += count
+        else:
+            outer[name] = count
+    layers = per_layer // shape.num_hidden_layers * -(-shape.num_hidden_layers // pipeline)
+    head = outer.get(HEAD, outer[EMBEDDING] if pipeline > 1 else 0)  # a tied head is a copy on the last stage
+    last = head + sum(count for name, count in outer.items() if name not in (EMBEDDING, HEAD))
+    return layers + (outer[EMBEDDING] + last if pipeline == 1 else max(outer[EMBEDDING], last))
+
+
+def bytes_per_device(
+    teacher: ModelShape, student: ModelShape, ranks: Layout, training: TrainingConfig
+) -> dict[str, int]:
+    """What lies in a device's memory for the whole run; activations and communication buffers come on top.
+
+    bf16: 2 bytes per weight, 4 per gradient, and 12 of optimizer state (fp32 weight and two moments); fp32: 4, 4 and 8.
+    The distributed optimizer cuts the optimizer's state over the data-parallel ranks.
+    """
+    frozen = parameters_per_device(teacher, ranks.tensor, ranks.pipeline)
+    trained = parameters_per_device(student, ranks.tensor, ranks.pipeline)
+    weight, gradient, optimizer = (2, 4, 12) if training.precision is Precision.bf16 else (4, 4, 8)
+    parts = {
+        "teacher_weights": weight * frozen,
+        "student_weights": weight * trained,
+        "student_gradients": gradient * trained,
+        "optimizer": optimizer * trained // (ranks.data if training.distributed_optimizer else 1),
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+def counts(shape: ModelShape) -> dict[str, int]:
+    return {
+        "parameters": shape.parameters(),
+        "non_embedding_parameters": shape.non_embedding_parameters(),
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "num_hidden_layers": shape.num_hidden_layers,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_key_value_heads": shape.num_key_value_heads,
+        "head_dim": shape.head_dim,
+        "vocab_size": shape.vocab_size,
+    }
+
+
+def plan(config: Config) -> dict[str, Any]:
+    """Everything that can be said of the distillation of an experiment without starting it."""
+    teacher, student, ranks, training = (
+        teacher_shape(config),
+        student_shape(config),
+        layout(config.parallel),
+        config.distil,
+    )
+    flops = distillation_flops(teacher, student, training.sequence_length)
+    tokens = training.steps * training.global_batch_size * training.sequence_length
+    return {
+        "experiment": config.run.name,
+        "teacher": counts(teacher),
+        "student": counts(student),
+        "student_share": round(student.parameters() / teacher.parameters(), 4),
+        "sequence_length": training.sequence_length,
+        "global_batch_size": training.global_batch_size,
+        "steps": training.steps,
+        "tokens": tokens,
+        "flops_per_token": flops.total,
+        "flops_per_token_without_attention": flops.without_attention,
+        "flops_per_token_parts": asdict(flops),
+        "flops": flops.total * tokens,
+        "h100_hours_at_40_percent": round(flops.total * tokens / (0.4 * H100_BF16) / 3600, 2),
+        "layout": asdict(ranks),
+        "bytes_per_device": bytes_per_device(teacher, student, ranks, training),
+    }
