@@ -1,11 +1,13 @@
 """From a ModelShape to Megatron's TransformerConfig and GPTModel under the current process groups."""
 
+import re
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from pipelines.families import ModelShape
@@ -106,9 +108,31 @@ def build_model(
         position_embedding_type="rope",
         rotary_base=int(shape.rope_theta),
     )
+    _mark_shards(model, shape)
     inv_freq = inverse_frequencies(shape.head_dim, shape.rope_theta, shape.rope_scaling)
     model.rotary_pos_emb.inv_freq = inv_freq.to(model.rotary_pos_emb.inv_freq.device)
     return model
+
+
+def _mark_shards(model: GPTModel, shape: ModelShape) -> None:
+    """Tell Megatron which parameters are shards and which are replicas.
+
+    It says so itself only where it draws random weights. Without the mark the optimizer takes every shard for a
+    replica and leaves all but the first rank's out of the gradient norm, so that clipping is wrong without a word.
+    """
+    parallel_dims = {_within_layer(t.megatron): t.parallel_dim for t in shape.family.tensors}
+    for name, parameter in model.named_parameters():
+        dim = parallel_dims[_within_layer(name)]
+        if dim is not None:
+            for attribute in ("tensor_model_parallel", "partition_dim", "partition_stride"):
+                if hasattr(parameter, attribute):
+                    delattr(parameter, attribute)
+            set_tensor_model_parallel_attributes(parameter, True, dim, 1)
+
+
+def _within_layer(name: str) -> str:
+    """A Megatron parameter's name without its layer's number."""
+    return re.sub(r"^decoder\.layers\.[^.]+\.", "", name)
 
 
 def check_layout(shape: ModelShape, *, tensor: int, pipeline: int) -> None:
