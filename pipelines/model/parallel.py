@@ -36,12 +36,31 @@ def initialize(tensor: int, pipeline: int = 1, context: int = 1, *, device: str 
             f"layout: expected tensor * pipeline * context to divide the {world} processes, "
             f"found {tensor} * {pipeline} * {context}."
         )
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, context_parallel_size=context
-    )
+    if not _is_laid_out(tensor, pipeline, context):
+        _destroy()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, context_parallel_size=context
+        )
     model_parallel_cuda_manual_seed(seed)
+
+
+def _is_laid_out(tensor: int, pipeline: int, context: int) -> bool:
+    return parallel_state.model_parallel_is_initialized() and (tensor, pipeline, context) == (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_context_parallel_world_size(),
+    )
+
+
+def _destroy() -> None:
+    """Megatron forgets most of its groups without closing them; an open gloo group keeps threads and sockets for ever."""
+    groups = [group for group in parallel_state._global_process_group_list or [] if group is not None]
+    parallel_state.destroy_model_parallel()
+    if groups:
+        torch.distributed.barrier()
+    for group in groups:
+        if group in torch.distributed.distributed_c10d._world.pg_map:
+            torch.distributed.destroy_process_group(group)
 
 
 def torch_device(device: str) -> torch.device:
