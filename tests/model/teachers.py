@@ -73,14 +73,16 @@ def sample_rows(vocab_size: int, samples: int, length: int) -> tuple[torch.Tenso
     return tokens, mask
 
 
-def random_case(seed: int) -> tuple[ModelShape, Kept]:
-    """A random shape and what stays of it: half the hidden channels, and any part of neurons, heads and layers."""
+def random_case(seed: int, tensor: int = 1) -> tuple[ModelShape, Kept]:
+    """A random shape that `tensor` ranks can share, and what stays of it: half the hidden channels, and any part of
+    neurons, heads and layers.
+    """
     draw = random.Random(seed)
-    hidden, groups, per_group = 2 * draw.randint(4, 12), draw.randint(1, 3), draw.randint(1, 4)
+    hidden, groups, per_group = 2 * draw.randint(4, 12), tensor * draw.randint(1, 3), draw.randint(1, 4)
     shape = ModelShape(
         vocab_size=draw.randint(20, 60),
         hidden_size=hidden,
-        intermediate_size=draw.randint(6, 30),
+        intermediate_size=tensor * draw.randint(6, 30),
         num_hidden_layers=draw.randint(2, 4),
         num_attention_heads=groups * per_group,
         num_key_value_heads=groups,

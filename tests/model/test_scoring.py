@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from pipelines.families import ModelShape
 from tests.model.teachers import random_weights, sample_rows, write_teacher
+from tests.ranks import RankPool
 
 SHAPE = ModelShape(
     vocab_size=67,
@@ -111,3 +112,18 @@ def test_activations_that_are_not_finite_name_the_layer_on_every_rank(ranks, tmp
     errors = ranks(2, "tests.model.cases_scoring:error_of", directory=str(directory), **layout)
     for error in errors:
         assert "found NaN or infinity in layer 3 (from 1), first in the MLP's neurons" in error
+
+
+@pytest.mark.slow
+def test_scores_equal_those_of_modelopt(tmp_path):
+    shape = SHAPE.replace(hidden_size=128, intermediate_size=192, head_dim=16)
+    directory = write_teacher(tmp_path / "hf", shape, random_weights(shape))
+    pool = RankPool(1)
+    arguments = {"directory": str(directory), "samples": 12, "length": 16, "micro_batch_size": 3}
+    try:
+        result = pool("tests.model.cases_modelopt:both", arguments, timeout=300)[0]
+    finally:
+        pool.close()
+    for name in ARRAYS:
+        np.testing.assert_allclose(result["ours"][name], result["modelopt"][name], rtol=2e-5, err_msg=name)
+        assert (np.argsort(result["ours"][name]) == np.argsort(result["modelopt"][name])).all(), name
