@@ -117,8 +117,10 @@ class ParallelConfig:
 class SourceConfig:
     path: str | None = None  # None only for standard_library
     kind: SourceKind = SourceKind.auto
-    weight: float = 1.0  # the share of its documents (of its windows, for megatron) in the blend, relative to the others
-    text_key: str = "text"
+    weight: float = 1.0  # share of the training samples that come from it, relative to the other sources
+    text_key: str = "text"  # of jsonl, parquet, datasets
+    limit_bytes: int | None = None  # take documents up to this much text (UTF-8); None: all; not for megatron
+    document_bytes: int | None = None  # cut text files at blank lines into documents of about this size; None: one each
 
 
 @dataclass
@@ -127,6 +129,7 @@ class DataConfig:
     sources: list[SourceConfig] = field(default_factory=list)
     tokenizer: str | None = None  # directory; None: the teacher's where it has one, else a byte-level BPE is trained
     tokenizer_vocab_size: int | None = None  # of the BPE trained here; None: model.shape.vocab_size
+    tokenizer_sample_bytes: int = 100_000_000  # train-split text that the BPE is trained on, by the sources' weights
     validation_fraction: float = 0.02  # of the documents
     test_fraction: float = 0.02
     calibration_fraction: float = 0.02
@@ -164,9 +167,10 @@ class TeacherConfig(TrainingConfig):
 @dataclass
 class PruneConfig:
     depth_method: DepthMethod = DepthMethod.block_influence
-    calibration_samples: int = 128  # sequences
+    calibration_samples: int = 128  # sequences, spread evenly over the calibration split
     sequence_length: int = 256  # tokens
-    micro_batch_size: int = 8
+    micro_batch_size: int = 8  # sequences per data-parallel rank and pass
+    precision: Precision = Precision.fp32  # of the teacher while it is scored; the student keeps the files' own
 
 
 @dataclass
@@ -185,6 +189,7 @@ class EvaluateConfig:
     sequence_length: int = 256
     micro_batch_size: int = 8
     batches: int | None = None  # micro batches per data-parallel rank; None: the whole split
+    precision: Precision | None = None  # of the models; None: distil.precision
 
 
 @dataclass

@@ -47,7 +47,7 @@ def render(record: RunRecord, results: dict[str, Any], *, teacher: Path, student
 
 
 def licence(directory: Path) -> str | None:
-    """The licence that a model's directory states: `license:` in its card's header, else a licence file's first line."""
+    """The licence that a directory states: `license:` in its card's header, else a licence file's first line."""
     card = directory / "README.md"
     if card.is_file():
         header = re.match(r"---\n(.*?)\n---", card.read_text(errors="replace"), re.DOTALL)

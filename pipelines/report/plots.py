@@ -201,7 +201,7 @@ def _draw_ranges(axes: Axes, axis: AxisImportance) -> None:
 
 
 def _log_scale(axes: Axes) -> None:
-    """Logarithmic, with plain numbers at 1, 2 and 5: matplotlib's own labels are formulas, which SVG text cannot show."""
+    """Logarithmic, plain numbers at 1, 2 and 5: matplotlib's own labels are formulas, which SVG text cannot show."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -11,6 +11,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from pipelines.config import UserError
+
 MODELS = ("teacher", "pruned", "student")
 STAGES = ("corpus", "teacher", "prune", "distil", "evaluate", "export")
 
@@ -138,8 +140,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}: expected JSON, found an error at line {error.lineno}: {error.msg}. Run the stage that wrote it again."
+        raise UserError(
+            f"{path}: expected JSON, found an error at line {error.lineno}: {error.msg}. "
+            "Run the stage that wrote it again with overwrite=true."
         ) from None
 
 
@@ -153,7 +156,7 @@ def read_importance(scores_file: Path, kept: dict[str, Any]) -> tuple[AxisImport
     try:
         scores = load_file(scores_file)
     except SafetensorError as error:
-        raise ValueError(f"{scores_file}: expected a safetensors file, found: {error}. Run prune again.") from None
+        raise UserError(f"{scores_file}: expected a safetensors file, found: {error}. Run prune again.") from None
     axes = []
     if "hidden" in scores:
         mask = _mask(kept.get("hidden"), len(scores["hidden"]))

@@ -1,4 +1,4 @@
-"""What a run amounts to: the verdict, the table of the models, and the content of report/results.json. Imports no torch."""
+"""What a run amounts to: the verdict, the table of the models, the content of report/results.json. No torch."""
 
 import math
 from dataclasses import dataclass
@@ -33,9 +33,8 @@ def judge(models: dict[str, dict[str, Any]]) -> Verdict:
     """The verdict on evaluated models: {"teacher": {"parameters", "loss", ...}, "pruned": ..., "student": ...}."""
     absent = [role for role in ("teacher", "student") if not usable(models.get(role))]
     if absent:
-        return Verdict(
-            f"No verdict yet: the {' and the '.join(absent)} {'has' if len(absent) == 1 else 'have'} not been evaluated."
-        )
+        verb = "has" if len(absent) == 1 else "have"
+        return Verdict(f"No verdict yet: the {' and the '.join(absent)} {verb} not been evaluated.")
     teacher, student = models["teacher"], models["student"]
     kept = student["parameters"] / teacher["parameters"]
     difference = student["loss"] - teacher["loss"]

@@ -1,0 +1,218 @@
+"""Quality of sharded models on the same batches: loss, KL from the teacher, agreement, speed of a forward pass."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from pipelines.config import UserError
+from pipelines.core.divergence import token_terms
+from pipelines.core.loss import masked_sum, valid_tokens
+from pipelines.core.vocab_parallel import Shard
+
+TEACHER = "teacher"
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Means over all valid tokens.
+
+    loss: cross-entropy, nats/token. kl: KL(teacher || model), nats/token at temperature 1. agreement: share of tokens
+    whose most likely next token is the teacher's. kl and agreement: None without a teacher.
+    """
+
+    tokens: int
+    loss: float
+    kl: float | None
+    agreement: float | None
+
+
+def evaluate(
+    models: Mapping[str, GPTModel],
+    batches: Iterable[Batch],
+    *,
+    vocab_size: int,
+    advance: Callable[[int], None] | None = None,
+) -> dict[str, Quality]:
+    """Every model on every batch of this data-parallel rank, held to the one named "teacher" where there is one.
+
+    models: by name, each this rank's pipeline stage, built for the same layout and vocabulary.
+    batches: dicts of tokens, labels, position_ids (batch, sequence) int64 and loss_mask (batch, sequence); data ranks
+        may hold different numbers of batches and batches of different sizes, none included.
+    advance: called after each batch with its valid tokens.
+
+    Collectives, besides those of the forward passes: two all-reduces per model and batch over the tensor-parallel group
+    (`core.divergence`); after each rank's first batch and at the end one all-reduce of all sums over the data-parallel
+    group and one broadcast over the pipeline. The result is the same on every rank.
+    Raises UserError on every rank, naming the model, when a loss is NaN or infinite; ValueError without a valid token.
+    """
+    assert parallel_state.get_context_parallel_world_size() == 1, "evaluation reads whole sequences"
+    device = next(next(iter(models.values())).parameters()).device
+    order = sorted(models, key=lambda name: name != TEACHER)  # the teacher's logits come first
+    sums = torch.zeros(len(order), len(_SUMS), dtype=torch.float64, device=device)
+    first = True
+    with _evaluating(models.values()):
+        for batch in batches:
+            batch = {key: value.to(device) for key, value in batch.items()}
+            sums += _batch_sums({name: models[name] for name in order}, batch, vocab_size, sums)
+            if first:
+                _require_finite(order, _reduced(sums))
+            first = False
+            if advance:
+                advance(int(valid_tokens(batch["labels"], batch["loss_mask"]).sum()))
+        if first:
+            _require_finite(order, _reduced(sums))  # a rank without a batch takes part in the others' check
+    totals = _reduced(sums)
+    _require_finite(order, totals)
+    return {
+        name: _quality(row, has_teacher=TEACHER in models) for name, row in zip(order, totals.tolist(), strict=True)
+    }
+
+
+_SUMS = ("tokens", "loss", "kl", "agreement")
+
+
+def _batch_sums(models: Mapping[str, GPTModel], batch: Batch, vocab_size: int, like: Tensor) -> Tensor:
+    """(models, 4) float64 sums over the batch's valid tokens on the last pipeline stage, zeros on the others."""
+    sums = torch.zeros_like(like)
+    valid = valid_tokens(batch["labels"], batch["loss_mask"]).flatten()
+    group = parallel_state.get_tensor_model_parallel_group()
+    teacher: Tensor | None = None
+    for row, (name, model) in zip(sums, models.items(), strict=True):
+        found = forward_logits(model, batch)
+        if found is None:
+            continue
+        found = found.flatten(0, 1)
+        shard = Shard.uniform(found.shape[-1], vocab_size, group)
+        labels = batch["labels"].flatten()
+        terms = token_terms(found, teacher, labels, kd_scale=0.0, ce_scale=0.0, temperature=1.0, shard=shard)
+        row[0] = valid.sum()
+        for index, term in enumerate((terms.ce, terms.kd, terms.agreement), start=1):
+            if term is not None:
+                row[index] = masked_sum(term.double(), valid)
+        if name == TEACHER:
+            teacher, row[3] = found, valid.sum()  # agrees with itself, at a KL of 0
+    return sums
+
+
+def forward_logits(model: GPTModel, batch: Batch) -> Tensor | None:
+    """Logits (batch, sequence, padded vocabulary / tp) on the last pipeline stage, None on the others. No gradients.
+
+    One pass of Megatron's forward-only schedule, which sends hidden states between pipeline stages.
+    """
+    return _run_schedule(model, [batch], keep=True)[-1]
+
+
+def _run_schedule(model: GPTModel, batches: list[Batch], *, keep: bool) -> list[Tensor | None]:
+    rows, length = batches[0]["tokens"].shape
+
+    def step(iterator: Any, stage: Any) -> tuple[Tensor, Callable[..., Any]]:
+        batch = next(iterator)
+        output = stage(batch["tokens"], batch["position_ids"], None)
+        return output, lambda logits, non_loss_data: logits if keep else None
+
+    with torch.no_grad():
+        outputs = get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iter(batches),
+            model=model,
+            num_microbatches=len(batches),
+            seq_length=length,
+            micro_batch_size=rows,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    return outputs or [None]
+
+
+def tokens_per_second(model: GPTModel, batch: Batch, *, seconds: float = 1.0, warmup: int = 2) -> float:
+    """Forward passes over the same batch on every data-parallel rank, in tokens/s of all ranks together.
+
+    As many passes as last about `seconds`, by the slowest rank's clock, after `warmup` passes. Under pipeline
+    parallelism a pass is four micro batches per stage, so that the stages work at the same time. The output head is
+    part of it. One barrier and one all-reduce over all ranks per warm-up pass and for the measurement.
+    """
+    device = next(model.parameters()).device
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    per_pass = 1 if stages == 1 else 4 * stages
+    micro_batches = [{key: value.to(device) for key, value in batch.items()}] * per_pass
+    with _evaluating([model]):
+        once = min(_timed(model, micro_batches, 1, device) for _ in range(max(warmup, 1)))
+        passes = max(2, min(1000, round(seconds / once)))
+        elapsed = _timed(model, micro_batches, passes, device)
+    replicas = parallel_state.get_data_parallel_world_size()
+    return batch["tokens"].numel() * per_pass * passes * replicas / elapsed
+
+
+def _timed(model: GPTModel, micro_batches: list[Batch], passes: int, device: torch.device) -> float:
+    """Seconds of the slowest rank: the same number on every rank."""
+    dist.barrier()
+    _synchronize(device)
+    start = time.perf_counter()
+    for _ in range(passes):
+        _run_schedule(model, micro_batches, keep=False)
+    _synchronize(device)
+    elapsed = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=device)
+    dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
+    return float(elapsed)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def _evaluating(models: Iterable[GPTModel]) -> Iterator[None]:
+    """Models in eval mode, and in the mode they had afterwards."""
+    modes = [(model, model.training) for model in models]
+    for model, _ in modes:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, training in modes:
+            model.train(training)
+
+
+def _reduced(sums: Tensor) -> Tensor:
+    """Sums of the last pipeline stage over data-parallel ranks, on every rank."""
+    total = sums.clone()
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        dist.broadcast(total, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+    return total
+
+
+def _require_finite(names: list[str], totals: Tensor) -> None:
+    for name, row in zip(names, totals.tolist(), strict=True):
+        for figure, value in zip(_SUMS, row, strict=True):
+            if not abs(value) < float("inf"):
+                raise UserError(
+                    f"{name}: expected a finite {figure}, found {value}. Its weights or activations are not finite: "
+                    "check the directory it was read from; with bf16 weights try evaluate.precision=fp32."
+                )
+
+
+def _quality(row: list[float], *, has_teacher: bool) -> Quality:
+    tokens, loss, kl, agreement = row
+    if not tokens:
+        raise ValueError(
+            "evaluation: expected at least one valid token, found none. Give more batches or a longer split."
+        )
+    return Quality(
+        tokens=round(tokens),
+        loss=loss / tokens,
+        kl=kl / tokens if has_teacher else None,
+        agreement=agreement / tokens if has_teacher else None,
+    )
