@@ -1,0 +1,154 @@
+"""A split of the corpus cut into windows of tokens, in batches for each data-parallel rank.
+
+The documents of a split stand one behind the other as one stream of T tokens. Window i holds the tokens
+[i * L, i * L + L] for a sequence length of L: inputs without the last, labels without the first. So every token of the
+stream but the first is a label exactly once, at every layout, and ceil((T - 1) / L) windows hold it all.
+
+Bytes of the text behind the labels, for bits per byte: exact where the corpus has token_bytes.npy (a byte-level
+tokenizer: each id stands for a fixed number of UTF-8 bytes, the end of a document for none; the corpus stage has
+checked that these sum to the text's bytes), else labels times the split's mean bytes per token of counts.json.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from pipelines.config import UserError
+from pipelines.text import indexed
+
+
+def split_prefixes(corpus: Path, split: str) -> list[Path]:
+    """The .bin/.idx prefixes of a split. Raises UserError where the corpus has no such split or nothing in it."""
+    return [prefix for prefix, _ in split_blend(corpus, split)]
+
+
+def split_blend(corpus: Path, split: str) -> list[tuple[Path, float]]:
+    """The .bin/.idx prefixes of a split with their weights, which sum to 1."""
+    splits = _blend(corpus)["splits"]
+    if not splits.get(split):
+        filled = ", ".join(name for name, parts in splits.items() if parts)
+        raise UserError(
+            f"{corpus}: expected a split {split!r} with documents, found {filled}. "
+            f"Make the corpus with data.{split}_fraction above 0, or name another split."
+        )
+    return [(corpus / part["prefix"], float(part["weight"])) for part in splits[split]]
+
+
+class Windows:
+    """Windows of sequence_length + 1 tokens over the given data sets; memory-mapped, only what is asked for is read."""
+
+    def __init__(self, prefixes: Sequence[Path], sequence_length: int) -> None:
+        if sequence_length < 1:
+            raise UserError(f"sequence_length: expected 1 token or more, found {sequence_length}.")
+        self.sequence_length = sequence_length
+        self._indices = [indexed.read_index(prefix) for prefix in prefixes]
+        self._ids = [indexed.read_ids(prefix, index) for prefix, index in zip(prefixes, self._indices, strict=True)]
+        # ends[p][s]: tokens of data set p up to the end of its sequence s
+        self._ends = [numpy.cumsum(index.lengths, dtype=numpy.int64) for index in self._indices]
+        sizes = [int(ends[-1]) if len(ends) else 0 for ends in self._ends]
+        self._starts = numpy.concatenate([[0], numpy.cumsum(sizes, dtype=numpy.int64)])
+        self.tokens = int(self._starts[-1])
+        if self.tokens < 2:
+            names = ", ".join(map(str, prefixes)) or "no data set"
+            raise UserError(f"{names}: expected a split of 2 tokens or more, found {self.tokens}. Give more text.")
+
+    @property
+    def labels(self) -> int:
+        """How many tokens are predicted in all windows together: every token of the split but its first."""
+        return self.tokens - 1
+
+    def __len__(self) -> int:
+        return -(-self.labels // self.sequence_length)
+
+    def __getitem__(self, window: int) -> torch.Tensor:
+        """(sequence_length + 1,) int64; the last window is filled up with 0."""
+        if not 0 <= window < len(self):
+            raise IndexError(f"window {window} of {len(self)}")
+        start = window * self.sequence_length
+        found = torch.zeros(self.sequence_length + 1, dtype=torch.int64)
+        tokens = self._read(start, min(start + self.sequence_length + 1, self.tokens))
+        found[: len(tokens)] = torch.from_numpy(tokens)
+        return found
+
+    def mask(self, window: int) -> torch.Tensor:
+        """(sequence_length,) float32: 1 where the label, token [1:] of the window, is one of the split's."""
+        valid = min(self.labels - window * self.sequence_length, self.sequence_length)
+        return (torch.arange(self.sequence_length) < valid).float()
+
+    def _read(self, start: int, stop: int) -> numpy.ndarray[Any, Any]:
+        """Tokens start..stop of the stream, int64, sequence by sequence: the pointers may skip parts of a .bin."""
+        parts = []
+        while start < stop:
+            part = int(numpy.searchsorted(self._starts, start, side="right")) - 1
+            index, ends, offset = self._indices[part], self._ends[part], start - int(self._starts[part])
+            sequence = int(numpy.searchsorted(ends, offset, side="right"))
+            inside = offset - (int(ends[sequence]) - int(index.lengths[sequence]))
+            count = min(stop - start, int(index.lengths[sequence]) - inside)
+            begin = int(index.pointers[sequence]) // index.id_type.itemsize + inside
+            parts.append(self._ids[part][begin : begin + count].astype(numpy.int64))
+            start += count
+        return numpy.concatenate(parts)
+
+
+def batches(
+    windows: Windows, micro_batch_size: int, data_rank: int = 0, data_size: int = 1, limit: int | None = None
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The micro batches of one data-parallel rank: the same number on each rank, all of the same shape.
+
+    limit: micro batches per rank; where that is less than everything, the windows are spread evenly over the split.
+    Ranks without a window of their own in the last round get one whose mask is all 0.
+
+    Yields tokens, labels, position_ids: (micro_batch_size, sequence_length) int64; loss_mask: the same, float32.
+    """
+    chosen = chosen_windows(windows, micro_batch_size, data_size, limit)
+    positions = torch.arange(windows.sequence_length).repeat(micro_batch_size, 1)
+    step = micro_batch_size * data_size
+    for first in range(0, len(chosen), step):
+        start = first + data_rank * micro_batch_size
+        mine = chosen[start : start + micro_batch_size]
+        rows = torch.zeros(micro_batch_size, windows.sequence_length + 1, dtype=torch.int64)
+        mask = torch.zeros(micro_batch_size, windows.sequence_length)
+        for row, window in enumerate(mine):
+            rows[row], mask[row] = windows[window], windows.mask(window)
+        yield {
+            "tokens": rows[:, :-1].contiguous(),
+            "labels": rows[:, 1:].contiguous(),
+            "position_ids": positions,
+            "loss_mask": mask,
+        }
+
+
+def chosen_windows(windows: Windows, micro_batch_size: int, data_size: int = 1, limit: int | None = None) -> list[int]:
+    """The windows that `batches` deals out to all data-parallel ranks together, in order."""
+    if micro_batch_size < 1 or (limit is not None and limit < 1):
+        raise UserError(f"expected 1 or more as micro_batch_size and limit, found {micro_batch_size} and {limit}.")
+    wanted = len(windows) if limit is None else min(len(windows), limit * micro_batch_size * data_size)
+    return [number * len(windows) // wanted for number in range(wanted)]
+
+
+def token_bytes(corpus: Path) -> torch.Tensor | None:
+    """(vocab_size,) int32 UTF-8 bytes that each id stands for; None where the tokenizer is not byte-level."""
+    name = _blend(corpus)["token_bytes"]
+    return torch.from_numpy(numpy.load(corpus / name)) if name else None
+
+
+def label_bytes(corpus: Path, split: str, windows: Windows, chosen: Sequence[int] | None = None) -> float:
+    """UTF-8 bytes of the text behind the labels of the chosen windows (None: all), for bits per byte =
+    sum of the labels' losses in nats / ln 2 / label_bytes. Reads the windows; the same on every rank, no collective."""
+    every = range(len(windows)) if chosen is None else chosen
+    table = token_bytes(corpus)
+    if table is None:
+        count = json.loads((corpus / "counts.json").read_text())["splits"][split]
+        return float(sum(windows.mask(window).sum() for window in every)) * count["bytes"] / count["tokens"]
+    return float(sum((table[windows[window][1:]] * windows.mask(window)).sum(dtype=torch.float64) for window in every))
+
+
+def _blend(corpus: Path) -> dict[str, Any]:
+    path = corpus / "blend.json"
+    if not path.is_file():
+        raise UserError(f"{corpus}: expected a corpus with a blend.json, found none. Run stage=corpus first.")
+    return dict(json.loads(path.read_text()))

@@ -1,0 +1,177 @@
+"""The corpus's tokenizer: a given Hugging Face directory, or a byte-level BPE trained on the train split. No torch."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from pipelines.config import UserError
+from pipelines.files import write_json
+
+BEGIN_OF_TEXT, END_OF_TEXT = "<|begin_of_text|>", "<|end_of_text|>"
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+# Llama 3's: contractions, words with the sign or space before them, numbers of up to three digits, signs, line ends.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """size: the largest id + 1. end_of_document: the id after each document. token_bytes: (size,) UTF-8 bytes that an
+    id stands for, 0 for special tokens; None for a tokenizer that is not byte-level."""
+
+    size: int
+    end_of_document: int
+    token_bytes: numpy.ndarray[Any, Any] | None
+
+
+def has_tokenizer(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
+def load(directory: Path) -> Tokenizer:
+    """tokenizer.json for running text: whole documents, nothing added, special tokens' names as plain text."""
+    try:
+        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    except Exception as error:
+        raise UserError(
+            f"{directory / 'tokenizer.json'}: expected a tokenizer, found {error}. Copy it again."
+        ) from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def read_vocabulary(directory: Path) -> Vocabulary:
+    tokenizer = load(directory)
+    size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    end_of_document = _end_of_document(directory, tokenizer)
+    token_bytes = _token_bytes(tokenizer, size)
+    if token_bytes is not None:
+        token_bytes[end_of_document] = 0
+    return Vocabulary(size, end_of_document, token_bytes)
+
+
+def take(source: Path, directory: Path) -> None:
+    """Copy a tokenizer's files into a new directory; one without tokenizer.json is converted by transformers."""
+    if not source.is_dir() or not has_tokenizer(source):
+        found = "a directory without tokenizer files" if source.is_dir() else "no directory"
+        raise UserError(
+            f"{source}: expected a Hugging Face tokenizer directory (tokenizer.json, tokenizer_config.json), "
+            f"found {found}. Set data.tokenizer."
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
+    if (source / "tokenizer.json").is_file():
+        return
+    from transformers import AutoTokenizer
+
+    try:
+        fast = AutoTokenizer.from_pretrained(str(source), use_fast=True, local_files_only=True)
+        fast.save_pretrained(str(directory))
+    except Exception as error:
+        raise UserError(f"{source}: expected a tokenizer that transformers can open, found: {error}.") from None
+    if not (directory / "tokenizer.json").is_file():
+        raise UserError(
+            f"{source}: expected a tokenizer with a tokenizer.json, found a {type(fast).__name__} that has none and "
+            "cannot be converted. Give another with data.tokenizer."
+        )
+
+
+def refuse_larger(vocabulary: Vocabulary, source: str, embedding: int, model: str) -> None:
+    """A tokenizer must not have ids that the model's embedding has no row for."""
+    if vocabulary.size > embedding:
+        raise UserError(
+            f"{source}: expected a tokenizer of at most {embedding:,} ids, the vocab_size of {model}; "
+            f"found {vocabulary.size:,}. Give the model's own tokenizer with data.tokenizer, or a model with a larger "
+            "vocab_size."
+        )
+
+
+def train(texts: Iterator[str], vocab_size: int, directory: Path) -> None:
+    """Train a byte-level BPE of at most vocab_size ids and write it as a Hugging Face directory.
+
+    The result depends on the texts alone, not on their order or the number of threads.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(alphabet) + 2:
+        raise UserError(
+            f"data.tokenizer_vocab_size: expected at least {len(alphabet) + 2} (256 bytes and two special tokens), "
+            f"found {vocab_size}."
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BEGIN_OF_TEXT, END_OF_TEXT],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    special = {"bos_token": BEGIN_OF_TEXT, "eos_token": END_OF_TEXT}
+    write_json(directory / "special_tokens_map.json", special)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    write_json(directory / "tokenizer_config.json", settings | special)
+
+
+def _end_of_document(directory: Path, tokenizer: Tokenizer) -> int:
+    """The id of eos_token, by tokenizer_config.json or special_tokens_map.json."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = _read_json(directory / name).get("eos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is not None:
+            number = tokenizer.token_to_id(token)
+            if number is None:
+                raise UserError(f"{directory / name}: expected an eos_token of the vocabulary, found {token!r}.")
+            return int(number)
+    raise UserError(
+        f"{directory}: expected a tokenizer with an end-of-document token, found no eos_token in tokenizer_config.json "
+        'or special_tokens_map.json. Add it there, e.g. "eos_token": "<|end_of_text|>".'
+    )
+
+
+def _token_bytes(tokenizer: Tokenizer, size: int) -> numpy.ndarray[Any, Any] | None:
+    decoder = json.loads(tokenizer.to_str()).get("decoder") or {}
+    if "ByteLevel" not in [decoder.get("type"), *(part.get("type") for part in decoder.get("decoders", []))]:
+        return None
+    table = numpy.zeros(size, numpy.int32)
+    for token, number in tokenizer.get_vocab(with_added_tokens=False).items():
+        table[number] = len(token)  # the byte-level alphabet: one character per byte
+    for number, added in tokenizer.get_added_tokens_decoder().items():
+        table[number] = 0 if added.special else len(added.content.encode())
+    return table
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: expected JSON, found an error at line {error.lineno}. Copy it again.") from None
