@@ -53,7 +53,7 @@ def _is_laid_out(tensor: int, pipeline: int, context: int) -> bool:
 
 
 def _destroy() -> None:
-    """Megatron forgets most of its groups without closing them; an open gloo group keeps threads and sockets for ever."""
+    """Megatron forgets most of its groups without closing them; an open gloo group keeps its threads and sockets."""
     groups = [group for group in parallel_state._global_process_group_list or [] if group is not None]
     parallel_state.destroy_model_parallel()
     if groups:

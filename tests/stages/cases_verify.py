@@ -1,0 +1,109 @@
+"""What runs in the ranks of test_verify.py: the verify stage, as it is and with a defect planted in what it checks."""
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipelines import artifacts
+from pipelines.config import Config, ParallelConfig, UserError
+from pipelines.core import divergence, loss, vocab_parallel
+from pipelines.model import pair, step
+from pipelines.stages import verify
+
+
+def run(directory: str, defect: str = "", distributed_optimizer: bool = False, **layout: Any) -> dict[str, Any]:
+    """{"figures", "printed", "error"}: what the stage returned, printed on this rank, and its UserError if any."""
+    config = Config(stage="verify", parallel=ParallelConfig(**layout))
+    config.distil.distributed_optimizer = distributed_optimizer
+    config.verify.sequence_length = 16
+    printed, figures, error = io.StringIO(), {}, ""
+    with contextlib.redirect_stdout(printed), DEFECTS[defect]():
+        try:
+            figures = verify.run(artifacts.StageContext(config, "verify", Path(directory)))
+        except UserError as failure:
+            error = str(failure)
+    return {"figures": figures, "printed": printed.getvalue(), "error": error}
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    original = vars(owner)[name]
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def gradients_times_tp() -> contextlib.AbstractContextManager[None]:
+    """What autograd through an all-reduce of an already replicated loss does."""
+    backward = divergence._TokenTerms.backward
+
+    def scaled(ctx: Any, loss_gradient: Tensor, *others: Any) -> Any:
+        return backward(ctx, 2 * loss_gradient, *others)
+
+    return _replaced(divergence._TokenTerms, "backward", staticmethod(scaled))
+
+
+def missing_temperature_squared() -> contextlib.AbstractContextManager[None]:
+    return _replaced(loss.LossWeights, "kd_scale", property(lambda self: self.kd))
+
+
+def local_normalization() -> contextlib.AbstractContextManager[None]:
+    """Each micro batch's own mean, then the mean of those."""
+    loss_function = step.loss_function
+
+    def averaged(batch: step.Batch, terms: dict[str, Tensor]) -> step.Loss:
+        total, count, report = loss_function(batch, terms)
+        return total / count, torch.ones_like(count), report
+
+    return _replaced(step, "loss_function", averaged)
+
+
+def unmasked_padding() -> contextlib.AbstractContextManager[None]:
+    return _replaced(vocab_parallel.Shard, "valid_width", lambda self, width: width)
+
+
+def shifted_label() -> contextlib.AbstractContextManager[None]:
+    """The next-token shift made once more inside the model."""
+    terms = pair.DistillationPair._terms
+
+    def shifted(self: Any, student: Tensor, teacher: Tensor | None, labels: Tensor) -> Any:
+        return terms(self, student, teacher, labels.roll(-1, dims=1))
+
+    return _replaced(pair.DistillationPair, "_terms", shifted)
+
+
+def unreduced_gradients() -> contextlib.AbstractContextManager[None]:
+    """Gradient finalization that divides but reduces over nothing."""
+
+    def divided(model: list[Any], num_tokens: Tensor, **_: Any) -> None:
+        model[0].scale_gradients(1.0 / num_tokens.item())
+
+    return _replaced(step, "finalize_model_grads", divided)
+
+
+def nan_gradient() -> contextlib.AbstractContextManager[None]:
+    backward = divergence._TokenTerms.backward
+
+    def spoiled(ctx: Any, loss_gradient: Tensor, *others: Any) -> Any:
+        return backward(ctx, loss_gradient * torch.nan, *others)
+
+    return _replaced(divergence._TokenTerms, "backward", staticmethod(spoiled))
+
+
+DEFECTS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
+    "": contextlib.nullcontext,
+    "gradients_times_tp": gradients_times_tp,
+    "missing_temperature_squared": missing_temperature_squared,
+    "local_normalization": local_normalization,
+    "unmasked_padding": unmasked_padding,
+    "shifted_label": shifted_label,
+    "unreduced_gradients": unreduced_gradients,
+    "nan_gradient": nan_gradient,
+}

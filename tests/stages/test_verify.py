@@ -1,0 +1,70 @@
+"""The verify stage passes at every layout as the code stands, and fails for each planted defect."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.config import Config, ParallelConfig, UserError
+from pipelines.stages.verify import GROUPS, cases
+from tests.ranks import RankPools
+
+RUN = "tests.stages.cases_verify:run"
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp2": {"tensor": 2},
+    "tp2_sp": {"tensor": 2, "sequence_parallel": True},
+    "dp2": {"tensor": 1},
+    "dp2_distributed_optimizer": {"tensor": 1, "distributed_optimizer": True},
+    "pp2": {"tensor": 1, "pipeline": 2},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_passes_and_compares_every_group(ranks: RankPools, tmp_path: Path, layout: dict[str, Any]) -> None:
+    first, second = ranks(2, RUN, directory=str(tmp_path), **layout)
+    assert first["error"] == second["error"] == ""
+    assert set(first["figures"]) == {"width", "depth_tied"}
+    for case in cases(2, 1):
+        figures = first["figures"][case.name]
+        expected = set(GROUPS) - ({"head"} if case.student.tie_word_embeddings else set())
+        assert set(figures) == expected | {"loss", "kd", "ce", "agreement", "tokens"}
+        assert all(figures[group]["values"] == 0 for group in expected), "fp32 weights come back bit for bit"
+        assert all(0 < figures[group]["gradients"] <= 1e-5 for group in expected), "measured, and within the tolerance"
+    assert first["printed"].count("ok") == len(first["figures"]["width"]) + len(first["figures"]["depth_tied"])
+    assert not list(tmp_path.iterdir()), "the random models are removed again"
+
+
+DEFECTS = {
+    "gradients_times_tp": ({"tensor": 2}, "gradient lm_head.weight: 1.0e+00"),
+    "missing_temperature_squared": ({"tensor": 2}, "term loss"),
+    "local_normalization": ({"tensor": 2}, "gradient lm_head.weight"),
+    "unmasked_padding": ({"tensor": 2}, "term kd"),
+    "shifted_label": ({"tensor": 2}, "term ce"),
+    "unreduced_gradients": ({"tensor": 1}, "gradient model.norm.weight"),
+    "nan_gradient": ({"tensor": 2}, "gradient model.norm.weight: nan"),
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_catches(ranks: RankPools, tmp_path: Path, defect: str) -> None:
+    layout, sign = DEFECTS[defect]
+    first, second = ranks(2, RUN, directory=str(tmp_path), defect=defect, **layout)
+    assert sign in first["error"], first["error"]
+    assert first["error"] == second["error"], "every rank ends with the same message"
+    assert "FAILED" in first["printed"] and "is within the tolerance" not in first["printed"]
+
+
+def test_refuses_context_parallelism_by_name(ranks: RankPools, tmp_path: Path) -> None:
+    first, _ = ranks(2, RUN, directory=str(tmp_path), tensor=1, context=2)
+    assert "parallel.context=1" in first["error"]
+
+
+def test_shapes_are_awkward() -> None:
+    for tensor in (1, 2, 3, 4, 8):
+        for case in cases(tensor, 2):
+            for shape in (case.teacher, case.student):
+                assert tensor == 1 or shape.vocab_size % tensor
+                assert shape.head_dim * shape.num_attention_heads != shape.hidden_size
+                assert shape.num_key_value_heads < shape.num_attention_heads or tensor == 1
+            assert case.student.parameters() < case.teacher.parameters()
