@@ -216,3 +216,25 @@ def _quality(row: list[float], *, has_teacher: bool) -> Quality:
         kl=kl / tokens if has_teacher else None,
         agreement=agreement / tokens if has_teacher else None,
     )
+
+
+def gathered_logits(model: GPTModel, batch: Batch, vocab_size: int) -> Tensor:
+    """Logits (batch, sequence, vocab_size) on every rank of a model replica, without the vocabulary's padding.
+
+    For a few tokens: they are whole on every rank. One all-gather over the tensor-parallel group on the last pipeline
+    stage, one broadcast over the pipeline.
+    """
+    device = next(model.parameters()).device
+    local = forward_logits(model, {key: value.to(device) for key, value in batch.items()})
+    group = parallel_state.get_tensor_model_parallel_group()
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    if local is not None:
+        shards = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(shards, local.contiguous(), group=group)
+        whole = torch.cat(shards, dim=-1)[..., :vocab_size].contiguous()
+    else:
+        dtype = next(model.parameters()).dtype
+        whole = torch.empty(*batch["tokens"].shape, vocab_size, dtype=dtype, device=device)
+    if dist.get_world_size(pipeline) > 1:
+        dist.broadcast(whole, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=pipeline)
+    return whole

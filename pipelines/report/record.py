@@ -147,9 +147,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_importance(scores_file: Path, kept: dict[str, Any]) -> tuple[AxisImportance, ...]:
-    """Axes that were scored, each with what was kept; an axis kept whole is left out.
+    """Axes that were scored, each with what was kept.
 
-    kept: layers by the teacher's numbers from 1, channels, neurons and heads from 0, per kept layer.
+    scores_file: hidden, ffn.<layer>, heads.<layer>, block_influence, or nothing where nothing had to be ranked.
+    kept: layers by the teacher's numbers from 1; channels, neurons and heads from 0, per kept layer.
     """
     if not kept or not scores_file.is_file():
         return ()
@@ -161,13 +162,11 @@ def read_importance(scores_file: Path, kept: dict[str, Any]) -> tuple[AxisImport
     if "hidden" in scores:
         mask = _mask(kept.get("hidden"), len(scores["hidden"]))
         axes.append(
-            AxisImportance(
-                "hidden", "Hidden channels", "channels", "activation norm", (np.asarray(scores["hidden"]),), (mask,)
-            )
+            AxisImportance("hidden", "Hidden channels", "channels", "activation norm", (scores["hidden"],), (mask,))
         )
     for name, title, unit in (("ffn", "Feed-forward neurons", "neurons"), ("heads", "Attention heads", "heads")):
-        if name in scores:
-            rows = tuple(np.asarray(row) for row in scores[name])
+        if f"{name}.1" in scores:
+            rows = tuple(scores[f"{name}.{n}"] for n in range(1, len(scores["block_influence"]) + 1))
             by_layer = kept.get(name) or {}
             dropped = kept.get("layers") and set(range(1, len(rows) + 1)) - set(kept["layers"])
             masks = tuple(
@@ -176,7 +175,7 @@ def read_importance(scores_file: Path, kept: dict[str, Any]) -> tuple[AxisImport
             )
             axes.append(AxisImportance(name, title, unit, "activation norm", rows, masks))
     if "block_influence" in scores:
-        influence = np.asarray(scores["block_influence"])
+        influence = scores["block_influence"]
         mask = _mask([n - 1 for n in kept["layers"]] if kept.get("layers") else None, len(influence))
         axes.append(AxisImportance("layers", "Layers", "layers", "block influence", (influence,), (mask,)))
     return tuple(axes)

@@ -131,10 +131,11 @@ def lineage(record: RunRecord) -> list[dict[str, Any]]:
 def kept_in_words(kept: dict[str, Any]) -> dict[str, str]:
     """kept.json as ranges: {"hidden": "0-3, 7", "layers": "1-4", "ffn of layer 1": ...}."""
     words = {}
-    for axis, indices in kept.items():
+    for axis in ("layers", "hidden", "heads", "ffn"):
+        indices = kept.get(axis)
         if isinstance(indices, dict):
             words |= {f"{axis} of layer {layer}": ranges(values) for layer, values in indices.items()}
-        elif isinstance(indices, list) and all(isinstance(index, int) for index in indices):
+        elif indices is not None:
             words[axis] = ranges(indices)
     return words
 

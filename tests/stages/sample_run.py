@@ -79,16 +79,18 @@ def _prune(directory: Path) -> None:
     random = np.random.default_rng(SEED)
     scores = {
         "hidden": np.sort(random.lognormal(0, 0.7, HIDDEN)),
-        "ffn": random.lognormal(0, 1, (LAYERS, FFN)),
-        "heads": random.lognormal(0, 0.5, (LAYERS, HEADS)),
+        **{f"ffn.{n}": random.lognormal(0, 1, FFN) for n in range(1, LAYERS + 1)},
+        **{f"heads.{n}": random.lognormal(0, 0.5, HEADS) for n in range(1, LAYERS + 1)},
         "block_influence": random.uniform(0.1, 0.6, LAYERS),
     }
-    save_file({name: array.astype(np.float32) for name, array in scores.items()}, directory / "scores.safetensors")
+    save_file(scores, directory / "scores.safetensors")
     kept = {
         "hidden": _best(scores["hidden"], 192),
-        "ffn": {str(n): _best(row, 512) for n, row in enumerate(scores["ffn"], start=1)},
-        "heads": {str(n): _best(row, 6) for n, row in enumerate(scores["heads"], start=1)},
+        "ffn": {str(n): _best(scores[f"ffn.{n}"], 512) for n in range(1, LAYERS + 1)},
+        "heads": {str(n): _best(scores[f"heads.{n}"], 6) for n in range(1, LAYERS + 1)},
         "layers": list(range(1, LAYERS + 1)),
+        "teacher": {"hidden_size": HIDDEN},
+        "student": {"hidden_size": 192},
     }
     _write(directory / "kept.json", kept)
 

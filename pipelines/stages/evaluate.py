@@ -1,0 +1,161 @@
+"""Teacher, pruned and distilled student side by side on held-out text, as shards in the same process groups.
+
+Writes results.json: {"split", "tokens", "bytes", ..., "models": {"teacher" | "pruned" | "student": {"path",
+"parameters", "loss" (nats/token), "perplexity", "bits_per_byte", "kl" (KL(teacher || model), nats/token), "agreement"
+(share), "tokens_per_second"}}, "missing": {model: reason}}. All models are resident together: as inference weights
+they take less than distilling the student took.
+"""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+
+from pipelines import artifacts, console
+from pipelines.config import Config, Layout, UserError, layout
+from pipelines.families import ModelShape, read_shape
+from pipelines.model import parallel, quality
+from pipelines.model.build import build_model
+from pipelines.model.weights import load_hugging_face
+from pipelines.model.windows import Windows, batches, chosen_windows, label_bytes, split_prefixes
+
+SPEED_SECONDS = 1.5  # of timed forward passes per model
+
+
+def run(context: artifacts.StageContext) -> dict[str, Any]:
+    config, settings, ranks = context.config, context.config.evaluate, layout(context.config.parallel)
+    directories, missing = find_models(config)
+    shapes = {name: read_shape(directory) for name, directory in directories.items()}
+    corpus = artifacts.corpus_directory(config)
+    _check(config, ranks, corpus, shapes)
+    parallel.initialize(ranks.tensor, ranks.pipeline, ranks.context, device=ranks.device, seed=config.run.seed)
+    windows = Windows(split_prefixes(corpus, settings.split), settings.sequence_length)
+    models = {name: _load(config, ranks, shapes[name], directory) for name, directory in directories.items()}
+    for name, reason in missing.items():
+        console.say(f"evaluate  no {name}: {reason}")
+    found = _measure(config, models, windows, shapes["teacher"].vocab_size)
+    speeds = _speeds(config, models, windows)
+    chosen = chosen_windows(windows, settings.micro_batch_size, ranks.data, settings.batches)
+    text_bytes = label_bytes(corpus, settings.split, windows, chosen)
+    results = {
+        "split": settings.split,
+        "tokens": found["teacher"].tokens,
+        "bytes": round(text_bytes),
+        "windows": len(chosen),
+        "sequence_length": settings.sequence_length,
+        "precision": _precision(config),
+        "models": {
+            name: {"path": str(directories[name]), "parameters": shapes[name].parameters()}
+            | {"non_embedding_parameters": shapes[name].non_embedding_parameters()}
+            | figures(quality_, text_bytes)
+            | {"tokens_per_second": round(speeds[name], 1)}
+            for name, quality_ in found.items()
+        },
+        "missing": missing,
+    }
+    if torch.distributed.get_rank() == 0:
+        artifacts.write_json(context.directory / "results.json", results)
+    for name, model in results["models"].items():
+        console.say(
+            f"evaluate  {name:<8}{model['parameters']:>15,} parameters  loss {model['loss']:.4f} nats/token  "
+            f"{model['bits_per_byte']:.4f} bits/byte  KL {model['kl']:.4f}  agreement {model['agreement']:.1%}"
+        )
+    return {name: {key: model[key] for key in ("loss", "kl")} for name, model in results["models"].items()}
+
+
+def find_models(config: Config) -> tuple[dict[str, Path], dict[str, str]]:
+    """(directories of the models that are there, reasons for those that are not), by name. There must be a teacher."""
+    places = {
+        "teacher": (artifacts.teacher_directory(config), "teacher"),
+        "pruned": (artifacts.student_start_directory(config), "prune"),
+        "student": (artifacts.student_directory(config), "distil"),
+    }
+    directories, missing = {}, {}
+    for name, (directory, stage) in places.items():
+        if artifacts.is_hugging_face(directory):
+            directories[name] = directory
+        else:
+            missing[name] = f"no model in {directory}; stage={stage} has not finished."
+    if "teacher" in missing:
+        raise UserError(f"evaluate: expected a teacher, found {missing['teacher']} Run stage=teacher first.")
+    return directories, missing
+
+
+def figures(found: quality.Quality, text_bytes: float) -> dict[str, float | None]:
+    """loss, perplexity, bits per byte, KL and agreement of one model. text_bytes: UTF-8 bytes behind the tokens."""
+    bits = found.loss * found.tokens / math.log(2) / text_bytes if text_bytes else None
+    perplexity = math.exp(found.loss) if found.loss < 700 else None  # beyond, it is no float64
+    return {
+        "loss": found.loss,
+        "perplexity": perplexity,
+        "bits_per_byte": bits,
+        "kl": found.kl,
+        "agreement": found.agreement,
+    }
+
+
+def _check(config: Config, ranks: Layout, corpus: Path, shapes: dict[str, ModelShape]) -> None:
+    """Raises UserError for what cannot be evaluated, before anything is built."""
+    settings = config.evaluate
+    if ranks.context > 1:
+        raise UserError(
+            f"parallel.context: evaluate expected 1, found {ranks.context}. Evaluate with parallel.context=1."
+        )
+    if ranks.sequence_parallel and settings.sequence_length % ranks.tensor:
+        raise UserError(
+            f"evaluate.sequence_length: expected a multiple of parallel.tensor={ranks.tensor} under sequence "
+            f"parallelism, found {settings.sequence_length}. Change it, or set parallel.sequence_parallel=false."
+        )
+    sizes = {name: shape.vocab_size for name, shape in shapes.items()}
+    if len(set(sizes.values())) > 1:
+        raise UserError(f"evaluate: expected models of one vocabulary, found sizes {sizes}. Prune from this teacher.")
+    blend = corpus / "blend.json"
+    found = json.loads(blend.read_text())["vocab_size"] if blend.is_file() else 0
+    if found > sizes["teacher"]:
+        raise UserError(
+            f"{corpus}: expected a tokenizer of at most the models' {sizes['teacher']} ids, found {found}. "
+            "Make the corpus with the teacher's tokenizer: data.tokenizer=<the teacher's directory>."
+        )
+
+
+def _precision(config: Config) -> str:
+    return str((config.evaluate.precision or config.distil.precision).value)
+
+
+def _load(config: Config, ranks: Layout, shape: ModelShape, directory: Path) -> GPTModel:
+    model = build_model(
+        shape,
+        sequence_parallel=ranks.sequence_parallel,
+        precision=_precision(config),
+        sequence_length=config.evaluate.sequence_length,
+    )
+    load_hugging_face(model, directory, shape)
+    return model
+
+
+def _measure(
+    config: Config, models: dict[str, GPTModel], windows: Windows, vocab_size: int
+) -> dict[str, quality.Quality]:
+    settings, ranks = config.evaluate, parallel_state.get_data_parallel_world_size()
+    chosen = chosen_windows(windows, settings.micro_batch_size, ranks, settings.batches)
+    mine = batches(windows, settings.micro_batch_size, parallel_state.get_data_parallel_rank(), ranks, settings.batches)
+    started, done = time.monotonic(), 0
+    with console.progress("evaluate", -(-len(chosen) // (settings.micro_batch_size * ranks)), "batches") as bar:
+
+        def advance(tokens: int) -> None:
+            nonlocal done
+            done += tokens * ranks
+            bar.advance(1, detail=f"{done / (time.monotonic() - started):,.0f} tokens/s")
+
+        return quality.evaluate(models, mine, vocab_size=vocab_size, advance=advance)
+
+
+def _speeds(config: Config, models: dict[str, GPTModel], windows: Windows) -> dict[str, float]:
+    """tokens/s of each model's forward pass on the same micro batch per data-parallel rank."""
+    batch = next(batches(windows, config.evaluate.micro_batch_size))
+    return {name: quality.tokens_per_second(model, batch, seconds=SPEED_SECONDS) for name, model in models.items()}

@@ -1,0 +1,133 @@
+"""The student as a verified Hugging Face directory, and optionally as a NeMo 2 checkpoint.
+
+The copy takes its name only after it has passed: every file has the hash that the distil stage recorded, transformers
+opens it, and its logits on held-out text equal those of our sharded model read from distil/hf.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines import artifacts, console
+from pipelines.config import Config, UserError, layout
+from pipelines.families import ModelShape, read_shape
+from pipelines.model import parallel, quality
+from pipelines.model.build import build_model
+from pipelines.model.weights import load_hugging_face
+from pipelines.model.windows import Windows, batches, split_prefixes
+from pipelines.report import card, summary
+from pipelines.report.record import read_run
+
+WINDOWS, WINDOW_TOKENS = 2, 64  # held-out text on which logits are compared
+
+
+def run(context: artifacts.StageContext) -> dict[str, Any]:
+    config = context.config
+    source, target = artifacts.student_directory(config), context.directory / "hf"
+    shape = read_shape(source)
+    tokens, reference = _reference_logits(config, source, shape)
+    found: dict[str, Any] = {}
+    if torch.distributed.get_rank() == 0:
+        check_hashes(config, source)
+        with artifacts.new_directory(target) as partial:
+            console.say(f"export  copying {source}")
+            shutil.copytree(source, partial, dirs_exist_ok=True)
+            artifacts.write_atomic(partial / "README.md", _card(config, source))
+            found = verify(partial, tokens, reference, tolerance=config.export.tolerance)
+            found["generated"] = generate(partial, config.export.prompt, config.export.new_tokens)
+        found["bytes"] = sum(file.stat().st_size for file in target.iterdir())
+        console.say(
+            f"export  {target}: {found['bytes']:,} bytes; logits in transformers differ by "
+            f"{found['relative_difference']:.1e} (largest {found['largest_difference']:.1e})\n"
+            f"export  generated: {found['generated']!r}"
+        )
+    torch.distributed.barrier()
+    if config.export.nemo:
+        from pipelines.trainer.nemo_checkpoint import save_nemo_checkpoint
+
+        save_nemo_checkpoint(target, context.directory / "nemo", artifacts.corpus_directory(config) / "tokenizer")
+        console.say(f"export  {context.directory / 'nemo'}: NeMo 2 checkpoint")
+    return {"model": str(target)} | found
+
+
+def _reference_logits(config: Config, source: Path, shape: ModelShape) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens (windows, sequence), logits (windows, sequence, vocabulary) fp32 on the CPU) of our sharded model."""
+    ranks = layout(config.parallel)
+    if ranks.context > 1:
+        raise UserError(f"parallel.context: export expected 1, found {ranks.context}. Export with parallel.context=1.")
+    parallel.initialize(ranks.tensor, ranks.pipeline, ranks.context, device=ranks.device, seed=config.run.seed)
+    windows = Windows(split_prefixes(artifacts.corpus_directory(config), config.evaluate.split), WINDOW_TOKENS)
+    batch = next(batches(windows, WINDOWS, limit=1))
+    model = build_model(shape, precision="fp32", sequence_length=WINDOW_TOKENS)
+    load_hugging_face(model, source, shape)
+    logits = quality.gathered_logits(model, batch, shape.vocab_size)
+    return batch["tokens"], logits.float().cpu()
+
+
+def check_hashes(config: Config, source: Path) -> None:
+    """Raises UserError where a file of distil/hf is not the one that the distil stage finished with."""
+    stage = source.parent
+    recorded = artifacts.read_manifest(stage).get("outputs", {})
+    prefix = f"{source.name}/"
+    expected = {name.removeprefix(prefix): value for name, value in recorded.items() if name.startswith(prefix)}
+    if not expected:
+        raise UserError(f"{stage}: expected a finished distil stage with the hashes of its files, found none.")
+    found = artifacts.fingerprint(source, artifacts.sidecar_directory(config))
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            now = "is missing" if name not in found else "was added" if name not in expected else "has changed"
+            raise UserError(
+                f"{source}: expected the files that distil wrote, found that {name} {now} since. "
+                "Restore it, or run stage=distil overwrite=true again."
+            )
+
+
+def verify(directory: Path, tokens: torch.Tensor, reference: torch.Tensor, *, tolerance: float) -> dict[str, float]:
+    """Open a directory with transformers (fp32, CPU) and compare its logits with `reference` on `tokens`.
+
+    Returns relative_difference norm(a - b) / norm(b) and largest_difference. Raises UserError above the tolerance,
+    where transformers cannot open it, or where weights are missing or left over.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, notes = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"{directory}: expected a directory that transformers opens, found: {error}") from None
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if notes.get(kind):
+            raise UserError(f"{directory}: expected weights that fit config.json, found {kind}: {sorted(notes[kind])}")
+    with torch.no_grad():
+        logits = model.eval()(tokens).logits.float()
+    if logits.shape != reference.shape:
+        raise UserError(f"{directory}: expected logits {tuple(reference.shape)}, found {tuple(logits.shape)}.")
+    difference = (logits - reference).norm().item() / reference.norm().item()
+    if not difference <= tolerance:
+        raise UserError(
+            f"{directory}: expected transformers' logits within export.tolerance={tolerance:g} of the sharded model's, "
+            f"found a relative difference of {difference:.2e}. Its weights or its config.json are not the student's."
+        )
+    return {"relative_difference": difference, "largest_difference": (logits - reference).abs().max().item()}
+
+
+def generate(directory: Path, prompt: str, new_tokens: int) -> str:
+    """What transformers' generate writes behind the prompt with the directory's own generation_config."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True).eval()
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    with torch.no_grad():
+        output = model.generate(**inputs, max_new_tokens=new_tokens)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+def _card(config: Config, source: Path) -> str:
+    record = read_run(config.run.name, artifacts.run_directory(config))
+    teacher = artifacts.teacher_directory(config)
+    results = summary.results(record)
+    return card.render(record, results, teacher=teacher, student=source, prompt=config.export.prompt)
