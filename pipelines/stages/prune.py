@@ -168,18 +168,19 @@ def calibration_batches(
     for start in range(0, len(chosen), micro_batch_size):
         rows = chosen[start : start + micro_batch_size]
         tokens = torch.stack([windows[row] for row in rows])[:, :-1]
-        mask = torch.stack([torch.as_tensor(windows.mask(row), dtype=torch.float32) for row in rows])
+        mask = torch.stack([windows.mask(row) for row in rows])
         yield {
             "tokens": tokens,
             "position_ids": torch.arange(tokens.shape[1]).expand_as(tokens),
-            "loss_mask": mask[:, : tokens.shape[1]],
+            "loss_mask": mask,
         }
 
 
 def _calibration_windows(config: Config, directory: Path, teacher: ModelShape) -> Windows:
     corpus, settings = artifacts.corpus_directory(config), config.prune
+    prefixes = split_prefixes(corpus, "calibration")
     check_vocabulary(corpus, directory, teacher)
-    windows = Windows(split_prefixes(corpus, "calibration"), settings.sequence_length)
+    windows = Windows(prefixes, settings.sequence_length)
     if len(windows) < settings.calibration_samples:
         raise UserError(
             f"prune.calibration_samples: expected {settings.calibration_samples} sequences of "

@@ -150,8 +150,8 @@ def test_scores_of_a_killed_attempt_are_taken_and_those_of_another_teacher_are_n
             ["expected student.drop_layers with 1 layers", "block_influence"],
         ),
         (
-            {"student.hidden_size": 8, "prune.calibration_samples": 38},
-            ["expected 38 sequences of 16 tokens", "found 37"],
+            {"student.hidden_size": 8, "prune.calibration_samples": 39},
+            ["expected 39 sequences of 16 tokens", "found 38"],
         ),
     ],
 )
@@ -181,8 +181,13 @@ def test_an_empty_calibration_split_is_refused(ranks, tmp_path, paths):
     empty = write_corpus(tmp_path / "empty", SHAPE.vocab_size, tokens=5)
     arguments = {"directory": str(tmp_path / "run"), "settings": {"student.hidden_size": 8}}
     message = ranks(1, ERROR, corpus=str(empty), teacher=paths["teacher"], **arguments)[0]
-    assert "calibration" in message
-    assert str(empty) in message
+    assert f"in the calibration split of {empty}, found 1" in message
+    message = ranks(1, ERROR, corpus=str(tmp_path / "none"), teacher=paths["teacher"], **arguments)[0]
+    assert "Run stage=corpus first" in message
+    blend = {"splits": {"train": [], "calibration": []}, "vocab_size": SHAPE.vocab_size, "eod": 0}
+    (empty / "blend.json").write_text(json.dumps(blend))
+    message = ranks(1, ERROR, corpus=str(empty), teacher=paths["teacher"], **arguments)[0]
+    assert "data.calibration_fraction above 0" in message
 
 
 def test_a_disk_failure_on_the_first_rank_ends_every_rank_with_its_message(ranks, tmp_path, paths):
