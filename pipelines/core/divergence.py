@@ -1,4 +1,4 @@
-"""Forward KL and cross-entropy of vocabulary-sharded logits: one number per token, in nats, with gradients in closed form.
+"""Forward KL and cross-entropy of vocabulary-sharded logits: nats per token, with gradients in closed form.
 
     p = softmax(teacher / T), q = softmax(student / T), both over the vocabulary without its padding
     KL(teacher || student) = sum_v p_v (log p_v - log q_v)        d KL / d student_v = (q_v - p_v) / T
@@ -110,7 +110,8 @@ class _LocalShard:
     """The exponentials of one rank's columns: fp32 buffers (tokens, width) that end as the gradient.
 
     student, teacher: exp(z) at temperature T. student_at_1: exp(z) at temperature 1, the same buffer when T is 1.
-    Padded columns of `student` hold 0. At most three buffers live at once (four with cross-entropy at T != 1).
+    At most three buffers live at once (four with cross-entropy at T != 1). Both models take the same operations on
+    buffers of the same layout, which is what makes the divergence of equal logits exactly 0.
     """
 
     def __init__(
@@ -124,18 +125,16 @@ class _LocalShard:
     ) -> None:
         self.shard, self.temperature, self.labels = shard, temperature, labels
         self.width = shard.valid_width(student.shape[1])
-        self.buffer = torch.empty(student.shape, dtype=torch.float32, device=student.device)
-        self.buffer[:, self.width :] = 0
-        self.student = torch.sub(student[:, : self.width], maxima[0].unsqueeze(1), out=self.buffer[:, : self.width])
+        self.buffer = _below_maximum(student, maxima[0], self.width)
+        self.student = self.buffer[:, : self.width]
         self.label_logits = self._pick_labels() if labels is not None else None
         at_1 = self.student.exp() if labels is not None and temperature != 1 else None
         self.student.div_(temperature)
         self.teacher = self.cross = None
         if teacher is not None:
-            difference = teacher[:, : self.width] - maxima[1].unsqueeze(1)
-            difference.div_(temperature)
-            self.teacher = difference.exp()
-            self.cross = difference.sub_(self.student).mul_(self.teacher).sum(dim=1)
+            self.teacher = _below_maximum(teacher, maxima[1], self.width)[:, : self.width].div_(temperature)
+            difference = self.teacher - self.student
+            self.cross = difference.mul_(self.teacher.exp_()).sum(dim=1)
             del difference
         self.student.exp_()
         self.student_at_1 = self.student if at_1 is None else at_1
@@ -173,7 +172,7 @@ class _LocalShard:
         return torch.where(self.labels != IGNORED_LABEL, sums["student_at_1"].log() - sums["label"], 0.0)
 
     def gradient(self, sums: dict[str, Tensor], kd_scale: float, ce_scale: float) -> Tensor:
-        """(tokens, width) d loss / d student logits, written over the student's buffer, which is lost thereby:
+        """(tokens, width) d loss / d student logits, written over the buffers of the exponentials:
 
         kd_scale / T * (q - p) + ce_scale * (softmax(student) - onehot(label)); the last part 0 where the label is -100.
         """
@@ -193,3 +192,11 @@ class _LocalShard:
             columns, here = self.shard.local_columns(self.labels, self.width)
             self.student.scatter_add_(1, columns.unsqueeze(1), (-ce_factor * here).unsqueeze(1))
         return self.buffer
+
+
+def _below_maximum(logits: Tensor, maxima: Tensor, width: int) -> Tensor:
+    """logits - maxima in a new fp32 buffer of the logits' shape; columns from `width` on are 0."""
+    buffer = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+    torch.sub(logits[:, :width], maxima.unsqueeze(1), out=buffer[:, :width])
+    buffer[:, width:] = 0
+    return buffer

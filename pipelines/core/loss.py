@@ -2,7 +2,7 @@
 
     loss = kd_weight * T^2 * KL(teacher || student, T) + ce_weight * CE(labels, student)
 
-averaged over all valid tokens of the global batch (data-parallel ranks and micro batches), every term by the same count.
+averaged over all valid tokens of the global batch (data-parallel ranks and micro batches), every term by one count.
 The T^2 keeps the gradient's size while T changes (arXiv 1503.02531, section 2) and can be switched off.
 """
 

@@ -1,7 +1,7 @@
 """The float64 oracle: a Llama forward, the loss of distillation and its gradients, as plainly as they can be written.
 
-For the verify stage and tests alone. Unsharded, gradients by autograd, tensors by their Hugging Face names. It shares no
-code with what it checks: no function of the loss, the layers or rope is imported here.
+For the verify stage and tests alone. Unsharded, gradients by autograd, tensors by their Hugging Face names. It shares
+no code with what it checks: no function of the loss, the layers or rope is imported here.
 """
 
 import math

@@ -46,7 +46,7 @@ class Shard:
 
 
 def reduce_over_shards(values: Tensor, operation: ReduceOp.RedOpType, shard: Shard) -> Tensor:
-    """All-reduce `values` in place over the shard's group: one collective, none for a group of one; replicated after."""
+    """All-reduce `values` in place over the shard's group: one collective (none for a group of one)."""
     if shard.group is not None and torch.distributed.get_world_size(shard.group) > 1:
         torch.distributed.all_reduce(values, op=operation, group=shard.group)
     return values

@@ -74,8 +74,9 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
     if verdict[0]:
         shown = "\n  ".join(verdict[0][:20])
         raise UserError(
-            f"verify: expected every relative error to be at most {settings.tolerance:.0e} at {_describe(ranks)}, found "
-            f"{len(verdict[0])} above:\n  {shown}\nTraining at this layout would optimize something else. Do not train."
+            f"verify: expected every relative error to be at most {settings.tolerance:.0e} at {_describe(ranks)}, "
+            f"found {len(verdict[0])} above:\n  {shown}\n"
+            "Training at this layout would minimize something else. Do not train."
         )
     console.say("verify  every value and gradient compared is within the tolerance")
     return figures
@@ -87,7 +88,7 @@ def cases(tensor: int, pipeline: int) -> list[Case]:
         hidden_size=40,
         intermediate_size=26 * tensor,
         num_hidden_layers=2 * pipeline,
-        num_attention_heads=4 * tensor,
+        num_attention_heads=6 * tensor,
         num_key_value_heads=2 * tensor,
         head_dim=12,
         rope_scaling={
@@ -109,7 +110,7 @@ def cases(tensor: int, pipeline: int) -> list[Case]:
         Case(
             "width",
             width_teacher,
-            width_teacher.replace(hidden_size=24, intermediate_size=18 * tensor, num_attention_heads=2 * tensor),
+            width_teacher.replace(hidden_size=28, intermediate_size=18 * tensor, num_attention_heads=4 * tensor),
         ),
         Case("depth_tied", depth_teacher, depth_teacher.replace(num_hidden_layers=pipeline)),
     ]
@@ -158,7 +159,7 @@ def verify_case(
 
 
 def random_batches(settings: VerifyConfig, replicas: int, vocab_size: int, seed: int) -> list[list[Batch]]:
-    """[replica][micro batch], the same on every rank; how much of a micro batch is masked varies from little to most."""
+    """[replica][micro batch], the same on every rank; how much of each micro batch counts varies."""
     generator = torch.Generator().manual_seed(seed)
     size, length = settings.micro_batch_size, settings.sequence_length
     positions = torch.arange(length).expand(size, length).contiguous()
@@ -264,7 +265,7 @@ def _mark(error: float, tolerance: float) -> str:
 
 def _failures(case: Case, errors: Errors, tolerance: float) -> list[str]:
     lines = []
-    for what, found in (("value", errors.values), ("gradient", errors.gradients), ("term", errors.terms)):
+    for what, found in (("term", errors.terms), ("value", errors.values), ("gradient", errors.gradients)):
         lines += [f"{case.name}: {what} {name}: {e:.1e}" for name, e in sorted(found.items()) if not e <= tolerance]
     return lines
 
@@ -294,11 +295,11 @@ def _describe(ranks: Layout) -> str:
 def _check(settings: VerifyConfig, ranks: Layout) -> None:
     if ranks.context > 1:
         raise UserError(
-            f"verify: expected parallel.context=1, found {ranks.context}. Context parallelism cuts the sequences, which "
-            "the reference does not follow; verify the same layout without it."
+            f"verify: expected parallel.context=1, found {ranks.context}. Context parallelism cuts the sequences, "
+            "which the reference does not follow. Verify the same layout without it."
         )
     if ranks.sequence_parallel and settings.sequence_length % ranks.tensor:
         raise UserError(
-            f"verify.sequence_length: expected a multiple of parallel.tensor={ranks.tensor} under sequence parallelism, "
-            f"found {settings.sequence_length}."
+            f"verify.sequence_length: expected a multiple of parallel.tensor={ranks.tensor} under sequence "
+            f"parallelism, found {settings.sequence_length}."
         )
