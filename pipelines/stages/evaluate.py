@@ -16,7 +16,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
-from pipelines import artifacts, console
+from pipelines import artifacts, console, files
 from pipelines.config import Config, Layout, UserError, layout
 from pipelines.families import ModelShape, read_shape
 from pipelines.model import parallel, quality
@@ -59,7 +59,7 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
         "missing": missing,
     }
     if torch.distributed.get_rank() == 0:
-        artifacts.write_json(context.directory / "results.json", results)
+        files.write_json(context.directory / "results.json", results)
     for name, model in results["models"].items():
         console.say(
             f"evaluate  {name:<8}{model['parameters']:>15,} parameters  loss {model['loss']:.4f} nats/token  "

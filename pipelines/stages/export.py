@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from pipelines import artifacts, console
+from pipelines import artifacts, console, files
 from pipelines.config import Config, UserError, layout
 from pipelines.families import ModelShape, read_shape
 from pipelines.model import parallel, quality
@@ -31,12 +33,13 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if torch.distributed.get_rank() == 0:
         check_hashes(config, source)
-        with artifacts.new_directory(target) as partial:
+        with files.new_directory(target) as partial:
             console.say(f"export  copying {source}")
             shutil.copytree(source, partial, dirs_exist_ok=True)
-            artifacts.write_atomic(partial / "README.md", _card(config, source))
-            found = verify(partial, tokens, reference, tolerance=config.export.tolerance)
-            found["generated"] = generate(partial, config.export.prompt, config.export.new_tokens)
+            files.write_atomic(partial / "README.md", _card(config, source))
+            model = reload(partial)
+            found = compare(partial, model, tokens, reference, tolerance=config.export.tolerance)
+            found["generated"] = generate(partial, model, config.export.prompt, config.export.new_tokens)
         found["bytes"] = sum(file.stat().st_size for file in target.iterdir())
         console.say(
             f"export  {target}: {found['bytes']:,} bytes; logits in transformers differ by "
@@ -74,7 +77,7 @@ def check_hashes(config: Config, source: Path) -> None:
     expected = {name.removeprefix(prefix): value for name, value in recorded.items() if name.startswith(prefix)}
     if not expected:
         raise UserError(f"{stage}: expected a finished distil stage with the hashes of its files, found none.")
-    found = artifacts.fingerprint(source, artifacts.sidecar_directory(config))
+    found = files.fingerprint(source, artifacts.sidecar_directory(config))
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             now = "is missing" if name not in found else "was added" if name not in expected else "has changed"
@@ -84,25 +87,32 @@ def check_hashes(config: Config, source: Path) -> None:
             )
 
 
-def verify(directory: Path, tokens: torch.Tensor, reference: torch.Tensor, *, tolerance: float) -> dict[str, float]:
-    """Open a directory with transformers (fp32, CPU) and compare its logits with `reference` on `tokens`.
+def reload(directory: Path) -> PreTrainedModel:
+    """Open a directory with transformers, fp32 on the CPU.
 
-    Returns relative_difference norm(a - b) / norm(b) and largest_difference. Raises UserError above the tolerance,
-    where transformers cannot open it, or where weights are missing or left over.
+    Raises UserError where transformers cannot open it, or where weights are missing or left over.
     """
-    from transformers import AutoModelForCausalLM
-
     try:
         model, notes = AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(f"{directory}: expected a directory that transformers opens, found: {error}") from None
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if notes.get(kind):
             raise UserError(f"{directory}: expected weights that fit config.json, found {kind}: {sorted(notes[kind])}")
+    return model.eval()
+
+
+def compare(
+    directory: Path, model: PreTrainedModel, tokens: torch.Tensor, reference: torch.Tensor, *, tolerance: float
+) -> dict[str, float]:
+    """The model's logits on tokens (windows, sequence) against reference (windows, sequence, vocabulary).
+
+    Returns relative_difference norm(a - b) / norm(b) and largest_difference. Raises UserError above the tolerance.
+    """
     with torch.no_grad():
-        logits = model.eval()(tokens).logits.float()
+        logits = model(tokens).logits.float()
     if logits.shape != reference.shape:
         raise UserError(f"{directory}: expected logits {tuple(reference.shape)}, found {tuple(logits.shape)}.")
     difference = (logits - reference).norm().item() / reference.norm().item()
@@ -114,12 +124,9 @@ def verify(directory: Path, tokens: torch.Tensor, reference: torch.Tensor, *, to
     return {"relative_difference": difference, "largest_difference": (logits - reference).abs().max().item()}
 
 
-def generate(directory: Path, prompt: str, new_tokens: int) -> str:
-    """What transformers' generate writes behind the prompt with the directory's own generation_config."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+def generate(directory: Path, model: PreTrainedModel, prompt: str, new_tokens: int) -> str:
+    """The prompt and what transformers' generate writes behind it, with the directory's own generation_config."""
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True).eval()
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     with torch.no_grad():
         output = model.generate(**inputs, max_new_tokens=new_tokens)

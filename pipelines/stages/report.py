@@ -13,7 +13,7 @@ import yaml
 from rich import box
 from rich.table import Table
 
-from pipelines import artifacts, console
+from pipelines import artifacts, console, files
 from pipelines.config import Config
 from pipelines.report import card, page, summary
 from pipelines.report.record import MODELS, read_run
@@ -26,12 +26,12 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
     results = summary.results(record)
     teacher, student = artifacts.teacher_directory(config), artifacts.student_directory(config)
     results["licence"] = card.licence(teacher)
-    with artifacts.new_directory(directory / "plots") as plots:
+    with files.new_directory(directory / "plots") as plots:
         html = page.render(record, results, configuration_text(config), loss_in_words(config), plots)
     model_card = card.render(record, results, teacher=teacher, student=student, prompt=config.export.prompt)
-    artifacts.write_json(directory / "results.json", results)
-    artifacts.write_atomic(directory / "MODEL_CARD.md", model_card)
-    artifacts.write_atomic(directory / "index.html", html)
+    files.write_json(directory / "results.json", results)
+    files.write_atomic(directory / "MODEL_CARD.md", model_card)
+    files.write_atomic(directory / "index.html", html)
     print_closing(results, directory / "index.html", artifacts.stage_directory(config, "export") / "hf")
     figures = ("parameters_kept", "pruning_gap_closed", "student_minus_teacher")
     return {"verdict": results["verdict"]} | {name: results[name] for name in figures}

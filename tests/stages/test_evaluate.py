@@ -1,0 +1,127 @@
+"""The evaluate stage against transformers, plain float64 arithmetic and decoded text, at several layouts."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.ranks import RankPools
+from tests.stages import small_run
+
+CASE = "tests.stages.cases_evaluate:run"
+PLACES = {"teacher": "teacher/hf", "pruned": "prune/hf", "student": "distil/hf"}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_run.write_small_run(tmp_path_factory.mktemp("evaluate") / "runs")
+
+
+def plain_results(root: Path, length: int = 16) -> dict[str, dict[str, float]]:
+    """Every figure from transformers' logits in float64, windows cut by hand, bytes from decoded text."""
+    stream = small_run.ids_of_test_split(root)
+    tokenizer = AutoTokenizer.from_pretrained(root / "small/corpus/tokenizer")
+    text = tokenizer.decode(stream[1:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    logs: dict[str, torch.Tensor] = {}
+    figures = {}
+    for name, place in PLACES.items():
+        model = AutoModelForCausalLM.from_pretrained(root / "small" / place, dtype=torch.float32).eval()
+        rows = []
+        for start in range(0, len(stream) - 1, length):
+            window = torch.tensor(stream[start : start + length + 1])
+            with torch.no_grad():
+                rows.append(model(window[None, :-1]).logits[0].double().log_softmax(-1))
+        logs[name] = torch.cat(rows)
+        labels = torch.tensor(stream[1:])
+        p, q = logs["teacher"], logs[name]
+        loss = -q.gather(1, labels[:, None]).mean().item()
+        figures[name] = {
+            "loss": loss,
+            "perplexity": math.exp(loss),
+            "bits_per_byte": loss * len(labels) / math.log(2) / len(text.encode()),
+            "kl": (p.exp() * (p - q)).sum(-1).mean().item(),
+            "agreement": (p.argmax(-1) == q.argmax(-1)).double().mean().item(),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        }
+    return figures
+
+
+def read_results(root: Path, name: str = "small") -> dict[str, Any]:
+    return json.loads((root / name / "evaluate" / "results.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("world", "settings"),
+    [
+        (1, {"parallel__tensor": 1}),
+        (2, {"parallel__tensor": 2, "parallel__sequence_parallel": True}),
+        (2, {"parallel__tensor": 1, "evaluate__micro_batch_size": 3}),
+        (2, {"parallel__tensor": 1, "parallel__pipeline": 2}),
+    ],
+)
+def test_equals_transformers(ranks: RankPools, root: Path, world: int, settings: dict[str, Any]) -> None:
+    stream = small_run.ids_of_test_split(root)
+    windows = -(-(len(stream) - 1) // 16)
+    assert (len(stream) - 1) % 16 and windows % 6  # neither the last window nor the last round is full
+    figures = ranks(world, CASE, stage="evaluate", root=str(root), **settings)
+    assert "error" not in figures[0], figures[0]
+    results, expected = read_results(root), plain_results(root)
+    assert results["tokens"] == len(stream) - 1 and results["split"] == "test" and not results["missing"]
+    assert expected["student"]["kl"] > 0.1
+    for name, row in expected.items():
+        for figure, value in row.items():
+            assert results["models"][name][figure] == pytest.approx(value, rel=1e-5, abs=1e-7), (name, figure)
+        assert results["models"][name]["tokens_per_second"] > 0
+
+
+def test_a_limit_takes_that_many_windows(ranks: RankPools, root: Path) -> None:
+    ranks(1, CASE, stage="evaluate", root=str(root), evaluate__batches=2)
+    results = read_results(root)
+    assert results["windows"] == 4 and results["tokens"] <= 64
+
+
+def test_without_a_student_the_others_are_evaluated(ranks: RankPools, root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root, tmp_path / "runs")
+    shutil.rmtree(tmp_path / "runs/small/distil")
+    ranks(1, CASE, stage="evaluate", root=str(tmp_path / "runs"))
+    results = read_results(tmp_path / "runs")
+    assert set(results["models"]) == {"teacher", "pruned"}
+    assert "stage=distil has not finished" in results["missing"]["student"]
+
+
+def test_user_mistakes_are_named(ranks: RankPools, root: Path, tmp_path: Path) -> None:
+    def error(**settings: Any) -> str:
+        return str(ranks(1, CASE, stage="evaluate", root=str(root), **settings)[0]["error"])
+
+    assert "expected a split 'nowhere'" in error(evaluate__split="nowhere")
+    assert "expected a teacher" in error(name="other")
+    shutil.copytree(root, tmp_path / "runs")
+    path = tmp_path / "runs/small/corpus/blend.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 302}))
+    (found,) = ranks(1, CASE, stage="evaluate", root=str(tmp_path / "runs"))
+    assert "expected a tokenizer of at most the models' 301 ids, found 302" in found["error"]
+
+
+def test_not_a_number_names_the_model(ranks: RankPools, root: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(root, tmp_path / "runs")
+    (path,) = (tmp_path / "runs/small/distil/hf").glob("*.safetensors")
+    weights = load_file(path)
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, path, {"format": "pt"})
+    found = ranks(2, CASE, stage="evaluate", root=str(tmp_path / "runs"), parallel__tensor=2)
+    assert all("UserError: student: expected a finite loss, found nan" in each["error"] for each in found)
+
+
+def test_bits_per_byte_of_a_uniform_model_is_known() -> None:
+    from pipelines.model.quality import Quality
+    from pipelines.stages.evaluate import figures
+
+    found = figures(Quality(tokens=10, loss=math.log(256), kl=None, agreement=None), text_bytes=20.0)
+    assert found["bits_per_byte"] == pytest.approx(4.0) and found["perplexity"] == pytest.approx(256)
