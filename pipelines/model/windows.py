@@ -62,7 +62,7 @@ class Windows:
         return self.tokens - 1
 
     def __len__(self) -> int:
-        return -(-self.labels // self.sequence_length)
+        return (self.labels + self.sequence_length - 1) // self.sequence_length
 
     def __getitem__(self, window: int) -> torch.Tensor:
         """(sequence_length + 1,) int64; the last window is filled up with 0."""

@@ -60,13 +60,13 @@ def run(context: StageContext) -> dict[str, Any]:
         counts = _write(opened, vocabulary, fractions, workers, directory / "tokenizer", building)
         _refuse_empty(counts, fractions)
     content = summary(counts)
-    exact = vocabulary.token_bytes is not None and all(source.byte_exact for source in counts)
-    if exact:
-        numpy.save(directory / "token_bytes.npy", vocabulary.token_bytes)
+    table = vocabulary.token_bytes if all(source.byte_exact for source in counts) else None
+    if table is not None:
+        numpy.save(directory / "token_bytes.npy", table)
     else:
         (directory / "token_bytes.npy").unlink(missing_ok=True)
     write_json(directory / "counts.json", content)
-    write_json(directory / "blend.json", _blend(counts, vocabulary, exact))
+    write_json(directory / "blend.json", _blend(counts, vocabulary, table is not None))
     seconds = time.monotonic() - started
     _say(content, vocabulary)
     splits = {split: {k: v for k, v in content["splits"][split].items() if k != "sources"} for split in SPLITS}

@@ -4,12 +4,15 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from pipelines.config import UserError
 from pipelines.text import standard_library
 
 CHUNK = 1 << 19  # input bytes of a chunk, about
 LARGEST = 64 << 20  # bytes of one document: its tokenization takes some fifty times as much memory
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -130,9 +133,10 @@ def refuse_large(size: int, where: str) -> None:
         )
 
 
-def grouped(items: Iterable[tuple[int, object]]) -> Iterator[tuple[int, list[object]]]:
+def grouped(items: Iterable[tuple[int, Item]]) -> Iterator[tuple[int, list[Item]]]:
     """Pairs (size, item) gathered into (total size, items) of about CHUNK bytes."""
-    total, group = 0, []
+    total = 0
+    group: list[Item] = []
     for size, item in items:
         total += size
         group.append(item)

@@ -65,7 +65,8 @@ class JsonLines(Source):
         stream: Any = gzip.open(raw) if path.suffix == ".gz" else raw  # noqa: SIM115 closed with raw
         number, position = 1, 0
         while True:
-            lines, length = [], 0
+            lines: list[bytes] = []
+            length = 0
             while length < CHUNK and (line := stream.readline(LARGEST + 1)):
                 refuse_large(len(line), f"{path}, line {number + len(lines)}")
                 lines.append(line)

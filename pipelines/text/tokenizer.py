@@ -135,7 +135,7 @@ def train(texts: Iterator[str], vocab_size: int, directory: Path) -> None:
     )
     tokenizer.train_from_iterator(texts, trainer)
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     special = {"bos_token": BEGIN_OF_TEXT, "eos_token": END_OF_TEXT}
     write_json(directory / "special_tokens_map.json", special)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}

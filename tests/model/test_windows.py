@@ -1,0 +1,140 @@
+"""Windows over a split: every token is a label once, on whatever ranks, and the bytes behind the labels."""
+
+import json
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+from pipelines.config import UserError
+from pipelines.model.windows import (
+    Windows,
+    batches,
+    chosen_windows,
+    label_bytes,
+    split_blend,
+    split_prefixes,
+    token_bytes,
+)
+from pipelines.text import indexed
+
+
+def write(prefix: Path, documents: list[numpy.ndarray], vocab_size: int = 128_256) -> Path:
+    writer = indexed.Writer(prefix, indexed.id_type(vocab_size))
+    for document in documents:
+        writer.add(document, numpy.array([len(document)], numpy.int32))
+    writer.finish()
+    return prefix
+
+
+@pytest.fixture
+def documents() -> list[numpy.ndarray]:
+    rng = numpy.random.default_rng(5)
+    return [rng.integers(1, 128_256, size=n) for n in rng.integers(1, 30, size=40)]
+
+
+@pytest.fixture
+def prefixes(tmp_path, documents) -> list[Path]:
+    """The documents' stream over three data sets: written, selected from a larger one, and of narrow ids."""
+    documents[30:] = [d % 1000 + 1 for d in documents[30:]]
+    mixed = [d for pair in zip(documents[15:30], documents[:15], strict=True) for d in pair]
+    write(tmp_path / "mixed", mixed)
+    chosen = numpy.arange(30) % 2 == 0
+    indexed.write_selection(tmp_path / "mixed", indexed.read_index(tmp_path / "mixed"), chosen, tmp_path / "selected")
+    return [
+        write(tmp_path / "first", documents[:15]),
+        tmp_path / "selected",
+        write(tmp_path / "narrow", documents[30:], 4096),
+    ]
+
+
+@pytest.mark.parametrize("length", [1, 7, 64, 10_000])
+def test_every_token_but_the_first_is_a_label_once(prefixes, documents, length):
+    stream = torch.from_numpy(numpy.concatenate(documents))
+    windows = Windows(prefixes, length)
+    assert windows.tokens == len(stream) and windows.labels == len(stream) - 1
+    labels, inputs = [], []
+    for number in range(len(windows)):
+        window, mask = windows[number], windows.mask(number).bool()
+        assert window.shape == (length + 1,) and window.dtype == torch.int64 and mask.shape == (length,)
+        assert (window[1:][~mask] == 0).all()
+        inputs.append(window[:-1][mask])
+        labels.append(window[1:][mask])
+    assert torch.equal(torch.cat(labels), stream[1:])
+    assert torch.equal(torch.cat(inputs), stream[:-1])
+    with pytest.raises(IndexError):
+        windows[len(windows)]
+
+
+@pytest.mark.parametrize("data_size", [1, 2, 3])
+@pytest.mark.parametrize("micro_batch_size", [1, 4])
+def test_batches_over_ranks_hold_all_once(prefixes, documents, data_size, micro_batch_size):
+    windows = Windows(prefixes, 16)
+    ranks = [list(batches(windows, micro_batch_size, rank, data_size)) for rank in range(data_size)]
+    assert len({len(found) for found in ranks}) == 1
+    labels = []
+    for together in zip(*ranks, strict=True):
+        for batch in together:
+            assert all(batch[key].shape == (micro_batch_size, 16) for key in batch)
+            assert batch["loss_mask"].dtype == torch.float32 and batch["tokens"].dtype == torch.int64
+            assert torch.equal(batch["position_ids"], torch.arange(16).expand(micro_batch_size, 16))
+            assert torch.equal(batch["tokens"][:, 1:], batch["labels"][:, :-1])
+            labels.append(batch["labels"][batch["loss_mask"].bool()])
+    assert torch.equal(torch.cat(labels), torch.from_numpy(numpy.concatenate(documents))[1:])
+
+
+def test_a_limit_spreads_the_windows(prefixes):
+    windows = Windows(prefixes, 8)
+    assert chosen_windows(windows, 2, 2, limit=3) == [n * len(windows) // 12 for n in range(12)]
+    found = [batch for rank in range(2) for batch in batches(windows, 2, rank, 2, limit=3)]
+    assert len(found) == 6
+    assert torch.equal(found[0]["tokens"][0], windows[0][:-1])
+    assert torch.equal(found[3]["tokens"][1], windows[3 * len(windows) // 12][:-1])  # rank 1, first batch, second row
+    assert chosen_windows(windows, 2, 2, limit=1000) == list(range(len(windows)))
+    with pytest.raises(UserError, match="expected 1 or more"):
+        chosen_windows(windows, 0)
+
+
+@pytest.fixture
+def corpus(tmp_path, prefixes) -> Path:
+    parts = [{"prefix": prefix.name, "weight": 1 / 3} for prefix in prefixes]
+    blend = {"splits": {"train": parts, "test": parts[:1], "validation": []}, "token_bytes": "table.npy"}
+    (tmp_path / "blend.json").write_text(json.dumps(blend))
+    numpy.save(tmp_path / "table.npy", numpy.arange(128_256, dtype=numpy.int32) % 11)
+    return tmp_path
+
+
+def test_prefixes_of_a_split(corpus, prefixes, tmp_path):
+    assert split_prefixes(corpus, "train") == prefixes
+    assert split_blend(corpus, "test") == [(prefixes[0], 1 / 3)]
+    for split in ("validation", "extra"):
+        with pytest.raises(UserError, match=f"expected a split '{split}' with documents, found train, test"):
+            split_prefixes(corpus, split)
+    with pytest.raises(UserError, match="expected a corpus with a blend.json"):
+        split_prefixes(tmp_path / "none", "train")
+
+
+def test_bytes_behind_the_labels(corpus, prefixes, documents):
+    windows = Windows(prefixes, 16)
+    stream = numpy.concatenate(documents)
+    assert label_bytes(corpus, "train", windows) == (stream[1:] % 11).sum()
+    assert label_bytes(corpus, "train", windows, [0, 2]) == (stream[1:17] % 11).sum() + (stream[33:49] % 11).sum()
+    assert token_bytes(corpus)[13] == 2
+    blend = json.loads((corpus / "blend.json").read_text())
+    (corpus / "blend.json").write_text(json.dumps(blend | {"token_bytes": None}))
+    (corpus / "counts.json").write_text(json.dumps({"splits": {"train": {"bytes": 900, "tokens": 300}}}))
+    assert label_bytes(corpus, "train", windows) == 3 * (len(stream) - 1)
+    assert label_bytes(corpus, "train", windows, [len(windows) - 1]) == 3 * windows.mask(len(windows) - 1).sum()
+
+
+def test_refusals(tmp_path, prefixes):
+    with pytest.raises(UserError, match="sequence_length: expected 1 token or more"):
+        Windows(prefixes, 0)
+    with pytest.raises(UserError, match="2 tokens or more, found 1"):
+        Windows([write(tmp_path / "one", [numpy.array([3])])], 4)
+    with pytest.raises(UserError, match="2 tokens or more, found 0"):
+        Windows([write(tmp_path / "zero", [])], 4)
+    (tmp_path / "one.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="truncated"):
+        Windows([tmp_path / "one"], 4)
