@@ -60,8 +60,9 @@ def explain(error: Exception, overrides: list[str]) -> str:
     if match := re.search(r"Could not find '([^'/]+)/([^']*)'", text):
         return _unknown_option(*match.groups())
     if match := re.search(r"Key '([^']+)' (?:is )?not in '(\w+)'", text):
-        key, kind = match.groups()
-        return _unknown(_full_key(text) or key, kind)
+        key, kind = _full_key(text) or match.group(1), match.group(2)
+        written = next((o.split("=", 1)[0] for o in overrides if o.startswith(f"{key}.")), key)
+        return _unknown(written, kind)
     if overridden:
         return _unknown(overridden.group(1))
     if match := re.search(r"merging override (\S+?)=", text) or re.search(r"full_key: (\S+)", text):
@@ -112,7 +113,8 @@ def _unknown(key: str, kind: str = "") -> str:
         siblings = [entry.name for entry in fields(inner)]
     else:
         parent = key.rpartition(".")[0]
-        siblings = [n for n in names if n.rpartition(".")[0] == (parent if parent in names else "")]
+        siblings = [n for n in names if n.rpartition(".")[0] == parent]
+    siblings = siblings or names
     same_leaf = [n for n in names if n.rpartition(".")[2] == key.rpartition(".")[2]]
     close = difflib.get_close_matches(key, siblings, n=3, cutoff=0.75) or same_leaf
     remedy = f"Did you mean {' or '.join(close)}?" if close else f"Expected one of {', '.join(siblings)}."

@@ -270,6 +270,11 @@ def layout(parallel: ParallelConfig) -> Layout:
     device = "cuda" if gpus and parallel.device is not Device.cpu else "cpu"
     world = os.environ.get("WORLD_SIZE")
     processes = parallel.processes or int(world or 0) or (gpus if device == "cuda" else _default_cpu_processes(parallel))
+    if device == "cuda" and not world and processes > gpus:
+        raise UserError(
+            f"parallel.processes={processes}: expected at most the {gpus} GPUs of this machine. Lower it, or use "
+            "parallel.device=cpu."
+        )
     if world and int(world) != processes:
         raise UserError(
             f"parallel.processes={processes}: expected the number of processes that were started, found "

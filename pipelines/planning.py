@@ -45,8 +45,8 @@ def target_shape(teacher: ModelShape, student: StudentConfig) -> ModelShape:
         left = teacher.num_hidden_layers - len(set(student.drop_layers))
         if changes.setdefault("num_hidden_layers", left) != left:
             raise UserError(
-                f"student.num_hidden_layers={student.num_hidden_layers}: expected {left}, what "
-                f"student.drop_layers leaves of {teacher.num_hidden_layers}. Give one of the two."
+                f"student.num_hidden_layers: expected {left}, what student.drop_layers leaves of "
+                f"{teacher.num_hidden_layers}, found {student.num_hidden_layers}. Give one of the two."
             )
     return teacher.replace(**changes)
 

@@ -1,0 +1,38 @@
+# Everything from a git clone: `make quickstart` and `make test`. Both build .venv first where it is missing or outdated.
+
+USABLE := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3 python; do \
+	$$p -c '$(USABLE)' 2>/dev/null && command -v $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+export HF_HUB_OFFLINE ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+
+.PHONY: install quickstart test test-fast lint clean
+
+install: $(STAMP)
+
+$(STAMP): setup.py containers/constraints.txt
+	@test -n "$(PYTHON)" || { echo "expected Python 3.10 to 3.12 with venv on PATH, found none. Set PYTHON=/path/to/python."; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint containers/constraints.txt --editable '.[test]'
+	touch $@
+
+quickstart: $(STAMP)
+	$(BIN)/python -m pipelines stage=all experiment=quickstart
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
+
+test-fast: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow"
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

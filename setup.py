@@ -1,0 +1,54 @@
+"""Installs the package `pipelines`, its configuration, and the versions of the engine that fit together."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+REQUIREMENTS = [
+    # The engine. One set: NeMo 2.7 is the last release with nemo.collections.llm, and runs with this Megatron-Core.
+    "nemo_toolkit[lightning]==2.7.3",
+    "megatron-core==0.15.3",  # 0.16 has no no_weight_decay_cond in get_megatron_optimizer, which this NeMo passes
+    "nvidia-modelopt==0.37.0",  # imported by nemo.collections.llm; the release of this NeMo's generation
+    # In the same command as all the rest: left to itself pip takes a CUDA build of several gigabytes for the newest torch.
+    "torch==2.13.0",
+    # What nemo.collections.llm imports without declaring it.
+    "nemo-run==0.7.0",  # 0.11 calls a leptonai interface that no release has
+    "leptonai==0.27.3",
+    "nvidia-resiliency-ext==0.4.1",  # NeMoLogger imports it
+    "tensorstore==0.1.86; python_version >= '3.11'",  # Megatron's checkpoint reader
+    "tensorstore==0.1.78; python_version < '3.11'",  # the last for 3.10
+    "einops==0.8.2",
+    "sentencepiece==0.2.3",
+    "tiktoken==0.14.0",
+    # Held back together: newer datasets want pyarrow 21, which wants numpy 2, which this NeMo does not take.
+    "datasets<4",
+    "pyarrow<20",
+    "numpy<2",
+    # Ours.
+    "hydra-core==1.3.2",
+    "omegaconf==2.3.0",
+    "transformers==4.57.6",
+    "tokenizers==0.22.2",
+    "safetensors==0.8.0",
+    "tensorboard==2.20.0",
+    "matplotlib==3.10.9",
+    "Jinja2==3.1.6",
+    "rich==15.0.0",
+    "PyYAML==6.0.3",
+]
+TEST = ["pytest==9.2.0", "ruff==0.17.6", "mypy==2.4.1"]
+
+setup(
+    name="stillhouse",
+    version="0.1.0",
+    description="Prune and distil Llama-class language models under tensor parallelism, with NeMo and Megatron-Core",
+    long_description=Path(__file__).with_name("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.10,<3.13",  # the range of this NeMo and this numpy
+    packages=[*find_packages(include=["pipelines", "pipelines.*"]), "pipelines.conf"],
+    package_dir={"pipelines.conf": "conf"},
+    package_data={"pipelines.conf": ["*.yaml", "*/*.yaml"], "pipelines.report": ["*.jinja", "*.css"]},
+    install_requires=REQUIREMENTS,
+    extras_require={"test": TEST, "dev": TEST},
+    entry_points={"console_scripts": ["stillhouse = pipelines.__main__:main"]},
+)

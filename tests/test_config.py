@@ -1,0 +1,208 @@
+"""Mistakes of the command line: one message each, with what was expected, what was found and what to do."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipelines import config as configuration
+from pipelines import planning
+from pipelines.compose import compose, known_keys
+from pipelines.config import Config, ParallelConfig, UserError, layout
+from pipelines.validation import tokenizer_size, validate
+
+
+def refusal(stage: str, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        validate(compose(list(overrides)), [stage])
+    return str(caught.value)
+
+
+@pytest.fixture(autouse=True)
+def machine_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configuration, "gpu_count", lambda: 0)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A Hugging Face directory as far as validation looks: 8 heads, 4 groups, 6 layers."""
+    directory = tmp_path / "model"
+    directory.mkdir()
+    shape = planning.shape_from_config(compose([]).model.shape)
+    (directory / "config.json").write_text(json.dumps(shape.to_hugging_face()))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("distil.kd_wieght=1", ["distil.kd_wieght", "no such setting", "Did you mean distil.kd_weight"]),
+        ("kd_weight=1", ["Did you mean distil.kd_weight or verify.kd_weight"]),
+        ("distl.steps=1", ["distl.steps", "distil.steps"]),
+        ("data.sources=[{pth: a}]", ["pth", "Did you mean path"]),
+        ("parallel=tp3", ["parallel=tp3", "no such option", "tp2"]),
+        ("experiment=quikstart", ["Did you mean quickstart"]),
+        ("student=null", ["student=null", "quickstart_width"]),
+        ("distil.steps=abc", ["distil.steps=abc", "Expected a whole number"]),
+        ("distil.steps=1.5", ["distil.steps=1.5", "Expected a whole number"]),
+        ("distil.learning_rate=fast", ["Expected a number"]),
+        ("teacher.mode=train", ["teacher.mode=train", "take", "pretrain", "correct"]),
+        ("parallel.sequence_parallel=maybe", ["Expected true or false"]),
+        ("student.drop_layers=3", ["Expected list[int] or null"]),
+        ("model.name=null", ["model.name=null", "Expected a text"]),
+        ("run=5", ["run=5", "name, directory, seed"]),
+        ("steps", ["'steps'", "expected key=value"]),
+        ("stage=prune,distil", ["stage=[prune,distil]"]),
+        ("~distil.steps", ["cannot be removed"]),
+    ],
+)
+def test_what_cannot_be_composed_is_named_with_what_could(override: str, parts: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        compose([override])
+    message = str(caught.value)
+    assert all(part in message for part in parts), message
+    assert "\n" not in message
+
+
+def test_a_plus_before_a_key_changes_nothing() -> None:
+    assert compose(["+experiment=quickstart_depth", "++distil.steps=7"]) == compose(
+        ["experiment=quickstart_depth", "distil.steps=7"]
+    )
+    with pytest.raises(UserError, match="no such setting"):
+        compose(["+mine=1"])
+
+
+def test_composed_values_are_plain_dataclasses_of_the_schema() -> None:
+    config = compose(["stage=[prune,distil]", "student.drop_layers=[1,2]"])
+    assert type(config) is Config
+    assert type(config.stage) is list and type(config.student.drop_layers) is list
+    assert {"overwrite", "distil.kd_weight", "model.shape.head_dim"} <= set(known_keys())
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides", "parts"),
+    [
+        ("prune", ["student.hidden_size=512"], ["student.hidden_size", "at most the teacher's 256", "512"]),
+        ("prune", ["student.num_attention_heads=6"], ["multiple of the 4 KV groups", "6"]),
+        ("prune", ["student=custom", "student.drop_layers=[7]"], ["layers from 1 to 6", "7"]),
+        ("prune", ["student=custom", "student.drop_layers=[2,2]"], ["each layer once"]),
+        ("prune", ["student=custom", "student.drop_layers=[1,2,3,4,5,6]"], ["at least one layer"]),
+        ("prune", ["student=custom", "student.drop_layers=[1]", "student.num_hidden_layers=4"], ["expected 5"]),
+        ("prune", ["student.hidden_size=0"], ["student.hidden_size", "1 or more"]),
+        ("distil", ["parallel.tensor=3", "parallel.processes=3"], ["divisor", "8 attention heads", "3"]),
+        ("distil", ["parallel.tensor=8"], ["4 KV groups", "8"]),
+        ("distil", ["parallel.processes=3", "parallel.tensor=2"], ["divide the number of processes", "3"]),
+        ("distil", ["parallel.pipeline=4", "parallel.tensor=1"], ["6 layers", "4"]),
+        ("distil", ["parallel.context=2", "parallel.tensor=1"], ["parallel.context", "Transformer Engine"]),
+        ("distil", ["parallel.device=cuda"], ["NVIDIA GPU", "found none"]),
+        ("distil", ["parallel.tensor=0"], ["parallel.tensor", "1 or more"]),
+        ("distil", ["distil.global_batch_size=12"], ["a multiple of 8", "12", "Take 8"]),
+        ("distil", ["distil.global_batch_size=8", "parallel=dp2"], ["a multiple of 16", "2 data-parallel ranks"]),
+        ("distil", ["distil.kd_weight=0"], ["kd_weight or ce_weight above 0"]),
+        ("distil", ["distil.kd_weight=-1"], ["0 or more", "-1"]),
+        ("distil", ["distil.temperature=0"], ["distil.temperature", "above 0"]),
+        ("distil", ["distil.sequence_length=1024"], ["max_position_embeddings=512", "1024"]),
+        ("distil", ["parallel=tp2_sp", "distil.sequence_length=127"], ["a multiple of parallel.tensor=2", "127"]),
+        ("distil", ["distil.warmup_steps=400"], ["fewer than distil.steps=400"]),
+        ("distil", ["distil.learning_rate=1e-5"], ["distil.min_learning_rate", "at most"]),
+        ("verify", ["verify.temperature=-1"], ["verify.temperature"]),
+        ("verify", ["verify.kd_weight=0", "verify.ce_weight=0"], ["verify", "above 0"]),
+        ("corpus", ["data=files"], ["data.sources", "one or more"]),
+        ("corpus", ["data.sources=[{path: nowhere.jsonl}]"], ["data.sources[0].path", "nowhere.jsonl"]),
+        ("corpus", ["data.sources=[{kind: jsonl}]"], ["data.sources[0].path", "a path"]),
+        ("corpus", ["data.sources=[{kind: standard_library, weight: 0}]"], ["weight", "above 0"]),
+        ("corpus", ["data.test_fraction=0.99"], ["some for training"]),
+        ("corpus", ["data.tokenizer=nowhere"], ["data.tokenizer", "nowhere"]),
+        ("corpus", ["data.tokenizer_vocab_size=4096"], ["at most the teacher's 2048", "4096"]),
+        ("teacher", ["model.path=nowhere"], ["model.path", "existing directory", "nowhere"]),
+        ("teacher", ["teacher=take"], ["model.path", "none", "teacher=pretrain"]),
+        ("distil", ["student.path=nowhere"], ["student.path", "nowhere"]),
+        ("distil", ["run.name=a/b"], ["run.name", "slashes"]),
+        ("distil", ["model.shape.num_key_value_heads=3"], ["multiple of num_key_value_heads=3"]),
+        ("distil", ["model.shape.head_dim=31"], ["even number"]),
+        ("plan", ["distil.steps=0"], ["distil.steps", "1 or more"]),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_starts(stage: str, overrides: list[str], parts: list[str]) -> None:
+    message = refusal(stage, "experiment=quickstart", *overrides)
+    assert "expected" in message and "found" in message
+    assert all(part in message for part in parts), message
+
+
+def test_a_model_directory_without_config_or_of_another_architecture_is_refused_by_name(model: Path) -> None:
+    content = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(content | {"architectures": ["GPT2LMHeadModel"]}))
+    message = refusal("teacher", "teacher=take", f"model.path={model}")
+    assert "GPT2LMHeadModel" in message and "LlamaForCausalLM" in message
+    (model / "config.json").unlink()
+    assert "config.json" in refusal("teacher", "teacher=take", f"model.path={model}")
+
+
+def test_the_shape_comes_from_the_directory_where_there_is_one(model: Path) -> None:
+    assert "at most the teacher's 256" in refusal(
+        "prune", "model=llama31_8b", f"model.path={model}", "student=custom", "student.hidden_size=300"
+    )
+
+
+def test_a_sliding_window_shorter_than_the_sequence_is_refused_without_transformer_engine(model: Path) -> None:
+    content = json.loads((model / "config.json").read_text())
+    content |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 64}
+    (model / "config.json").write_text(json.dumps(content))
+    message = refusal("distil", "teacher=take", f"model.path={model}", "student=custom")
+    assert "sliding window 64" in message and "128" in message
+
+
+def test_a_tokenizer_with_more_ids_than_rows_is_refused(tmp_path: Path) -> None:
+    content = {"model": {"vocab": {"a": 0, "b": 3000}}, "added_tokens": [{"id": 4095}]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert tokenizer_size(tmp_path) == 4096
+    message = refusal("corpus", "experiment=quickstart", f"data.tokenizer={tmp_path}")
+    assert "2048 rows" in message and "4096 ids" in message
+    (tmp_path / "tokenizer.json").write_text("{")
+    assert "expected JSON" in refusal("corpus", "experiment=quickstart", f"data.tokenizer={tmp_path}")
+
+
+def test_plan_needs_no_file_of_the_teacher() -> None:
+    config = compose(["experiment=llama31_8b_to_4b_width", "model.path=nowhere"])
+    assert validate(config, ["plan"]) == []
+
+
+def test_a_setting_without_effect_is_told() -> None:
+    warnings = validate(
+        compose(["experiment=quickstart", "parallel=tp1", "parallel.sequence_parallel=true"]), ["distil"]
+    )
+    assert any("sequence_parallel=true has no effect" in warning for warning in warnings)
+    assert validate(compose(["experiment=quickstart"]), ["distil"]) == []
+
+
+def test_the_layout_follows_from_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert layout(ParallelConfig()).tensor == 2
+    assert layout(ParallelConfig(tensor=1)).processes == 1
+    assert layout(ParallelConfig(tensor=4)).processes == 4
+    assert layout(ParallelConfig(processes=4, tensor=2)).data == 2
+    monkeypatch.setattr(configuration, "gpu_count", lambda: 8)
+    gpus = layout(ParallelConfig(tensor=2))
+    assert (gpus.device, gpus.processes, gpus.data) == ("cuda", 8, 4)
+    assert layout(ParallelConfig(device=configuration.Device.cpu)).device == "cpu"
+    with pytest.raises(UserError, match="at most the 8 GPUs"):
+        layout(ParallelConfig(processes=16))
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    assert layout(ParallelConfig(tensor=8)).data == 2
+    with pytest.raises(UserError, match="WORLD_SIZE=16"):
+        layout(ParallelConfig(processes=8))
+
+
+def test_hidden_devices_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(configuration.glob, "glob", lambda pattern: ["/dev/nvidia0", "/dev/nvidia1", "/dev/nvidia2"])
+    monkeypatch.setattr(configuration.metadata, "version", lambda package: "2.13.0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert configuration.gpu_count() == 3
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,2")
+    assert configuration.gpu_count() == 2
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert configuration.gpu_count() == 0
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(configuration.metadata, "version", lambda package: "2.13.0+cpu")
+    assert configuration.gpu_count() == 0
