@@ -55,6 +55,7 @@ def save_hugging_face(
                 writer.write(name, tensor)
             except UserError as error:
                 failure = error
+        del tensor  # before the next one is gathered
     if writer is not None:
         failure = _finish(writer, failure)
     message: list[str | None] = [None if failure is None else str(failure)]
