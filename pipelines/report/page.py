@@ -23,10 +23,10 @@ def environment() -> Environment:
     )
 
 
-def render(record: RunRecord, results: dict[str, Any], configuration: str, identity: str, plot_directory: Path) -> str:
+def render(record: RunRecord, results: dict[str, Any], configuration: str, plot_directory: Path) -> str:
     """The page as text; PNG files of its plots go to plot_directory, which exists.
 
-    results: of `summary.results`; configuration: YAML; identity: the loss in words.
+    results: of `summary.results`; configuration: YAML.
     """
     models = results["models"]
     style = (Path(__file__).parent / "page.css").read_text()
@@ -49,7 +49,7 @@ def render(record: RunRecord, results: dict[str, Any], configuration: str, ident
                 "Quality against size",
                 "Further down is better, further left is smaller; the arrow is what distillation did.",
             ),
-            identity=identity if record.distil_metrics.rows else "",
+            identity=record.manifests["distil"].get("figures", {}).get("loss", ""),
             distil_plots=_distil_plots(record, models, plot_directory),
             teacher_plots=_teacher_plots(record, plot_directory),
             importance_plots=_importance_plots(record, plot_directory),

@@ -27,7 +27,7 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
     teacher, student = artifacts.teacher_directory(config), artifacts.student_directory(config)
     results["licence"] = card.licence(teacher)
     with files.new_directory(directory / "plots") as plots:
-        html = page.render(record, results, configuration_text(config), loss_in_words(config), plots)
+        html = page.render(record, results, configuration_text(config), plots)
     model_card = card.render(record, results, teacher=teacher, student=student, prompt=config.export.prompt)
     files.write_json(directory / "results.json", results)
     files.write_atomic(directory / "MODEL_CARD.md", model_card)
@@ -43,15 +43,6 @@ def configuration_text(config: Config) -> str:
         json.dumps(asdict(config), default=lambda value: value.value if isinstance(value, Enum) else str(value))
     )
     return str(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
-
-
-def loss_in_words(config: Config) -> str:
-    distil = config.distil
-    factor = "T² · " if distil.temperature_squared else ""
-    return (
-        f"loss = {distil.kd_weight:g} · {factor}KL(teacher || student, T={distil.temperature:g}) "
-        f"+ {distil.ce_weight:g} · CE, mean over the valid tokens of a global batch"
-    )
 
 
 def print_closing(results: dict[str, Any], page_path: Path, export_path: Path) -> None:
