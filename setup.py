@@ -9,7 +9,7 @@ REQUIREMENTS = [
     "nemo_toolkit[lightning]==2.7.3",
     "megatron-core==0.15.3",  # 0.16 has no no_weight_decay_cond in get_megatron_optimizer, which this NeMo passes
     "nvidia-modelopt==0.37.0",  # imported by nemo.collections.llm; the release of this NeMo's generation
-    # In the same command as all the rest: left to itself pip takes a CUDA build of several gigabytes for the newest torch.
+    # In the same command as all the rest: left alone pip takes the newest torch and gigabytes of CUDA.
     "torch==2.13.0",
     # What nemo.collections.llm imports without declaring it.
     "nemo-run==0.7.0",  # 0.11 calls a leptonai interface that no release has

@@ -14,7 +14,7 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """A user's mistake: printed as one message without a traceback. Says what was expected, what was found, what to do."""
+    """A user's mistake: one message without a traceback: what was expected, what was found, what to do."""
 
 
 class Device(Enum):
@@ -269,7 +269,8 @@ def layout(parallel: ParallelConfig) -> Layout:
         raise UserError("parallel.device=cuda: expected an NVIDIA GPU, found none. Use parallel.device=cpu or auto.")
     device = "cuda" if gpus and parallel.device is not Device.cpu else "cpu"
     world = os.environ.get("WORLD_SIZE")
-    processes = parallel.processes or int(world or 0) or (gpus if device == "cuda" else _default_cpu_processes(parallel))
+    default = gpus if device == "cuda" else _default_cpu_processes(parallel)
+    processes = parallel.processes or int(world or 0) or default
     if device == "cuda" and not world and processes > gpus:
         raise UserError(
             f"parallel.processes={processes}: expected at most the {gpus} GPUs of this machine. Lower it, or use "

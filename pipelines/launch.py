@@ -130,8 +130,9 @@ def _failure(exchange: Path, log: Path, start_of_log: int, code: int) -> StageFa
     if failures:
         return StageFailed(f"{failures[0]['message'].rstrip()}\nlog: {log}", failures[0]["code"])
     text = log.read_bytes()[start_of_log:].decode(errors="replace")
-    numbers = [int(n) for n in re.findall(r"exitcode\s*:\s*(-\d+)", text)] or [code]
-    if (killed := min(numbers)) < 0:
+    # torchrun ends the ranks that are left with SIGTERM: those did not fail first
+    ended = sorted((int(n) for n in re.findall(r"exitcode\s*:\s*(-\d+)", text)), key=lambda n: n == -signal.SIGTERM)
+    if (killed := (ended or [code])[0]) < 0:
         name = signal.Signals(-killed).name
         memory = ", often because the machine's memory was full" if -killed == signal.SIGKILL else ""
         return StageFailed(f"a process was ended by {name}{memory}; the same command continues.\nlog: {log}", 1)
