@@ -7,11 +7,11 @@ sample's sequence by the mean of its absolute value and over the samples by the 
 
 Depth: block influence (arXiv 2403.03853, equation 1), 1 - the mean over tokens of cos(layer input, layer output).
 
-These are the formulas of ModelOpt 0.37's `mcore_minitron`, with these differences: tokens that the mask leaves out count
-nowhere (ModelOpt knows no mask); block influence is a mean over all tokens (ModelOpt's is the sum of the means of the
-batches: a factor, the same ranking); sums over samples are float64 (float32 there). A head's score is the L2 norm
-over head_dim of its channels' scores, as in ModelOpt; arXiv 2407.14679 takes the norm over head_dim per token, before the
-aggregation.
+These are the formulas of ModelOpt 0.37's `mcore_minitron`, with these differences: tokens that the mask leaves out
+count nowhere (ModelOpt knows no mask); block influence is a mean over all tokens (ModelOpt's is the sum of the means of
+the batches: a factor, the same ranking); sums over samples are float64 (float32 there). A head's score is the L2 norm
+over head_dim of its channels' scores, as in ModelOpt; arXiv 2407.14679 takes the norm over head_dim per token, before
+the aggregation.
 
 The accumulators hold one number per channel (or two per layer), whatever the number of samples.
 """
@@ -62,7 +62,7 @@ class BlockInfluence:
 
     @torch.no_grad()
     def update(self, inputs: torch.Tensor, outputs: torch.Tensor, mask: torch.Tensor) -> None:
-        """inputs, outputs: (sequence, batch, hidden), compared in float32; mask: (sequence, batch) bool. No collectives."""
+        """inputs, outputs: (sequence, batch, hidden), compared in float32; mask: (sequence, batch) bool."""
         distance = 1 - F.cosine_similarity(inputs.float(), outputs.float(), dim=-1)
         self.sums[0] += distance.masked_fill(~mask, 0).sum(dtype=torch.float64)
         self.sums[1] += mask.sum()
@@ -84,7 +84,7 @@ class Scores:
 
 
 def hidden_scores(squares: torch.Tensor) -> torch.Tensor:
-    """squares: (norms, hidden) of the outputs of both norms of every layer. Returns (hidden,): the scores' sum over norms."""
+    """squares: (norms, hidden), outputs of both norms of every layer. Returns (hidden,): the norms' scores added."""
     return squares.sqrt().sum(0)
 
 
@@ -97,6 +97,6 @@ def head_scores(squares: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 
 def first_non_finite(values: torch.Tensor) -> int | None:
-    """The lowest index along dim 0 with a NaN or an infinity in it; None where all is finite. Synchronizes the device."""
+    """The lowest index along dim 0 with a NaN or an infinity in it; None where all is finite."""
     bad = ~values.flatten(1).isfinite().all(dim=1)
     return int(bad.nonzero()[0]) if bool(bad.any()) else None

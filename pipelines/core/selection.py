@@ -17,8 +17,8 @@ from pipelines.core.importance import Scores
 class Kept:
     """What stays of a teacher.
 
-    hidden: channels, one set for the whole model; ffn and heads: by the teacher's layer number (from 1), for kept layers;
-    layers: the teacher's layer numbers, in the order of the student.
+    hidden: channels, one set for the whole model; ffn and heads: by the teacher's layer number (from 1), for kept
+    layers; layers: the teacher's layer numbers, in the order of the student.
     """
 
     hidden: list[int]
@@ -85,7 +85,7 @@ def select(
     drop_layers: Sequence[int] | None = None,
     multiple: int = 1,
 ) -> Kept:
-    """Every selection of one pruning; None keeps all. scores may be None where nothing has to be ranked (`needs_scores`).
+    """Every selection of one pruning; None keeps all. scores may be None where nothing has to be ranked.
 
     multiple: of the hidden size and of the neurons that stay.
     """
@@ -132,8 +132,8 @@ def check_heads(keep: int, heads: int, groups: int) -> None:
         below, above = keep // groups * groups, -(-keep // groups) * groups
         remedy = f"{below} or {above}" if below else f"{above}"
         raise UserError(
-            f"student.num_attention_heads: expected a multiple of the teacher's {groups} KV groups (each keeps the same "
-            f"number of heads), found {keep}. Take {remedy}."
+            f"student.num_attention_heads: expected a multiple of the teacher's {groups} KV groups (each keeps the "
+            f"same number of heads), found {keep}. Take {remedy}."
         )
 
 
@@ -146,7 +146,8 @@ def check_layers(layers: int, *, keep: int | None, drop: Sequence[int] | None) -
     wrong = sorted({number for number in drop if not 1 <= number <= layers})
     if wrong:
         raise UserError(
-            f"student.drop_layers: expected numbers from 1 to {layers} (layers count from 1), found {wrong}. Remove them."
+            f"student.drop_layers: expected numbers from 1 to {layers} (layers count from 1), found {wrong}. "
+            "Remove them."
         )
     if len(set(drop)) != len(drop):
         twice = sorted({number for number in drop if list(drop).count(number) > 1})
@@ -156,6 +157,6 @@ def check_layers(layers: int, *, keep: int | None, drop: Sequence[int] | None) -
         raise UserError(f"student.drop_layers: expected a layer to be left, found all {layers} dropped. Drop fewer.")
     if keep is not None and keep != left:
         raise UserError(
-            f"student.drop_layers and student.num_hidden_layers disagree: expected {layers} - {len(drop)} = {left} layers, "
-            f"found num_hidden_layers={keep}. Leave student.num_hidden_layers out, or set it to {left}."
+            f"student.drop_layers and student.num_hidden_layers disagree: expected {layers} - {len(drop)} = {left} "
+            f"layers, found num_hidden_layers={keep}. Leave student.num_hidden_layers out, or set it to {left}."
         )

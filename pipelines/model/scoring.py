@@ -1,4 +1,4 @@
-"""Importance scores of a sharded GPTModel: hooks that feed core.importance, over tensor, sequence, pipeline and data ranks.
+"""Importance scores of a GPTModel sharded over tensor, sequence, pipeline and data ranks: hooks for core.importance.
 
 Every rank gets the same scores, and they equal those of a single process within the rounding of the matrix products.
 """
@@ -201,8 +201,9 @@ class _Recorder:
     def reduce(self) -> Scores:
         """The scores of the whole model, the same on every rank. One all-reduce of all sums, float64, over all ranks.
 
-        Each rank fills in what it holds (its layers, its shard of channels) and zeros elsewhere, so that one sum gathers
-        over tensor and pipeline ranks and adds over data ranks. What tensor ranks hold in common comes from the first.
+        Each rank fills in what it holds (its layers, its shard of channels) and zeros elsewhere, so that one sum
+        gathers over tensor and pipeline ranks and adds over data ranks. What tensor ranks hold in common comes from the
+        first.
         """
         layers, hidden, ffn = self.config.num_layers, self.config.hidden_size, self.config.ffn_hidden_size
         sizes = [2 * layers * hidden, layers * self.query_size, layers * ffn, 2 * layers, 2]

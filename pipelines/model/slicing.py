@@ -1,4 +1,4 @@
-"""The student's safetensors, cut tensor by tensor out of the teacher's along the axes named in pipelines/families.py."""
+"""The student's safetensors, cut tensor by tensor out of the teacher's along the axes in pipelines/families.py."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -35,6 +35,9 @@ AGGREGATION = (
 )
 
 
+QUICKLY_WRITTEN = 100_000_000  # parameters: below, writing takes a second or two and shows no bar
+
+
 def run(context: artifacts.StageContext) -> dict[str, Any]:
     config, ranks = context.config, layout(context.config.parallel)
     directory = artifacts.teacher_directory(config)
@@ -98,9 +101,9 @@ def check_student(student: StudentConfig, method: DepthMethod, teacher: ModelSha
 
 def needs_scores(student: StudentConfig, teacher: ModelShape) -> bool:
     """Whether anything has to be ranked: an axis that shrinks, or layers to choose."""
-    axes = ("hidden_size", "intermediate_size", "num_attention_heads")
+    axes = ["hidden_size", "intermediate_size", "num_attention_heads"]
     if not student.drop_layers:
-        axes += ("num_hidden_layers",)
+        axes.append("num_hidden_layers")
     return any(getattr(student, name) not in (None, getattr(teacher, name)) for name in axes)
 
 
@@ -223,6 +226,9 @@ def _write(
     student = sliced_shape(teacher, kept)
     content = {**asdict(kept), "teacher": teacher.to_hugging_face(), "student": student.to_hugging_face()}
     artifacts.write_atomic(context.directory / "kept.json", json.dumps(content) + "\n")
+    if student.parameters() < QUICKLY_WRITTEN:
+        slice_checkpoint(directory, context.directory / "hf", teacher, kept)
+        return
     with console.progress("prune  writing", student.parameters(), "parameters") as bar:
         slice_checkpoint(directory, context.directory / "hf", teacher, kept, advance=bar.advance)
 
