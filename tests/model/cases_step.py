@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from pipelines.core.reference import distillation_step
+from pipelines.core.reference import ReferenceStep, distillation_step
 from pipelines.families import ModelShape
 from pipelines.model import parallel
 from pipelines.model.build import build_model
@@ -16,7 +16,7 @@ from pipelines.model.export import gather_hugging_face
 from pipelines.model.pair import DistillationPair
 from pipelines.model.random_model import write_random_model
 from pipelines.model.safetensors_stream import Tensors
-from pipelines.model.step import evaluation_step, gather_gradients, training_step, wrap
+from pipelines.model.step import Batch, evaluation_step, gather_gradients, training_step, wrap
 from pipelines.model.weights import load_hugging_face
 
 TEACHER = ModelShape(
@@ -41,29 +41,31 @@ SEQUENCE, MICRO_BATCH = 12, 2
 
 
 def write_models(directory: Path, student: ModelShape = STUDENT, teacher: ModelShape = TEACHER) -> None:
-    """Large weights, so that the softmax is far from uniform and nothing hides in rounding."""
+    """Large weights, so that the softmax is far from uniform."""
     if dist.get_rank() == 0:
-        write_random_model(directory / "teacher", teacher, seed=1, std=0.3)
-        write_random_model(directory / "student", student, seed=2, std=0.3)
+        write_random_model(directory / "teacher", teacher, seed=1, std=0.2)
+        write_random_model(directory / "student", student, seed=2, std=0.2)
     dist.barrier()
 
 
-def random_batches(micro_batches: int, replicas: int, vocab_size: int, seed: int = 5) -> list[list[dict[str, Any]]]:
-    """[replica][micro batch] of uneven masks, the same on every rank."""
+def random_batches(micro_batches: int, replicas: int, vocab_size: int, seed: int = 5) -> list[list[Batch]]:
+    """[replica][micro batch], the same on every rank. Uneven masks, labels of -100, one micro batch without a token."""
     generator = torch.Generator().manual_seed(seed)
-    batches: list[list[dict[str, Any]]] = []
-    for _ in range(replicas):
+    batches: list[list[Batch]] = []
+    for replica in range(replicas):
         batches.append([])
-        for _ in range(micro_batches):
+        for number in range(micro_batches):
             ids = torch.randint(0, vocab_size, (MICRO_BATCH, SEQUENCE + 1), generator=generator)
-            mask = torch.rand(MICRO_BATCH, SEQUENCE, generator=generator) < torch.rand((), generator=generator)
-            positions = torch.arange(SEQUENCE).expand(MICRO_BATCH, SEQUENCE)
-            mask[0, 0] = True
+            mask = torch.rand(MICRO_BATCH, SEQUENCE, generator=generator) < 0.3 + 0.6 * (replica + number) / 3
+            if replica == 0 and number == 1:
+                mask[:] = False
+            labels = ids[:, 1:].clone()
+            labels[0, 3] = -100
             batches[-1].append(
                 {
                     "tokens": ids[:, :-1].contiguous(),
-                    "labels": ids[:, 1:].contiguous(),
-                    "position_ids": positions.contiguous(),
+                    "labels": labels,
+                    "position_ids": torch.arange(SEQUENCE).expand(MICRO_BATCH, SEQUENCE).contiguous(),
                     "loss_mask": mask.float(),
                 }
             )
@@ -71,67 +73,129 @@ def random_batches(micro_batches: int, replicas: int, vocab_size: int, seed: int
 
 
 def build_pair(
-    directory: Path, student: ModelShape, teacher: ModelShape | None, sequence_parallel: bool, **settings: Any
+    directory: Path, student: ModelShape, teacher: ModelShape | None, options: dict[str, Any], **weights: Any
 ) -> DistillationPair:
     models = []
     for name, shape in (("student", student), ("teacher", teacher)):
         if shape is not None:
-            model = build_model(shape, sequence_parallel=sequence_parallel, sequence_length=SEQUENCE)
+            model = build_model(shape, sequence_length=SEQUENCE, **options)
             load_hugging_face(model, directory / name, shape)
             models.append(model)
-    return DistillationPair(*models, vocab_size=student.vocab_size, **settings)
+    return DistillationPair(*models, vocab_size=student.vocab_size, **weights)
+
+
+def shared_directory() -> Path:
+    name: list[Any] = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(name, src=0)
+    return Path(name[0])
 
 
 def step_errors(
     tensor: int = 1,
     pipeline: int = 1,
     sequence_parallel: bool = False,
+    precision: str = "fp32",
     distributed_optimizer: bool = False,
     micro_batches: int = 2,
     tied: bool = False,
+    teacher_vocab_size: int = TEACHER.vocab_size,
     kd_weight: float = 0.7,
     ce_weight: float = 0.3,
     temperature: float = 2.0,
 ) -> dict[str, float]:
-    """Relative errors of means and gradients against float64 on rank 0, {} elsewhere."""
+    """On rank 0, {} elsewhere: absolute errors of the means in training and in evaluation ("evaluation ..."), relative
+    errors of the gradients by Hugging Face name, against the float64 reference."""
     parallel.initialize(tensor, pipeline)
-    shared: list[Any] = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(shared, src=0)
-    directory = Path(shared[0])
-    student = STUDENT.replace(tie_word_embeddings=tied)
-    write_models(directory, student)
+    directory = shared_directory()
+    student, teacher = STUDENT.replace(tie_word_embeddings=tied), TEACHER.replace(vocab_size=teacher_vocab_size)
+    write_models(directory, student, teacher)
     weights = {"kd_weight": kd_weight, "ce_weight": ce_weight, "temperature": temperature}
-    pair = build_pair(directory, student, TEACHER if kd_weight else None, sequence_parallel, **weights)
+    options = {"sequence_parallel": sequence_parallel, "precision": precision}
+    pair = build_pair(directory, student, teacher if kd_weight else None, options, **weights)
     model = wrap(pair, distributed_optimizer=distributed_optimizer)
-    replicas = parallel_state.get_data_parallel_world_size()
-    batches = random_batches(micro_batches, replicas, student.vocab_size)
-    means = training_step(model, batches[parallel_state.get_data_parallel_rank()])
+    batches = random_batches(micro_batches, parallel_state.get_data_parallel_world_size(), student.vocab_size)
+    own = batches[parallel_state.get_data_parallel_rank()]
+    before = evaluation_step(pair, own)
+    means = training_step(model, own)
     gather_gradients(model)
-    gradients = {
-        name: gradient
-        for name, gradient in gather_hugging_face(pair.student, student, value=lambda p: p.main_grad)
-        if gradient is not None
-    }
-    evaluated = evaluation_step(model, batches[parallel_state.get_data_parallel_rank()])
+    gathered = gather_hugging_face(pair.student, student, value=lambda p: p.main_grad)
+    gradients = {name: gradient for name, gradient in gathered if gradient is not None}
     if dist.get_rank() != 0:
         return {}
-    everything = {key: torch.cat([b[key] for replica in batches for b in replica]) for key in batches[0][0]}
-    files = [
-        {name: found[name] for name in found.names}
-        for found in (Tensors(directory / d) for d in ("student", "teacher"))
-    ]
-    expected = distillation_step(
-        files[0],
-        student,
-        files[1],
-        TEACHER,
-        everything["tokens"],
-        everything["labels"],
-        everything["loss_mask"],
-        **weights,
-    )
+    expected = reference(directory, student, teacher, batches, weights)
     errors = {name: abs(value - expected.means[name]) for name, value in means.items()}
-    errors |= {f"evaluation {name}": abs(value - expected.means[name]) for name, value in evaluated.items()}
+    errors |= {f"evaluation {name}": abs(value - expected.means[name]) for name, value in before.items()}
     for name, gradient in expected.gradients.items():
         errors[name] = ((gradients[name] - gradient).norm() / gradient.norm()).item()
     return errors
+
+
+def reference(
+    directory: Path, student: ModelShape, teacher: ModelShape, batches: list[list[Batch]], weights: dict[str, float]
+) -> ReferenceStep:
+    whole = {key: torch.cat([b[key] for replica in batches for b in replica]) for key in batches[0][0]}
+    ignored = whole["labels"] < 0
+    files = {}
+    for name in ("student", "teacher"):
+        found = Tensors(directory / name)
+        files[name] = {n: found[n].double() for n in found.names}
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        files["teacher"][name] = files["teacher"][name][: student.vocab_size]
+    return distillation_step(
+        files["student"],
+        student,
+        files["teacher"],
+        teacher,
+        whole["tokens"],
+        whole["labels"].masked_fill(ignored, 0),
+        whole["loss_mask"].masked_fill(ignored, 0),
+        **weights,
+    )
+
+
+def teacher_stays_as_it_was() -> dict[str, Any]:
+    """After .train() and a step: what is in which mode, which parameters have gradients, what checkpoints hold."""
+    parallel.initialize(2)
+    directory = shared_directory()
+    write_models(directory)
+    pair = build_pair(directory, STUDENT, TEACHER, {})
+    assert pair.teacher is not None
+    before = {name: p.clone() for name, p in pair.teacher.named_parameters()}
+    model = wrap(pair)
+    training_step(model, random_batches(1, 1, STUDENT.vocab_size)[0])
+    return {
+        "student_training": all(m.training for m in pair.student.modules()),
+        "teacher_training": any(m.training for m in pair.teacher.modules()),
+        "unchanged": all(torch.equal(p, before[name]) for name, p in pair.teacher.named_parameters()),
+        "teacher_gradients": [
+            n
+            for n, p in pair.teacher.named_parameters()
+            if p.requires_grad or p.grad is not None or hasattr(p, "main_grad")
+        ],
+        "state": sorted(k for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)),
+        "sharded_state": sorted(k for k in model.sharded_state_dict() if not k.endswith("_extra_state")),
+        "student_parameters": sorted(name for name, _ in pair.student.named_parameters()),
+        "teacher_config_per_token": pair.teacher.config is not pair.config,
+    }
+
+
+def terms_returned() -> dict[str, list[str]]:
+    """Which terms a pair returns in training and in eval mode, and how often the teacher ran, by weights."""
+    parallel.initialize(2)
+    directory = shared_directory()
+    write_models(directory)
+    batch = random_batches(1, 1, STUDENT.vocab_size)[0][0]
+    del batch["loss_mask"]
+    found = {}
+    for kd_weight, ce_weight in ((1.0, 0.0), (0.5, 0.5), (0.0, 1.0)):
+        pair = build_pair(directory, STUDENT, TEACHER, {}, kd_weight=kd_weight, ce_weight=ce_weight)
+        assert pair.teacher is not None
+        runs = []
+        pair.teacher.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        for mode in ("train", "eval"):
+            getattr(pair, mode)()
+            terms = pair(**batch)
+            assert all(t.dtype == torch.float32 and t.shape == batch["labels"].shape for t in terms.values())
+            found[f"{kd_weight} {ce_weight} {mode}"] = [*terms, f"teacher ran {len(runs)}"]
+            runs.clear()
+    return found

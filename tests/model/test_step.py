@@ -1,0 +1,82 @@
+"""One real step of the sharded pair against the unsharded float64 reference, at every kind of layout."""
+
+from typing import Any
+
+import pytest
+
+from tests.ranks import RankPools
+
+CASES = "tests.model.cases_step"
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tp1": (1, {}),
+    "tp2": (2, {"tensor": 2}),
+    "tp2_sequence_parallel": (2, {"tensor": 2, "sequence_parallel": True}),
+    "dp2": (2, {}),
+    "dp2_distributed_optimizer": (2, {"distributed_optimizer": True}),
+    "pp2": (2, {"pipeline": 2}),
+    "pp2_tied": (2, {"pipeline": 2, "tied": True}),
+    "tp4": (4, {"tensor": 4}),
+    "tp2_pp2_sequence_parallel": (4, {"tensor": 2, "pipeline": 2, "sequence_parallel": True}),
+    "tp2_dp2": (4, {"tensor": 2}),
+}
+
+
+def check(errors: dict[str, float], tolerance: float, term_tolerance: float) -> None:
+    assert sum(name.endswith(".weight") for name in errors) >= 20, "every gradient is compared"
+    for name, error in errors.items():
+        assert error < (tolerance if name.endswith(".weight") else term_tolerance), name
+
+
+@pytest.mark.parametrize("world, layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_values_and_gradients(ranks: RankPools, world: int, layout: dict[str, Any]) -> None:
+    errors = ranks(world, f"{CASES}:step_errors", **layout)[0]
+    for mode in ("", "evaluation "):
+        assert {f"{mode}{name}" for name in ("loss", "kd", "ce", "agreement", "tokens")} <= set(errors)
+    check(errors, 5e-6, 1e-6)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_gradient_accumulation(ranks: RankPools, micro_batches: int) -> None:
+    check(ranks(2, f"{CASES}:step_errors", pipeline=2, micro_batches=micro_batches)[0], 5e-6, 1e-6)
+
+
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}], ids=["tp2", "pp2"])
+def test_plain_language_model_training(ranks: RankPools, layout: dict[str, int]) -> None:
+    """No teacher: the same code with cross-entropy alone."""
+    errors = ranks(2, f"{CASES}:step_errors", kd_weight=0.0, ce_weight=1.0, **layout)[0]
+    assert "kd" not in errors and "evaluation kd" not in errors
+    check(errors, 5e-6, 1e-6)
+
+
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}], ids=["tp2", "pp2"])
+def test_bf16(ranks: RankPools, layout: dict[str, int]) -> None:
+    """Two layers in bf16 stay near the reference; the loss is not rounded to bf16 on its way out."""
+    check(ranks(2, f"{CASES}:step_errors", precision="bf16", **layout)[0], 0.1, 0.05)
+
+
+def test_vocabularies_padded_differently(ranks: RankPools) -> None:
+    """The teacher knows 80 ids, the student 67 of them: other shards on every rank."""
+    check(ranks(2, f"{CASES}:step_errors", tensor=2, teacher_vocab_size=80)[0], 5e-6, 1e-6)
+
+
+def test_teacher_stays_as_it_was(ranks: RankPools) -> None:
+    for result in ranks(2, f"{CASES}:teacher_stays_as_it_was"):
+        assert result["student_training"] and not result["teacher_training"]
+        assert result["unchanged"] and result["teacher_gradients"] == []
+        assert result["state"] == result["student_parameters"], "a checkpoint is a plain GPTModel of the student"
+        assert len(result["sharded_state"]) == len(result["student_parameters"])
+        assert not [name for name in result["sharded_state"] if "teacher" in name or "student" in name]
+
+
+def test_weights_of_zero_cost_nothing_in_training(ranks: RankPools) -> None:
+    everything = ["loss", "kd", "ce", "agreement", "teacher ran 1"]
+    for result in ranks(2, f"{CASES}:terms_returned"):
+        assert result == {
+            "1.0 0.0 train": ["loss", "kd", "agreement", "teacher ran 1"],
+            "1.0 0.0 eval": everything,
+            "0.5 0.5 train": everything,
+            "0.5 0.5 eval": everything,
+            "0.0 1.0 train": ["loss", "ce", "teacher ran 0"],
+            "0.0 1.0 eval": everything,
+        }
