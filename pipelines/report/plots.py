@@ -111,25 +111,12 @@ def curves(
         if min(values) > 0 and max(values) > 20 * min(values):
             _log_scale(axes)
         for text, value in references:
-            _reference_line(axes, text, value)
+            line = axes.axhline(value, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+            line.set_label(f"{text} {value:.3f}")
         axes.set(xlabel="optimizer step", ylabel=label)
         axes.margins(x=0.02)
         axes.legend(loc="upper right")
         return _write(figure, name, directory)
-
-
-def _reference_line(axes: Axes, text: str, value: float) -> None:
-    axes.axhline(value, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
-    axes.annotate(
-        f"{text} {value:.3f}",
-        (0.99, value),
-        xycoords=("axes fraction", "data"),
-        xytext=(0, 3),
-        textcoords="offset points",
-        ha="right",
-        fontsize=8,
-        color=MUTED,
-    )
 
 
 def importance(axis: AxisImportance, name: str, directory: Path) -> str:
@@ -167,7 +154,7 @@ def _draw_ranked(axes: Axes, axis: AxisImportance) -> None:
     rank = np.arange(1, len(scores) + 1)
     floor = min(scores.min() * 0.8, scores.min())
     for mask, colour in ((kept, ACCENT), (~kept, FAINT)):
-        axes.vlines(rank[mask], floor, scores[mask], color=colour, linewidth=max(0.4, 260 / len(scores)))
+        axes.fill_between(rank, floor, scores, where=mask, step="mid", color=colour, linewidth=0)
     axes.set(xlabel=f"{axis.unit}, by score", ylabel=axis.label)
     axes.margins(x=0.01)
     axes.set_ylim(bottom=floor)
