@@ -86,9 +86,7 @@ def test_dtype_stays_and_shards_are_as_small_as_asked(tmp_path):
     weights = {name: weight.bfloat16() for name, weight in random_weights(SHAPE).items()}
     teacher = write_teacher(tmp_path / "teacher", SHAPE, weights)
     counted: list[int] = []
-    student = slice_checkpoint(
-        teacher, tmp_path / "student", SHAPE, KEPT, max_shard_bytes=200, advance=counted.append
-    )
+    student = slice_checkpoint(teacher, tmp_path / "student", SHAPE, KEPT, max_shard_bytes=200, advance=counted.append)
     assert sum(counted) == student.parameters()
     files = sorted((tmp_path / "student").glob("*.safetensors"))
     assert len(files) > 2
