@@ -1,5 +1,8 @@
 """The verify stage passes at every layout as the code stands, and fails for each planted defect."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,8 @@ def test_passes_and_compares_every_group(ranks: RankPools, tmp_path: Path, layou
         assert set(figures) == expected | {"loss", "kd", "ce", "agreement", "tokens"}
         assert all(figures[group]["values"] == 0 for group in expected), "fp32 weights come back bit for bit"
         assert all(0 < figures[group]["gradients"] <= 1e-5 for group in expected), "measured, and within the tolerance"
+    compared = sum(len(case.student.tensors()) for case in cases(layout["tensor"], layout.get("pipeline", 1)))
+    assert f"{compared} tensors compared" in first["printed"]
     assert first["printed"].count(" ok ") == len(first["figures"]["width"]) + len(first["figures"]["depth_tied"])
     assert not list(tmp_path.iterdir()), "the random models are removed again"
 
@@ -51,7 +56,17 @@ def test_catches(ranks: RankPools, tmp_path: Path, defect: str) -> None:
     first, second = ranks(2, RUN, directory=str(tmp_path), defect=defect, **layout)
     assert sign in first["error"], first["error"]
     assert first["error"] == second["error"], "every rank ends with the same message"
-    assert "FAILED" in first["printed"] and "is within the tolerance" not in first["printed"]
+    assert "FAILED" in first["printed"] and "within tolerance" not in first["printed"]
+
+
+def test_command_line_fails_above_tolerance(tmp_path: Path) -> None:
+    """The real command: a table, then one message without a traceback, and an exit code that stops a script."""
+    command = [sys.executable, "-m", "pipelines", "stage=verify", "parallel=tp2", f"run.directory={tmp_path}"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    ended = subprocess.run([*command, "verify.tolerance=1e-9"], capture_output=True, text=True, env=environment)
+    assert ended.returncode == 2
+    assert "FAILED" in ended.stdout and "within tolerance" not in ended.stdout
+    assert "gradient lm_head.weight" in ended.stderr and "Traceback" not in ended.stderr
 
 
 def test_refuses_context_parallelism_by_name(ranks: RankPools, tmp_path: Path) -> None:
