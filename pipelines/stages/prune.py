@@ -56,14 +56,12 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
     kept = _select(scores, config.student, teacher)
     student = sliced_shape(teacher, kept)
     _on_first_rank(lambda: _write(context, directory, teacher, kept, scores))
-    removed, before = teacher.parameters() - student.parameters(), teacher.parameters()
+    before = teacher.parameters()
     console.say(
         f"prune  {before:,} -> {student.parameters():,} parameters ({student.parameters() / before:.1%}); hidden "
         f"{student.hidden_size}, ffn {student.intermediate_size}, heads {student.num_attention_heads}, "
         f"layers {student.num_hidden_layers}"
     )
-    if not removed:
-        console.say("prune  warning: the student has the teacher's shape; set student.* to a smaller one")
     return {
         "model": str(context.directory / "hf"),
         "parameters_before": before,
