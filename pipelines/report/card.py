@@ -28,7 +28,7 @@ def render(record: RunRecord, results: dict[str, Any], *, teacher: Path, student
         for key in SIZES
         if before.get(key) != after.get(key) and before and after
     ]
-    versions = next((e["versions"] for e in reversed(results["lineage"]) if e.get("versions")), {})
+    versions: dict[str, str] = next((e["versions"] for e in reversed(results["lineage"]) if e.get("versions")), {})
     entries = [{"git": None, "seed": None} | entry for entry in results["lineage"]]
     text = environment.get_template("card.md.jinja").render(
         run=record.name,

@@ -174,7 +174,7 @@ def _importance_plots(record: RunRecord, directory: Path) -> list[dict[str, Any]
 
 
 def _kept(results: dict[str, Any]) -> dict[str, str]:
-    entry = next((entry for entry in results["lineage"] if entry["stage"] == "prune"), {})
+    entry: dict[str, Any] = next((entry for entry in results["lineage"] if entry["stage"] == "prune"), {})
     return {
         axis: words if len(words) <= KEPT_INDICES_SHOWN else words[:KEPT_INDICES_SHOWN] + " … (all: prune/kept.json)"
         for axis, words in entry.get("kept", {}).items()

@@ -154,7 +154,7 @@ def _draw_ranked(axes: Axes, axis: AxisImportance) -> None:
     rank = np.arange(1, len(scores) + 1)
     floor = min(scores.min() * 0.8, scores.min())
     for mask, colour in ((kept, ACCENT), (~kept, FAINT)):
-        axes.fill_between(rank, floor, scores, where=mask, step="mid", color=colour, linewidth=0)
+        axes.fill_between(rank, floor, scores, where=mask.tolist(), step="mid", color=colour, linewidth=0)
     axes.set(xlabel=f"{axis.unit}, by score", ylabel=axis.label)
     axes.margins(x=0.01)
     axes.set_ylim(bottom=floor)

@@ -130,7 +130,7 @@ def lineage(record: RunRecord) -> list[dict[str, Any]]:
 
 def kept_in_words(kept: dict[str, Any]) -> dict[str, str]:
     """kept.json as ranges: {"hidden": "0-3, 7", "layers": "1-4", "ffn of layer 1": ...}."""
-    words = {}
+    words: dict[str, str] = {}
     for axis in ("layers", "hidden", "heads", "ffn"):
         indices = kept.get(axis)
         if isinstance(indices, dict):

@@ -29,10 +29,11 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
     config = context.config
     source, target = artifacts.student_directory(config), context.directory / "hf"
     shape = read_shape(source)
+    if console.rank() == 0:
+        check_hashes(config, source)
     tokens, reference = _reference_logits(config, source, shape)
     found: dict[str, Any] = {}
     if torch.distributed.get_rank() == 0:
-        check_hashes(config, source)
         with files.new_directory(target) as partial:
             console.say(f"export  copying {source}")
             shutil.copytree(source, partial, dirs_exist_ok=True)
