@@ -5,6 +5,7 @@ those the directory was made from, and writes manifest.json; `Attempt.finish` ad
 `complete` marker last. A directory without that marker is never read by another stage.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -88,7 +89,7 @@ def student_directory(config: Config) -> Path:
 
 
 INPUTS: dict[str, Callable[[Config], list[Path]]] = {
-    "sources": lambda config: [Path(s.path) for s in config.data.sources if s.path],
+    "sources": lambda config: [p for s in config.data.sources if s.path for p in _source_paths(s.path)],
     "tokenizer": lambda config: _tokenizer_files(config.data.tokenizer or config.model.path),
     "model": lambda config: [Path(config.model.path)] if config.model.path else [],
     "corpus": lambda config: [corpus_directory(config)],
@@ -101,6 +102,15 @@ INPUTS: dict[str, Callable[[Config], list[Path]]] = {
     "evaluation": lambda config: [stage_directory(config, "evaluate")],
     "exported": lambda config: [stage_directory(config, "export")],
 }
+
+
+def _source_paths(path: str) -> list[Path]:
+    """What a source's path names: itself, the files of a pattern, or the prefix of a Megatron data set's two files."""
+    if path.endswith((".bin", ".idx")):
+        return [Path(path).with_suffix("")]
+    if Path(path).exists() or not glob.has_magic(path):
+        return [Path(path)]
+    return sorted(Path(file) for file in glob.glob(path, recursive=True))
 
 
 def _tokenizer_files(directory: str | None) -> list[Path]:

@@ -4,6 +4,7 @@
 checked depends on the stages asked for: `plan` needs no file of the teacher, `distil` no source of the corpus.
 """
 
+import glob
 import importlib.util
 import json
 from collections.abc import Collection, Iterator
@@ -31,7 +32,7 @@ def validate(config: Config, stages: Collection[str]) -> list[str]:
         raise UserError(str(error)) from None
     _check_shape(teacher, "model.shape")
     _check_target(config, teacher, student)
-    if any(STAGES[name].ranks for name in stages):
+    if any(STAGES[name].ranks and name != "verify" for name in stages):  # verify makes shapes to fit the layout
         _check_layout(ranks, teacher, "teacher")
         _check_layout(ranks, student, "student")
     for name, lengths in _lengths(config, stages):
@@ -120,7 +121,8 @@ def _check_sources(config: Config) -> None:
         _expect(bool(source.path), f"{setting}.path", "a path", "none", "Give the file or directory.")
         path = Path(str(source.path))
         prefix = path.with_name(path.name + ".idx").is_file() and path.with_name(path.name + ".bin").is_file()
-        _expect(path.exists() or prefix, f"{setting}.path", "an existing path", path, "Check its spelling.")
+        known = path.exists() or prefix or next(glob.iglob(str(path), recursive=True), None) is not None
+        _expect(known, f"{setting}.path", "an existing path", path, "Check its spelling.")
     data = config.data
     parts = {
         "validation": data.validation_fraction,

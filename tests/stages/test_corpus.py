@@ -1,69 +1,26 @@
-"""The corpus stage as a whole: what it writes, the same for any number of workers, and what it says about bad input."""
+"""The corpus stage as a whole: what it writes, the same for any number of workers."""
 
 import json
 import os
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 
+from pipelines import artifacts
 from pipelines.artifacts import StageContext
-from pipelines.config import Config, SourceConfig, SourceKind, TeacherMode, UserError
-from pipelines.stages import corpus
+from pipelines.config import Config, SourceConfig, TeacherMode, UserError
+from pipelines.stages import STAGES, corpus
 from pipelines.text import chunks, indexed, sources, tokenizer
 from pipelines.text.splitting import SPLITS
+from pipelines.validation import validate
+from tests.stages.corpora import FRACTIONS, contents, existing, make, read
 from tests.text.conftest import make_documents, write_jsonl
-
-FRACTIONS = {"validation_fraction": 0.1, "test_fraction": 0.1, "calibration_fraction": 0.1}
-
-
-def make(directory: Path, inputs: list[SourceConfig], vocab_size: int = 600, **data: Any) -> dict[str, Any]:
-    config = Config()
-    config.model.shape.vocab_size = vocab_size
-    config.data.sources = inputs
-    for key, value in ({"workers": 1} | FRACTIONS | data).items():
-        setattr(config.data, key, value)
-    directory.mkdir(parents=True, exist_ok=True)
-    return corpus.run(StageContext(config, "corpus", directory))
-
-
-def read(directory: Path, split: str, number: int = 0) -> list[list[int]]:
-    """The ids of every document of one prefix of a split."""
-    blend = json.loads((directory / "blend.json").read_text())
-    prefix = directory / blend["splits"][split][number]["prefix"]
-    index = indexed.read_index(prefix)
-    ids, size = indexed.read_ids(prefix, index), index.id_type.itemsize
-    return [ids[p // size : p // size + n].tolist() for p, n in zip(index.pointers, index.lengths, strict=True)]
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(directory)): f.read_bytes() for f in sorted(directory.rglob("*")) if f.is_file()}
-
-
-@pytest.fixture(scope="module")
-def documents() -> list[str]:
-    unique = make_documents(300)
-    return unique + unique[::3]  # every third twice
-
-
-@pytest.fixture(scope="module")
-def jsonl(tmp_path_factory: pytest.TempPathFactory, documents: list[str]) -> SourceConfig:
-    return SourceConfig(path=str(write_jsonl(tmp_path_factory.mktemp("source") / "d.jsonl", documents)))
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, jsonl: SourceConfig) -> Path:
-    directory = tmp_path_factory.mktemp("made") / "corpus"
-    make(directory, [jsonl])
-    return directory
 
 
 def test_every_document_comes_back_once_on_its_side(made, documents):
@@ -151,14 +108,6 @@ def test_weights_and_several_sources(tmp_path, jsonl):
     assert entropy == pytest.approx(-(shares * numpy.log(shares)).sum())
 
 
-def existing(prefix: Path, ids: list[list[int]], kind: Any = numpy.int32) -> str:
-    writer = indexed.Writer(prefix, numpy.dtype(kind))
-    for document in ids:
-        writer.add(numpy.array(document), numpy.array([len(document)], numpy.int32))
-    writer.finish()
-    return str(prefix)
-
-
 @pytest.mark.parametrize("workers", [1, 2])
 def test_existing_data_sets_are_split_without_a_copy(tmp_path, made, workers):
     blend = json.loads((made / "blend.json").read_text())
@@ -180,17 +129,6 @@ def test_existing_data_sets_are_split_without_a_copy(tmp_path, made, workers):
     before = json.loads((made / "counts.json").read_text())["splits"]
     for key in ("documents", "tokens", "bytes"):
         assert sum(counts[s]["sources"]["00_one"][key] for s in SPLITS) == sum(before[s][key] for s in SPLITS)
-
-
-def test_ids_beyond_the_tokenizer_and_tokenizers_beyond_the_model_are_refused(tmp_path, jsonl, made):
-    with pytest.raises(UserError, match="at most 500 ids, the vocab_size of model.shape; found 600"):
-        make(tmp_path / "c", [jsonl], vocab_size=500, tokenizer=str(made / "tokenizer"))
-    source = SourceConfig(path=existing(tmp_path / "d", [[5, 6]] * 10 + [[5, 128_255]]))
-    with pytest.raises(UserError, match=r"d.bin, document 11: expected ids below 600.*found 128,255.*data.tokenizer"):
-        make(tmp_path / "c", [source], tokenizer=str(made / "tokenizer"), validation_fraction=0)
-    with pytest.raises(UserError, match="expected the tokenizer that these ids were made with.*data.tokenizer"):
-        make(tmp_path / "c", [source])
-    assert not (tmp_path / "c" / "blend.json").exists()
 
 
 def test_a_large_vocabulary_keeps_its_ids(tmp_path, documents, jsonl, made):
@@ -239,106 +177,6 @@ def test_the_teachers_tokenizer(tmp_path, jsonl, made):
     assert json.loads((directory / "blend.json").read_text())["vocab_size"] == 300
 
 
-def test_empty_splits_and_sources(tmp_path, jsonl):
-    few = str(write_jsonl(tmp_path / "few.jsonl", make_documents(30)))
-    with pytest.raises(UserError, match=r"the test split, found none: 30 documents.*data.test_fraction=1e-06.*=0.13"):
-        make(tmp_path / "c", [SourceConfig(path=few)], test_fraction=1e-6)
-    make(tmp_path / "c", [SourceConfig(path=few)], test_fraction=0.0, validation_fraction=0.2)  # none wanted
-    assert json.loads((tmp_path / "c" / "blend.json").read_text())["splits"]["test"] == []
-    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n' * 3)
-    with pytest.raises(UserError, match="found only empty documents"):
-        make(tmp_path / "d", [SourceConfig(path=str(tmp_path / "empty.jsonl"))])
-    for bad, message in (
-        (SourceConfig(path=few, weight=0), r"data.sources\[1\].weight: expected a number above 0, found 0"),
-        (SourceConfig(path=few, limit_bytes=0), r"data.sources\[1\].limit_bytes: expected"),
-        (SourceConfig(path=few, kind=SourceKind.megatron, limit_bytes=5), "neither limit_bytes nor document_bytes"),
-        (SourceConfig(path=few, text_key="body"), "few.jsonl, line 1: expected a string under the key 'body'"),
-    ):
-        with pytest.raises(UserError, match=message):
-            make(tmp_path / "e", [jsonl, bad])
-        assert not list((tmp_path / "e").iterdir())  # found before any work
-    with pytest.raises(UserError, match="data.workers: expected 1 or more, found 0"):
-        make(tmp_path / "e", [jsonl], workers=0)
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_bad_line_deep_inside(tmp_path, monkeypatch, documents, workers):
-    monkeypatch.setattr(sources, "CHUNK", 20_000)
-    path = write_jsonl(tmp_path / "d.jsonl", documents * 5)
-    with path.open("a") as file:
-        file.write("{oops\n")
-    started = sorted(p.name for p in tmp_path.iterdir())
-    with pytest.raises(UserError, match=f"d.jsonl, line {len(documents) * 5 + 1}: expected a JSON object"):
-        make(tmp_path / "c", [SourceConfig(path=str(path))], workers=workers, tokenizer_sample_bytes=10_000)
-    assert started == ["d.jsonl"] and sorted(p.name for p in (tmp_path / "c").iterdir()) == ["tokenizer"]
-
-
-def test_a_full_disk_leaves_no_half_corpus(tmp_path, jsonl, made):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    other = tmp_path / "runs" / "teacher.txt"
-    other.parent.mkdir()
-    other.write_text("earlier output")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))  # the train split is larger, nothing else
-    try:
-        with pytest.raises(UserError) as error:
-            make(tmp_path / "runs" / "corpus", [jsonl], tokenizer=str(made / "tokenizer"))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "File too large" in str(error.value) and "run.directory" in str(error.value), error.value
-    assert other.read_text() == "earlier output"
-    left = [p.name for p in (tmp_path / "runs" / "corpus").rglob("*") if p.is_file()]
-    assert "blend.json" not in left and not [name for name in left if name.endswith((".bin", ".idx", ".lengths"))]
-
-
-def test_killed_and_started_again(tmp_path, jsonl, made):
-    """kill -9 while writing: nothing is taken for whole, no worker lives on, and a rerun gives the corpus."""
-    script = tmp_path / "stage.py"
-    script.write_text(
-        textwrap.dedent(
-            f"""
-            import os, time
-            from pathlib import Path
-            from tests.stages import test_corpus
-            from pipelines.config import SourceConfig
-            from pipelines.text import writing
-
-            class Slow(writing.indexed.Writer):
-                def add(self, ids, lengths):
-                    super().add(ids, lengths)
-                    Path({str(tmp_path / "writing")!r}).touch()
-                    time.sleep(60)
-
-            if __name__ == "__main__":
-                writing.indexed.Writer = Slow
-                test_corpus.make(Path({str(tmp_path / "c")!r}), [SourceConfig(path={jsonl.path!r})], workers=2)
-            """
-        )
-    )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    process = subprocess.Popen([sys.executable, str(script)], env=environment)
-    while not (tmp_path / "writing").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    workers = [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-    assert len(workers) >= 2
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "c" / "blend.json").exists() and not (tmp_path / "c" / "data").exists()
-    deadline = time.monotonic() + 30
-    while any(Path(f"/proc/{pid}/cmdline").exists() and alive(pid) for pid in workers):
-        assert time.monotonic() < deadline, "a worker outlived its parent"
-        time.sleep(0.1)
-    make(tmp_path / "c", [jsonl])
-    assert contents(tmp_path / "c") == contents(made)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
 def test_the_standard_library_and_no_torch(tmp_path):
     script = tmp_path / "stage.py"
     script.write_text(
@@ -346,12 +184,12 @@ def test_the_standard_library_and_no_torch(tmp_path):
             f"""
             import sys
             from pathlib import Path
-            from tests.stages import test_corpus
+            from tests.stages import corpora
             from pipelines.config import SourceConfig
 
             if __name__ == "__main__":
                 source = SourceConfig(limit_bytes=500_000)
-                figures = test_corpus.make(Path({str(tmp_path / "c")!r}), [source], test_fraction=0.2)
+                figures = corpora.make(Path({str(tmp_path / "c")!r}), [source], test_fraction=0.2)
                 assert figures["splits"]["train"]["tokens"] > 50_000, figures
                 assert "torch" not in sys.modules
             """
@@ -405,3 +243,21 @@ def test_gpt_dataset_reads_the_blend(tmp_path, jsonl, made):
         inner = [i for i, token in enumerate(sample) if token == Eod.eod]
         for first, last in zip(inner, inner[1:], strict=False):  # whole documents between two ends
             assert tuple(sample[first + 1 : last + 1]) in known[source]
+
+
+def test_patterns_and_prefixes_are_known_inputs(tmp_path, made):
+    """The manifest holds the hash of every file that a pattern or a prefix names, and validation lets both through."""
+    for name in ("b.txt", "a.txt"):
+        (tmp_path / name).write_text(name)
+    prefix = existing(tmp_path / "ids", read(made, "train"))
+    config = Config()
+    config.run.directory = str(tmp_path / "runs")
+    config.data.sources = [
+        SourceConfig(path=p) for p in (f"{tmp_path}/*.txt", prefix, prefix + ".bin", prefix + ".idx")
+    ]
+    validate(config, ["corpus"])
+    found = [list(entry["files"]) for entry in artifacts.inputs(config, STAGES["corpus"]).values()]
+    assert found == [["a.txt"], ["b.txt"], *[["ids.bin", "ids.idx"]] * 3]
+    config.data.sources = [SourceConfig(path=f"{tmp_path}/*.nothing")]
+    with pytest.raises(UserError, match="an existing path"):
+        validate(config, ["corpus"])
