@@ -14,7 +14,7 @@ from pipelines.model.hub_files import write_hub_files
 from pipelines.model.safetensors_stream import Writer
 from pipelines.model.weights import named_parameters, shard_length, shard_view
 
-_BLOCK_BYTES = 64 * 2**20  # of a shard on its way to the first rank
+_BLOCK_BYTES = 64 * 2**20  # of a tensor on its way from all ranks to the first
 
 
 def _itself(parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -73,8 +73,8 @@ def gather_hugging_face(
     """(Hugging Face name, tensor) in the order of `shape.tensors()`: a fresh, unpadded tensor on global rank 0, else None.
 
     value: what to gather for a parameter, of its shape (such as lambda p: p.main_grad); dtype: None keeps its own.
-    Collective: every rank iterates to the end. Per tensor, one gather per 64 MiB of shard over the tensor-parallel
-    group of its pipeline stage, and one send from the stage's first rank to rank 0; once, an all-gather of names over
+    Collective: every rank iterates to the end. Per tensor, one gather per 64 MiB over the tensor-parallel group of
+    its pipeline stage, and one send from the stage's first rank to rank 0; once, an all-gather of names over
     the pipeline group. Data- and context-parallel replicas take no part. Of a tied embedding the first stage's is taken.
     """
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
@@ -125,13 +125,14 @@ def _gather(value: torch.Tensor, tensor: Tensor, shape: ModelShape, dtype: torch
         whole = view.new_empty(sizes, dtype=dtype)
         targets = [part.view(view.shape) for part in whole.chunk(ranks, dim)]
     # By blocks, so that the first rank holds one whole tensor and not a second one made of its shards.
-    rows = max(1, _BLOCK_BYTES // (view[0].numel() * dtype.itemsize))
+    rows = max(1, _BLOCK_BYTES // (view[0].numel() * dtype.itemsize * ranks))
     for start in range(0, view.shape[0], rows):
         block = view[start : start + rows].to(dtype).contiguous()
         blocks = [torch.empty_like(block) for _ in targets]
         dist.gather(block, blocks or None, group=group, group_dst=0)
         for target, received in zip(targets, blocks, strict=True):
             target[start : start + rows] = received
+        del block, blocks
     return None if whole is None else whole.narrow(dim, 0, shape.axis_size(tensor.axes[dim]))
 
 
