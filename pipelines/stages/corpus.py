@@ -41,7 +41,8 @@ class Opened:
         """Input bytes, as far as known beforehand."""
         if self.text is None:
             assert self.prefix
-            return indexed.bin_path(self.prefix).stat().st_size
+            index = indexed.read_index(self.prefix)
+            return int(index.lengths.sum(dtype=numpy.int64)) * index.id_type.itemsize
         return min(self.text.size, self.settings.limit_bytes or self.text.size)
 
 

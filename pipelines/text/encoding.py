@@ -45,12 +45,13 @@ class Encoded:
 
     def first(self, documents: int) -> "Encoded":
         tokens = int(self.lengths[:documents].sum())
+        share = self.text_bytes[:documents].sum() / max(self.text_bytes.sum(), 1)
         return Encoded(
             self.ids[:tokens],
             self.lengths[:documents],
             self.sides[:documents],
             self.text_bytes[:documents],
-            self.input_size,
+            round(self.input_size * share),
             self.empty,
             self.byte_exact,
         )

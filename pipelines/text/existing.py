@@ -40,7 +40,8 @@ class Scanned:
 
 @dataclass
 class Scanner:
-    """Reads documents start..stop. Their side is decided by their ids, without the end-of-document token, as int32."""
+    """Reads documents start..stop. Their side is decided by their text, so that it is the side they have in a text
+    source; for a tokenizer that is not byte-level by their ids instead, as int32 without the end-of-document token."""
 
     prefix: Path
     directory: Path  # of the tokenizer
@@ -67,10 +68,15 @@ class Scanner:
         for document in range(start, stop):
             ids = self._document(document)
             has_end = len(ids) > 0 and ids[-1] == self.vocabulary.end_of_document
-            side = self.fractions.side((ids[:-1] if has_end else ids).astype("<i4").tobytes())
+            if self.vocabulary.pieces is not None:
+                content = text = self.vocabulary.text(ids)
+            else:
+                content = (ids[:-1] if has_end else ids).astype("<i4").tobytes()
+                text = self._tokenizer.decode(ids.tolist(), skip_special_tokens=True).encode()
+            side = self.fractions.side(content)
             sides[document - start] = side
             tokens[side] += len(ids)
-            text_bytes[side] += self._text_bytes(ids)
+            text_bytes[side] += len(text)
             ended += int(has_end)
             if side == 0:
                 train.append(ids)
@@ -91,11 +97,6 @@ class Scanner:
                 f"the tokenizer; found {wrong:,}. Set data.tokenizer to the one that these ids were made with."
             )
         return ids
-
-    def _text_bytes(self, ids: Array) -> int:
-        if self.vocabulary.token_bytes is not None:
-            return int(self.vocabulary.token_bytes[ids].sum())
-        return len(self._tokenizer.decode(ids.tolist(), skip_special_tokens=True).encode())
 
 
 def _pieces(index: indexed.Index) -> Iterator[tuple[int, int]]:

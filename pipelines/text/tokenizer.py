@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,22 @@ WORDS = (
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """size: the largest id + 1. end_of_document: the id after each document. token_bytes: (size,) UTF-8 bytes that an
-    id stands for, 0 for special tokens; None for a tokenizer that is not byte-level."""
+    """size: the largest id + 1. end_of_document: the id after each document. pieces: the UTF-8 bytes that each id
+    stands for, none for special tokens; None for a tokenizer that is not byte-level."""
 
     size: int
     end_of_document: int
-    token_bytes: numpy.ndarray[Any, Any] | None
+    pieces: list[bytes] | None
+
+    @cached_property
+    def token_bytes(self) -> numpy.ndarray[Any, Any] | None:
+        """(size,) int32: the lengths of the pieces."""
+        return None if self.pieces is None else numpy.array([len(piece) for piece in self.pieces], numpy.int32)
+
+    def text(self, ids: numpy.ndarray[Any, Any]) -> bytes:
+        """The text of a byte-level tokenizer's ids."""
+        assert self.pieces is not None
+        return b"".join([self.pieces[number] for number in ids.tolist()])
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -64,10 +75,10 @@ def read_vocabulary(directory: Path) -> Vocabulary:
     tokenizer = load(directory)
     size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     end_of_document = _end_of_document(directory, tokenizer)
-    token_bytes = _token_bytes(tokenizer, size)
-    if token_bytes is not None:
-        token_bytes[end_of_document] = 0
-    return Vocabulary(size, end_of_document, token_bytes)
+    pieces = _pieces(tokenizer, size)
+    if pieces is not None:
+        pieces[end_of_document] = b""
+    return Vocabulary(size, end_of_document, pieces)
 
 
 def take(source: Path, directory: Path) -> None:
@@ -158,16 +169,21 @@ def _end_of_document(directory: Path, tokenizer: Tokenizer) -> int:
     )
 
 
-def _token_bytes(tokenizer: Tokenizer, size: int) -> numpy.ndarray[Any, Any] | None:
+def _pieces(tokenizer: Tokenizer, size: int) -> list[bytes] | None:
     decoder = json.loads(tokenizer.to_str()).get("decoder") or {}
     if "ByteLevel" not in [decoder.get("type"), *(part.get("type") for part in decoder.get("decoders", []))]:
         return None
-    table = numpy.zeros(size, numpy.int32)
+    # The byte-level alphabet (GPT-2's): printable Latin-1 stands for itself, the other bytes for U+0100 and on.
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    pieces = [b""] * size
     for token, number in tokenizer.get_vocab(with_added_tokens=False).items():
-        table[number] = len(token)  # the byte-level alphabet: one character per byte
+        if all(character in byte_of for character in token):
+            pieces[number] = bytes(byte_of[character] for character in token)
     for number, added in tokenizer.get_added_tokens_decoder().items():
-        table[number] = 0 if added.special else len(added.content.encode())
-    return table
+        pieces[number] = b"" if added.special else added.content.encode()
+    return pieces
 
 
 def _read_json(path: Path) -> dict[str, Any]:

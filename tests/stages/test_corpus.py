@@ -124,6 +124,7 @@ def test_existing_data_sets_are_split_without_a_copy(tmp_path, made, workers):
     for split in SPLITS:
         assert sorted(found[split]) == sorted(read(tmp_path / "c", split, 1))  # the same side in both
         assert [d for d in ids if d in found[split]] == found[split]
+        assert found[split] == read(made, split)  # and the side of the text they were made from
         assert (tmp_path / "c" / "data" / split / "00_one.bin").resolve() == tmp_path / "one.bin"
     counts = json.loads((tmp_path / "c" / "counts.json").read_text())["splits"]
     before = json.loads((made / "counts.json").read_text())["splits"]
