@@ -70,12 +70,12 @@ def gather_hugging_face(
     value: Callable[[torch.nn.Parameter], torch.Tensor] = _itself,
     dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """(Hugging Face name, tensor) in the order of `shape.tensors()`: a fresh, unpadded tensor on global rank 0, else None.
+    """(Hugging Face name, tensor) in the order of `shape.tensors()`: a fresh, unpadded tensor on rank 0, else None.
 
     value: what to gather for a parameter, of its shape (such as lambda p: p.main_grad); dtype: None keeps its own.
     Collective: every rank iterates to the end. Per tensor, one gather per 64 MiB over the tensor-parallel group of
-    its pipeline stage, and one send from the stage's first rank to rank 0; once, an all-gather of names over
-    the pipeline group. Data- and context-parallel replicas take no part. Of a tied embedding the first stage's is taken.
+    its pipeline stage, and one send from the stage's first rank to rank 0; once, an all-gather of names over the
+    pipeline group. Data- and context-parallel replicas take no part. Of a tied embedding the first stage's is taken.
     """
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
         yield from ((name, None) for name in shape.tensors())

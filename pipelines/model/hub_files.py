@@ -1,4 +1,4 @@
-"""What stands beside the weights of a Hugging Face directory: config.json, generation_config.json, the tokenizer's files."""
+"""What stands beside the weights of a Hugging Face directory: its two configurations and the tokenizer's files."""
 
 import json
 import shutil

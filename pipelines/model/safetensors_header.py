@@ -86,8 +86,8 @@ def read_header(file: Path) -> dict[str, Entry]:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > size - 8:
             raise UserError(
-                f"{file}: expected a safetensors file with a header of {length:,} bytes, found a file of {size:,} bytes: "
-                "truncated or corrupt. Download or copy it again."
+                f"{file}: expected a safetensors file with a header of {length:,} bytes, found a file of {size:,} "
+                "bytes: truncated or corrupt. Download or copy it again."
             )
         try:
             header = json.loads(stream.read(length))

@@ -98,8 +98,8 @@ class Tensors:
         ]
         if wrong:
             raise UserError(
-                f"{self.directory}: expected tensors of the shape in config.json, {len(wrong)} of {len(shapes)} differ: "
-                f"{listed(wrong)}. Correct config.json, or copy the directory again."
+                f"{self.directory}: expected tensors of the shape in config.json, {len(wrong)} of {len(shapes)} "
+                f"differ: {listed(wrong)}. Correct config.json, or copy the directory again."
             )
         ignored = tuple(ignore)
         unknown = [name for name in self._entries if name not in shapes and not name.endswith(ignored)]

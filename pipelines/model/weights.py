@@ -10,6 +10,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
+from pipelines.config import UserError
 from pipelines.families import EMBEDDING, HEAD, ModelShape, Tensor
 from pipelines.model.safetensors_stream import Tensors
 
@@ -21,13 +22,14 @@ _DERIVED = ("rotary_emb.inv_freq",)
 
 @torch.no_grad()
 def load_hugging_face(model: GPTModel, directory: str | Path, shape: ModelShape) -> None:
-    """Overwrite the parameters of this rank's shard in place, cast to their dtype; rows that pad the vocabulary become 0.
+    """Overwrite the parameters of this rank's shard in place, cast to their dtype; rows of padding become 0.
 
     model: built from `shape` under the current parallel_state, on any device. A rank holds its shard and the mapped
     slice of one tensor. No collectives. Raises UserError where the directory does not hold the tensors of `shape`.
     """
     tensors = Tensors(directory)
     tensors.expect(shape.tensor_shapes(), ignore=(*_DERIVED, HEAD) if shape.tie_word_embeddings else _DERIVED)
+    _require_unquantized(tensors, shape)
     parameters = named_parameters(model)
     filled = set()
     for name, tensor in shape.tensors().items():
@@ -69,6 +71,16 @@ def shard_length(view: torch.Tensor, tensor: Tensor, shape: ModelShape) -> int:
     assert tensor.parallel_dim is not None
     others = [shape.axis_size(axis) for dim, axis in enumerate(tensor.axes) if dim != tensor.parallel_dim]
     return view.numel() // others[0] if others else view.numel()
+
+
+def _require_unquantized(tensors: Tensors, shape: ModelShape) -> None:
+    found = {name: tensors.dtype(name) for name in shape.tensors()}
+    for name, dtype in found.items():
+        if not dtype.is_floating_point or dtype.itemsize < 2:
+            raise UserError(
+                f"{tensors.directory}: expected weights in float32, bfloat16 or float16, found {name} in {dtype}. "
+                "Dequantize the model first."
+            )
 
 
 def _targets(name: str, tensor: Tensor, shape: ModelShape) -> tuple[str, ...]:

@@ -217,16 +217,19 @@ def test_shapes_that_the_layout_does_not_divide_are_refused_by_name(
 def test_every_rank_refuses_weights_that_are_not_those_of_config_json(ranks: RankPools, tmp_path: Path) -> None:
     shape = _small_shape()
     write_random_model(tmp_path / "model", shape, seed=1)
+    write_random_model(tmp_path / "quantized", shape, seed=1, dtype="float8_e4m3fn")
     processes, arguments = _layout("tp2")
-    for other, message in (
+    for name, other, message in (
         (
+            "model",
             shape.replace(intermediate_size=128),
             r"layers.0.mlp.gate_proj.weight: expected \[128, 64\], found \[96, 64\]",
         ),
-        (shape.replace(num_hidden_layers=6), "missing 18 of 57: model.layers.4.input_layernorm.weight"),
-        (shape.replace(num_hidden_layers=2), "found 18 more: model.layers.2.input_layernorm.weight"),
+        ("model", shape.replace(num_hidden_layers=6), "missing 18 of 57: model.layers.4.input_layernorm.weight"),
+        ("model", shape.replace(num_hidden_layers=2), "found 18 more: model.layers.2.input_layernorm.weight"),
+        ("quantized", shape, "expected weights in .*, found model.embed_tokens.weight in torch.float8_e4m3fn"),
     ):
-        call = {"source": str(tmp_path / "model"), "shape": other, "layout": arguments}
+        call = {"source": str(tmp_path / name), "shape": other, "layout": arguments}
         for error in ranks(processes, f"{CASES}:load_error", **call):
             with pytest.raises(ValueError, match=message):
                 raise ValueError(error)
