@@ -170,11 +170,13 @@ class ModelShape:
                 architecture=architecture,
             )
         except KeyError as missing:
-            raise ValueError(f"config.json has no {missing.args[0]!r}: expected a complete {architecture} config.") from None
+            raise ValueError(
+                f"config.json has no {missing.args[0]!r}: expected a complete {architecture} config."
+            ) from None
         return shape
 
     def to_hugging_face(self) -> dict[str, Any]:
-        """The content of a config.json; head_dim always stands in it, since hidden_size / heads can be another number."""
+        """The content of a config.json; head_dim always stands in it: hidden_size / heads can be another number."""
         config: dict[str, Any] = {
             "architectures": [self.architecture],
             "model_type": self.family.model_type,

@@ -1,4 +1,4 @@
-"""A pool of gloo ranks that live as long as the test session, so that megatron is imported once per rank, not per test."""
+"""A pool of gloo ranks that live as long as the test session: megatron is imported once per rank, not per test."""
 
 import importlib
 import multiprocessing
@@ -55,7 +55,7 @@ class RankPool:
         self.pipes, self.processes = [], []
         for rank in range(world):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_worker, args=(rank, world, port, theirs, str(self.log)), daemon=True)
+            process = context.Process(target=_worker, args=(rank, world, port, theirs, str(self.log)))
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -88,9 +88,12 @@ class RankPool:
         return results
 
     def close(self) -> None:
+        """Workers end by themselves where they can, so that what they started (a checkpoint's queue) ends too."""
+        for pipe in self.pipes:
+            pipe.close()
         for process in self.processes:
+            process.join(timeout=10)
             process.kill()
-        for process in self.processes:
             process.join()
 
 

@@ -136,7 +136,7 @@ def _within_layer(name: str) -> str:
 
 
 def check_layout(shape: ModelShape, *, tensor: int, pipeline: int) -> None:
-    """Raises ValueError where heads, KV groups, neurons or layers do not divide. Megatron 0.15 replicates no KV groups."""
+    """Raises ValueError where heads, KV groups, neurons or layers do not divide (Megatron replicates no KV groups)."""
     for what, size, degree, setting in (
         ("attention heads", shape.num_attention_heads, tensor, "parallel.tensor"),
         ("KV groups", shape.num_key_value_heads, tensor, "parallel.tensor"),

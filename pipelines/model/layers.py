@@ -2,7 +2,7 @@
 
 The plain layers carry Transformer Engine's parameter names: `linear_qkv` and `linear_fc1` own the weight of the RMSNorm
 before them as `layer_norm_weight`. So weights, checkpoints and hooks address one set of names on every machine. They do
-causal grouped-query attention over whole sequences, with tensor and sequence parallelism, and refuse what they do not do.
+causal grouped-query attention over whole sequences, with tensor and sequence parallelism, and refuse anything else.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ HAVE_TRANSFORMER_ENGINE: bool = gpt_layer_specs.HAVE_TE
 
 
 class CausalAttention(MegatronModule):
-    """softmax(q k^T / sqrt(head_dim)) v, causal, through torch's scaled_dot_product_attention; no mask tensor is built."""
+    """softmax(q k^T / sqrt(head_dim)) v, causal, by torch's scaled_dot_product_attention; no mask tensor is built."""
 
     def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, *_: Any, **__: Any):
         super().__init__(config)
@@ -57,7 +57,7 @@ class CausalAttention(MegatronModule):
         """
         if attention_mask is not None or attention_bias is not None or packed_seq_params is not None:
             raise ValueError(
-                "attention: expected whole causal sequences without mask, bias or packing, which need Transformer Engine."
+                "attention: expected whole causal sequences, found a mask, a bias or packing, which need Transformer Engine."
             )
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])

@@ -11,7 +11,7 @@ import torch
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: dict[str, Any] | None) -> torch.Tensor:
-    """(head_dim / 2,) fp32: theta ** (-2i / head_dim), scaled as config.json's rope_scaling says (None, linear, llama3).
+    """(head_dim / 2,) fp32: theta ** (-2i / head_dim), scaled by config.json's rope_scaling (None, linear, llama3).
 
     llama3: wavelengths longer than original / low_freq_factor are divided by the factor, shorter than
     original / high_freq_factor are kept, and between the two the frequency is interpolated (Llama 3.1 model card).

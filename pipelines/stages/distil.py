@@ -28,9 +28,7 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
             f"distil: expected teacher and student to share a vocabulary, found {teacher_shape.vocab_size} ids in "
             f"{teacher_directory} and {shape.vocab_size} in {start}. Prune the student from this teacher."
         )
-    weights = LossWeights(
-        settings.kd_weight, settings.ce_weight, settings.temperature, settings.temperature_squared
-    )
+    weights = LossWeights(settings.kd_weight, settings.ce_weight, settings.temperature, settings.temperature_squared)
     options = {"sequence_parallel": ranks.sequence_parallel, "precision": settings.precision.value}
     teacher_config = build.transformer_config(teacher_shape, **options)
     student_config = build.transformer_config(shape, recompute=settings.recompute, **options)
@@ -93,9 +91,9 @@ def _check_teacher(context: artifacts.StageContext, teacher: GPTModel, shape: Mo
     model = DistillationPair(teacher, vocab_size=shape.vocab_size, kd_weight=0.0, ce_weight=1.0)
     loss = step.evaluation_step(model, batches)["ce"]
     bound = 0.9 * math.log(shape.vocab_size)
-    console.say(f"distil  teacher's own loss on validation data: {loss:.4f} nats/token (knowing nothing: {bound / 0.9:.2f})")
+    console.say(f"distil  the teacher's own loss on validation data: {loss:.4f} nats/token; chance: {bound / 0.9:.2f}")
     if not loss < bound:
         raise UserError(
-            f"distil: expected a teacher with a loss below 0.9 * log(vocabulary) = {bound:.3f} nats/token on validation "
-            f"data, found {loss:.3f} for {directory}. Its weights are random or its tokenizer is not the corpus's."
+            f"distil: expected a teacher with a loss below 0.9 * log(vocabulary) = {bound:.3f} nats/token on "
+            f"validation data, found {loss:.3f} for {directory}. Its weights are random or its tokenizer is not the corpus's."
         )

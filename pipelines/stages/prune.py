@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 from safetensors import safe_open
 from safetensors.torch import save
 
-from pipelines import artifacts, console
+from pipelines import artifacts, console, files
 from pipelines.config import Config, DepthMethod, Layout, StudentConfig, UserError, layout
 from pipelines.core.importance import Scores
 from pipelines.core.selection import Kept, check_heads, check_layers, check_target, select
@@ -220,10 +220,10 @@ def _write(
 ) -> None:
     arrays = named_arrays(scores) if scores else {}
     data = save(arrays, {"provenance": json.dumps(_provenance(context, scores))})
-    artifacts.write_atomic(context.directory / "scores.safetensors", data)
+    files.write_atomic(context.directory / "scores.safetensors", data)
     student = sliced_shape(teacher, kept)
     content = {**asdict(kept), "teacher": teacher.to_hugging_face(), "student": student.to_hugging_face()}
-    artifacts.write_atomic(context.directory / "kept.json", json.dumps(content) + "\n")
+    files.write_atomic(context.directory / "kept.json", json.dumps(content) + "\n")
     if student.parameters() < QUICKLY_WRITTEN:
         slice_checkpoint(directory, context.directory / "hf", teacher, kept)
         return

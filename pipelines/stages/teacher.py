@@ -19,9 +19,7 @@ from pipelines.planning import shape_from_config
 
 def run(context: artifacts.StageContext) -> dict[str, Any]:
     config, ranks = context.config, layout(context.config.parallel)
-    parallel.initialize(
-        ranks.tensor, ranks.pipeline, ranks.context, device=ranks.device, seed=config.run.seed
-    )
+    parallel.initialize(ranks.tensor, ranks.pipeline, ranks.context, device=ranks.device, seed=config.run.seed)
     if config.teacher.mode is TeacherMode.take:
         return _take(context, ranks)
     if config.teacher.mode is TeacherMode.pretrain:
@@ -53,9 +51,7 @@ def _train(context: artifacts.StageContext, ranks: Layout, start: Path, shape: M
         return DistillationPair(model, vocab_size=shape.vocab_size, kd_weight=0.0, ce_weight=1.0)
 
     console.say(f"teacher  {settings.mode.value}: {shape.parameters():,} parameters, {settings.steps} steps, loss = CE")
-    pair, validation = train(
-        context, settings, ranks, description="teacher", model_config=model_config, built=built
-    )
+    pair, validation = train(context, settings, ranks, description="teacher", model_config=model_config, built=built)
     tokenizer = artifacts.corpus_directory(config) / "tokenizer"
     save_hugging_face(pair.student, context.directory / "hf", shape, tokenizer=tokenizer)
     return {
@@ -74,7 +70,7 @@ def _take(context: artifacts.StageContext, ranks: Layout) -> dict[str, Any]:
         from pipelines.trainer.nemo_checkpoint import convert_to_hugging_face
 
         tokenizer = artifacts.corpus_directory(context.config) / "tokenizer"
-        convert_to_hugging_face(given, context.directory / "hf", tokenizer=tokenizer, device=ranks.device)
+        convert_to_hugging_face(given, context.directory / "hf", tokenizer)
         given = context.directory / "hf"
     shape = read_shape(given)
     Tensors(given).expect(shape.tensor_shapes(), ignore=("rotary_emb.inv_freq", "lm_head.weight"))

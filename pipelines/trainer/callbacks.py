@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 
-from pipelines import artifacts, console
+from pipelines import console, files
 from pipelines.config import UserError
 from pipelines.model.step import reduce_reports
 
@@ -43,7 +43,7 @@ class Metrics(Callback):
             from torch.utils.tensorboard import SummaryWriter
 
             self.elapsed = _take_back_rows(self.directory / "metrics.jsonl", trainer.global_step)
-            self._file = open(self.directory / "metrics.jsonl", "a", buffering=1)
+            self._file = open(self.directory / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 open for the whole run
             self._events = SummaryWriter(str(self.directory / "tensorboard"), purge_step=trainer.global_step + 1)
         self._bar = console.progress(self.description, self.steps, "steps").__enter__()
         self._bar.advance(trainer.global_step)
@@ -152,7 +152,7 @@ def _take_back_rows(path: Path, step: int) -> float:
     if not path.exists():
         return 0.0
     rows = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-    artifacts.write_atomic(path, "".join(row + "\n" for row in rows))
+    files.write_atomic(path, "".join(row + "\n" for row in rows))
     return max((json.loads(row).get("time", 0.0) for row in rows), default=0.0)
 
 

@@ -1,4 +1,4 @@
-"""NeMo on a host without a GPU: what model/cpu_runtime.py is for Megatron. Called by a stage, before a Trainer is built."""
+"""NeMo on a host without a GPU: what model/cpu_runtime.py is for Megatron. Called before a Trainer is built."""
 
 from typing import Any
 

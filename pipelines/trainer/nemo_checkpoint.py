@@ -1,0 +1,179 @@
+"""NeMo 2 checkpoints in and out: `weights/` (Megatron's distributed checkpoint) and `context/` (NeMo's configuration).
+
+Opening one reads the settings in context/model.yaml and the weights; NeMo's pickled classes are not opened. Writing one
+leaves a directory that NeMo's own `io.load_context`, exporters and trainers open.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.models.gpt import GPTModel
+
+from pipelines import console, files
+from pipelines.config import UserError
+from pipelines.families import ModelShape, read_shape
+from pipelines.model import build
+from pipelines.model.export import save_hugging_face
+from pipelines.model.layers import HAVE_TRANSFORMER_ENGINE
+from pipelines.model.weights import load_hugging_face
+
+_WEIGHTS, _CONTEXT, _PREFIX = "weights", "context", "module."
+# ModelShape's fields by NeMo's names.
+_FIELDS = {
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "ffn_hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "rms_norm_eps": "layernorm_epsilon",
+    "rope_theta": "rotary_base",
+    "max_position_embeddings": "seq_length",
+    "tie_word_embeddings": "share_embeddings_and_output_weights",
+}
+
+
+def is_nemo_checkpoint(directory: Path) -> bool:
+    return (directory / _CONTEXT / "model.yaml").is_file() and (directory / _WEIGHTS).is_dir()
+
+
+def convert_to_hugging_face(checkpoint: Path, output: Path, tokenizer: Path, *, precision: str = "fp32") -> ModelShape:
+    """Write a NeMo 2 Llama checkpoint as a Hugging Face directory, read as shards of the current layout. Collective.
+
+    tokenizer: a Hugging Face tokenizer directory, whose files are copied. Raises UserError for what is not a Llama
+    checkpoint of NeMo 2.
+    """
+    if not is_nemo_checkpoint(checkpoint):
+        raise UserError(
+            f"{checkpoint}: expected a Hugging Face directory (config.json) or a NeMo 2 checkpoint "
+            f"({_CONTEXT}/model.yaml and {_WEIGHTS}/), found neither."
+        )
+    stored = _stored_shapes(checkpoint)
+    shape = _read_shape(checkpoint, stored)
+    model = build.build_model(shape, precision=precision)
+    _load_weights(model, checkpoint, shape, stored)
+    save_hugging_face(model, output, shape, tokenizer=tokenizer)
+    return shape
+
+
+def save_nemo_checkpoint(hugging_face: Path, output: Path, tokenizer: Path, *, precision: str = "fp32") -> None:
+    """Write a Hugging Face directory as a NeMo 2 checkpoint, from shards of the current layout. Collective.
+
+    The directory appears whole. NeMo opens it with Transformer Engine's layers where it has them. Raises UserError
+    where the layout would pad the vocabulary: NeMo counts padded ids as tokens.
+    """
+    shape = read_shape(hugging_face)
+    tensor = parallel_state.get_tensor_model_parallel_world_size()
+    if shape.vocab_size % tensor:
+        raise UserError(
+            f"export.nemo: expected a vocabulary that parallel.tensor={tensor} divides, found {shape.vocab_size}. "
+            "Export with parallel.tensor=1."
+        )
+    model = build.build_model(shape, precision=precision)
+    load_hugging_face(model, hugging_face, shape)
+    rank = torch.distributed.get_rank()
+    partial = output.with_name(output.name + ".partial")
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / _WEIGHTS).mkdir(parents=True)
+    torch.distributed.barrier()
+    dist_checkpointing.save({"state_dict": model.sharded_state_dict(prefix=_PREFIX)}, str(partial / _WEIGHTS))
+    if rank == 0:
+        _write_context(partial / _CONTEXT, shape, tokenizer)
+        shutil.rmtree(output, ignore_errors=True)
+        partial.rename(output)
+        files.sync_directory(output.parent)
+    torch.distributed.barrier()
+
+
+def _stored_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+    """{Megatron name: global shape} of the tensors in the checkpoint, layers stacked as Megatron stores them."""
+    metadata = dist_checkpointing.load_tensors_metadata(str(checkpoint / _WEIGHTS))
+    return {key.removeprefix(_PREFIX): tuple(tensor.global_shape) for key, tensor in metadata.items()}
+
+
+def _read_shape(checkpoint: Path, stored: dict[str, tuple[int, ...]]) -> ModelShape:
+    path = checkpoint / _CONTEXT / "model.yaml"
+    model = yaml.safe_load(path.read_text())
+    config: dict[str, Any] = model["config"]
+    kind = str(config.get("_target_", ""))
+    if "Llama" not in kind or config.get("num_moe_experts"):
+        raise UserError(f"{path}: expected a Llama checkpoint of NeMo 2, found {kind or 'no model type'}.")
+    fields = {ours: config[theirs] for ours, theirs in _FIELDS.items()}
+    heads = config["num_attention_heads"]
+    return ModelShape(
+        **(fields | {"rope_theta": float(fields["rope_theta"])}),
+        num_key_value_heads=config.get("num_query_groups") or heads,
+        head_dim=config.get("kv_channels") or config["hidden_size"] // heads,
+        vocab_size=config.get("vocab_size") or stored["embedding.word_embeddings.weight"][0],
+        rope_scaling=_rope_scaling(config),
+    )
+
+
+def _rope_scaling(config: dict[str, Any]) -> dict[str, Any] | None:
+    """NeMo's Llama31Config carries Llama 3.1's factors under names of its own; linear scaling is an interpolation."""
+    if "old_context_len" in config:
+        return {
+            "rope_type": "llama3",
+            "factor": float(config["scale_factor"]),
+            "low_freq_factor": float(config["low_freq_factor"]),
+            "high_freq_factor": float(config["high_freq_factor"]),
+            "original_max_position_embeddings": int(config["old_context_len"]),
+        }
+    if config.get("seq_len_interpolation_factor"):
+        return {"rope_type": "linear", "factor": float(config["seq_len_interpolation_factor"])}
+    return None
+
+
+def _load_weights(model: GPTModel, checkpoint: Path, shape: ModelShape, stored: dict[str, tuple[int, ...]]) -> None:
+    missing = {t.megatron.replace("layers.0.", "layers.") for t in shape.tensors().values() if ".0." in t.megatron}
+    missing -= stored.keys()
+    if missing:
+        raise UserError(
+            f"{checkpoint}: expected Transformer Engine's parameter names, found none of {', '.join(sorted(missing))}. "
+            "The checkpoint was written with NeMo's local layers: export it to Hugging Face with NeMo first."
+        )
+    # Transformer Engine's checkpoints also hold `_extra_state` entries, which no weight depends on.
+    loaded = dist_checkpointing.load(
+        model.sharded_state_dict(prefix=_PREFIX), str(checkpoint / _WEIGHTS), strict=StrictHandling.LOG_UNEXPECTED
+    )
+    state = {name.removeprefix(_PREFIX): value for name, value in loaded.items() if "_extra_state" not in name}
+    model.load_state_dict(state, strict=False)
+
+
+def _write_context(directory: Path, shape: ModelShape, tokenizer: Path) -> None:
+    """NeMo's own serialization of a LlamaModel with this shape, as its checkpoints carry it."""
+    from nemo import lightning as nl
+    from nemo.collections.common.tokenizers import AutoTokenizer
+    from nemo.collections.llm.gpt.model.llama import Llama31Config, LlamaConfig, LlamaModel
+    from nemo.lightning.io.pl import TrainerContext
+
+    fields = {theirs: getattr(shape, ours) for ours, theirs in _FIELDS.items()}
+    fields |= {
+        "rotary_base": int(shape.rope_theta),
+        "num_query_groups": shape.num_key_value_heads,
+        "kv_channels": shape.head_dim,
+        "vocab_size": shape.vocab_size,
+        # NeMo's default, True, cannot even be constructed without Transformer Engine.
+        "apply_rope_fusion": HAVE_TRANSFORMER_ENGINE,
+    }
+    scaling = shape.rope_scaling or {}
+    if scaling.get("rope_type") == "llama3":
+        config: Any = Llama31Config(
+            **fields,
+            scale_factor=scaling["factor"],
+            low_freq_factor=scaling["low_freq_factor"],
+            high_freq_factor=scaling["high_freq_factor"],
+            old_context_len=scaling["original_max_position_embeddings"],
+        )
+    else:
+        config = LlamaConfig(**fields, seq_len_interpolation_factor=scaling.get("factor"))
+    model = LlamaModel(config, tokenizer=AutoTokenizer(str(tokenizer)))
+    trainer = nl.Trainer(devices=1, accelerator="cpu", strategy=nl.MegatronStrategy(), logger=False)
+    trainer.strategy.connect(model)
+    directory.mkdir(parents=True)
+    TrainerContext(model=model, trainer=trainer, extra={}).io_dump(directory, yaml_attrs=["model"])
+    console.say(f"export  NeMo 2 checkpoint: {directory.parent}")
