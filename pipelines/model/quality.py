@@ -1,5 +1,6 @@
 """Quality of sharded models on the same batches: loss, KL from the teacher, agreement, speed of a forward pass."""
 
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -134,32 +135,38 @@ def _run_schedule(model: GPTModel, batches: list[Batch], *, keep: bool) -> list[
     return outputs or [None]
 
 
-def tokens_per_second(model: GPTModel, batch: Batch, *, seconds: float = 1.0, warmup: int = 2) -> float:
-    """Forward passes over the same batch on every data-parallel rank, in tokens/s of all ranks together.
+def tokens_per_second(
+    models: Mapping[str, GPTModel], batch: Batch, *, seconds: float = 1.0, warmup: int = 2
+) -> dict[str, float]:
+    """Forward passes over the same batch on every data-parallel rank, in tokens/s of all ranks together, by model.
 
-    As many passes as last about `seconds`, by the slowest rank's clock, after `warmup` passes. Under pipeline
-    parallelism a pass is four micro batches per stage, so that the stages work at the same time. The output head is
-    part of it. One barrier and one all-reduce over all ranks per warm-up pass and for the measurement.
+    The models take turns, so that whatever else the machine does meets all alike; of each model's passes, by the
+    slowest rank's clock, the median counts. seconds: of passes per model, at least 3, after `warmup` passes each. Under pipeline parallelism a pass is four micro batches per stage, so that the stages work at the same time. The
+    output head is part of it. One barrier and one all-reduce over all ranks per pass.
     """
-    device = next(model.parameters()).device
+    device = next(next(iter(models.values())).parameters()).device
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     per_pass = 1 if stages == 1 else 4 * stages
     micro_batches = [{key: value.to(device) for key, value in batch.items()}] * per_pass
-    with _evaluating([model]):
-        once = min(_timed(model, micro_batches, 1, device) for _ in range(max(warmup, 1)))
-        passes = max(2, min(1000, round(seconds / once)))
-        elapsed = _timed(model, micro_batches, passes, device)
-    replicas = parallel_state.get_data_parallel_world_size()
-    return batch["tokens"].numel() * per_pass * passes * replicas / elapsed
+    times: dict[str, list[float]] = {name: [] for name in models}
+    with _evaluating(models.values()):
+        for turn in range(warmup + 1000):
+            if turn >= warmup + 3 and min(sum(passes) for passes in times.values()) >= seconds:
+                break
+            for name, model in models.items():
+                elapsed = _timed(model, micro_batches, device)
+                if turn >= warmup:
+                    times[name].append(elapsed)
+    tokens = batch["tokens"].numel() * per_pass * parallel_state.get_data_parallel_world_size()
+    return {name: tokens / statistics.median(passes) for name, passes in times.items()}
 
 
-def _timed(model: GPTModel, micro_batches: list[Batch], passes: int, device: torch.device) -> float:
-    """Seconds of the slowest rank: the same number on every rank."""
+def _timed(model: GPTModel, micro_batches: list[Batch], device: torch.device) -> float:
+    """Seconds of one pass on the slowest rank: the same number on every rank."""
     dist.barrier()
     _synchronize(device)
     start = time.perf_counter()
-    for _ in range(passes):
-        _run_schedule(model, micro_batches, keep=False)
+    _run_schedule(model, micro_batches, keep=False)
     _synchronize(device)
     elapsed = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=device)
     dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)

@@ -50,12 +50,12 @@ def render(record: RunRecord, results: dict[str, Any], configuration: str, plot_
                 "Further down is better, further left is smaller; the arrow is what distillation did.",
             ),
             identity=record.manifests["distil"].get("figures", {}).get("loss", ""),
-            distil_plots=_distil_plots(record, models, plot_directory),
+            distil_plots=_distil_plots(record, plot_directory),
             teacher_plots=_teacher_plots(record, plot_directory),
             importance_plots=_importance_plots(record, plot_directory),
             pruned_intro="Scores come from forward passes over calibration text." if record.importance else "",
             kept=_kept(results),
-            times=_times(results),
+            times=_times(record, results),
             lineage=[_lineage_entry(entry) for entry in results["lineage"]],
             versions=_versions(results["lineage"]),
             licence=results.get("licence") or "not stated in the teacher's directory",
@@ -123,12 +123,11 @@ def _absent_models(record: RunRecord, models: dict[str, Any]) -> list[str]:
     return [f"{role}: {reasons.get(role, 'not evaluated.')}" for role in MODELS if role not in models]
 
 
-def _distil_plots(record: RunRecord, models: dict[str, Any], directory: Path) -> list[dict[str, Any]]:
+def _distil_plots(record: RunRecord, directory: Path) -> list[dict[str, Any]]:
     metrics = record.distil_metrics
-    references = [(f"teacher, {record.evaluation['split']}", models["teacher"]["loss"])] if "teacher" in models else []
     return _present(
         _plot(
-            plots.curves(metrics, "ce", "cross-entropy, nats/token", "distil_loss", directory, references),
+            plots.curves(metrics, "ce", "cross-entropy, nats/token", "distil_loss", directory),
             "Student's loss",
             "Cross-entropy with the text while it learns from the teacher.",
         ),
@@ -181,11 +180,12 @@ def _kept(results: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _times(results: dict[str, Any]) -> list[dict[str, Any]]:
+def _times(record: RunRecord, results: dict[str, Any]) -> list[dict[str, Any]]:
     seconds = {name: stage["seconds"] for name, stage in results["stages"].items()}
     longest = max((value for value in seconds.values() if value), default=1.0)
+    absent = {name: "given" if name == "corpus" and record.corpus_given else "not run" for name in seconds}
     return [
-        {"name": name, "share": (value or 0.0) / longest, "text": duration(value) if value is not None else "not run"}
+        {"name": name, "share": (value or 0) / longest, "text": absent[name] if value is None else duration(value)}
         for name, value in seconds.items()
     ]
 

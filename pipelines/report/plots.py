@@ -115,7 +115,7 @@ def curves(
             line.set_label(f"{text} {value:.3f}")
         axes.set(xlabel="optimizer step", ylabel=label)
         axes.margins(x=0.02)
-        axes.legend(loc="upper right")
+        figure.legend(loc="outside upper right", ncols=3, columnspacing=1.4)
         return _write(figure, name, directory)
 
 

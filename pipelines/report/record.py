@@ -67,6 +67,7 @@ class RunRecord:
     complete: dict[str, bool]
     evaluation: dict[str, Any]
     corpus: dict[str, Any]  # counts.json
+    corpus_given: bool  # it is another run's
     teacher_metrics: Metrics
     distil_metrics: Metrics
     kept: dict[str, Any]  # kept.json
@@ -78,8 +79,11 @@ class RunRecord:
         return {stage: input_digests(manifest.get("inputs")) for stage, manifest in self.manifests.items() if manifest}
 
 
-def read_run(name: str, directory: Path) -> RunRecord:
-    """Read a run directory, whole or partial. A file that is there and cannot be read is an error, not a gap."""
+def read_run(name: str, directory: Path, corpus: Path) -> RunRecord:
+    """Read a run directory, whole or partial. A file that is there and cannot be read is an error, not a gap.
+
+    corpus: the corpus's directory, which may be another run's.
+    """
     missing: dict[str, str] = {}
     manifests = {stage: read_json(directory / stage / "manifest.json") for stage in STAGES}
     complete = {stage: (directory / stage / "complete").is_file() for stage in STAGES}
@@ -103,7 +107,8 @@ def read_run(name: str, directory: Path) -> RunRecord:
         manifests=manifests,
         complete=complete,
         evaluation=evaluation,
-        corpus=read_json(directory / "corpus" / "counts.json"),
+        corpus=read_json(corpus / "counts.json"),
+        corpus_given=corpus.resolve() != (directory / "corpus").resolve(),
         teacher_metrics=metrics["teacher"],
         distil_metrics=metrics["distil"],
         kept=kept,

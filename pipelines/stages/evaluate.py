@@ -158,4 +158,4 @@ def _measure(
 def _speeds(config: Config, models: dict[str, GPTModel], windows: Windows) -> dict[str, float]:
     """tokens/s of each model's forward pass on the same micro batch per data-parallel rank."""
     batch = next(batches(windows, config.evaluate.micro_batch_size))
-    return {name: quality.tokens_per_second(model, batch, seconds=SPEED_SECONDS) for name, model in models.items()}
+    return quality.tokens_per_second(models, batch, seconds=SPEED_SECONDS)

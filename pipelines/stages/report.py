@@ -22,7 +22,7 @@ from pipelines.report.record import MODELS, read_run
 def run(context: artifacts.StageContext) -> dict[str, Any]:
     """Write <directory>/{index.html,results.json,MODEL_CARD.md,plots/*.png} and print the closing table."""
     config, directory = context.config, context.directory
-    record = read_run(config.run.name, artifacts.run_directory(config))
+    record = read_run(config.run.name, artifacts.run_directory(config), artifacts.corpus_directory(config))
     results = summary.results(record)
     teacher, student = artifacts.teacher_directory(config), artifacts.student_directory(config)
     results["licence"] = card.licence(teacher)

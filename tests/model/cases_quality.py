@@ -64,10 +64,18 @@ def evaluate(
     return {name: dataclasses.asdict(value) for name, value in found.items()} | {"seen": sum(seen)}
 
 
-def speed(directory: str, tensor: int = 1, pipeline: int = 1) -> float:
+def speed(directory: str, tensor: int = 1, pipeline: int = 1, seconds_per_pass: float = 0.0) -> dict[str, float]:
+    """seconds_per_pass: what the clock shall show; 0: the real one. A batch is 2 * 12 tokens."""
     parallel.initialize(tensor, pipeline)
     shape = read_shape(directory)
     model = build_model(shape, sequence_length=12)
     load_hugging_face(model, Path(directory), shape)
     windows, mask = rows(shape.vocab_size, 2, 12)
-    return quality.tokens_per_second(model, next(batches(windows, mask, 2, 0, 1)), seconds=0.05)
+    batch = next(batches(windows, mask, 2, 0, 1))
+    real = quality._timed
+    try:
+        if seconds_per_pass:
+            quality._timed = lambda *arguments: seconds_per_pass
+        return quality.tokens_per_second({"teacher": model}, batch, seconds=0.05)
+    finally:
+        quality._timed = real

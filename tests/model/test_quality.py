@@ -87,6 +87,12 @@ def test_not_a_number_names_the_model(ranks: RankPools, directories: dict[str, s
         ranks(1, "tests.model.cases_quality:evaluate", directories=directories, poison="student")
 
 
-def test_speed_counts_the_tokens_of_all_ranks(ranks: RankPools, directories: dict[str, str]) -> None:
-    speeds = ranks(2, "tests.model.cases_quality:speed", directory=directories["teacher"], tensor=1, pipeline=2)
-    assert speeds[0] == speeds[1] > 0
+@pytest.mark.parametrize(("pipeline", "tokens"), [(1, 24 * 2), (2, 24 * 8)])
+def test_speed_counts_the_tokens_of_all_ranks(
+    ranks: RankPools, directories: dict[str, str], pipeline: int, tokens: int
+) -> None:
+    arguments = {"directory": directories["teacher"], "tensor": 1, "pipeline": pipeline}
+    real = ranks(2, "tests.model.cases_quality:speed", **arguments)
+    assert real[0] == real[1] and real[0]["teacher"] > 0
+    known = ranks(2, "tests.model.cases_quality:speed", seconds_per_pass=0.5, **arguments)
+    assert known[0]["teacher"] == pytest.approx(tokens / 0.5)

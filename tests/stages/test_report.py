@@ -160,6 +160,13 @@ def test_a_teacher_taken_as_it_is_has_no_curve_and_its_licence(tmp_path: Path) -
     assert 'license: "llama3.1"' in (directory / "MODEL_CARD.md").read_text()
 
 
+def test_a_corpus_of_another_run(tmp_path: Path) -> None:
+    write_sample_run(tmp_path / "quickstart")
+    (tmp_path / "quickstart/corpus").rename(tmp_path / "corpus")
+    document, results, _ = make(tmp_path, data__corpus=str(tmp_path / "corpus"))
+    assert results["unigram_entropy"] == 6.91 and "given" in document.text and "not run" not in document.text
+
+
 def test_a_pruning_by_given_layers_has_no_scores(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
