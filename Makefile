@@ -14,11 +14,17 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 install: $(STAMP)
 
+# One installation at a time; one that was interrupted is started afresh, since pip may not be able to repair it.
 $(STAMP): setup.py containers/constraints.txt
 	@test -n "$(PYTHON)" || { echo "expected Python 3.10 to 3.12 with venv on PATH, found none. Set PYTHON=/path/to/python."; exit 2; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint containers/constraints.txt --editable '.[test]'
-	touch $@
+	@set -e; exec 9>$(VENV).lock; flock 9 2>/dev/null || true; \
+	if [ $@ -nt setup.py ] && [ $@ -nt containers/constraints.txt ]; then exit 0; fi; \
+	if [ -e $(VENV)/.installing ]; then echo "removing $(VENV), whose installation was interrupted"; rm -rf $(VENV); fi; \
+	echo "installing into $(VENV) with $(PYTHON); this takes some minutes"; \
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
+	touch $(VENV)/.installing; \
+	$(BIN)/python -m pip install --quiet --constraint containers/constraints.txt --editable '.[test]'; \
+	mv $(VENV)/.installing $@
 
 quickstart: $(STAMP)
 	$(BIN)/python -m pipelines stage=all experiment=quickstart

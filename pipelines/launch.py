@@ -82,7 +82,7 @@ def command(stage: str, processes: int, overrides: list[str]) -> list[str]:
 
 def environment(processes: int, exchange: Path) -> dict[str, str]:
     threads = max(1, (os.cpu_count() or 1) // processes)
-    defaults = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    defaults = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     return {**defaults, **os.environ, EXCHANGE: str(exchange)}
 
 
@@ -156,12 +156,20 @@ class Exchange:
             return cls(Path(os.environ[EXCHANGE]), ours=True)
         names = ["TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID", "SLURM_STEP_ID"]
         names += ["SLURM_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT"]
-        attempt = re.sub(r"[^\w.-]", "_", "-".join(os.environ.get(name, "") for name in names))
+        parts = [os.environ.get(name, "") for name in names]
+        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+            parts.append(str(os.getppid()))  # one launcher for all: tells two attempts of a bare torchrun apart
+        attempt = re.sub(r"[^\w.-]", "_", "-".join(parts))
         return cls(artifacts.run_directory(config) / "logs" / f".{stage}-{attempt}", ours=False)
 
     def tell(self, word: str) -> None:
+        """Rank 0's word stays for ranks that come late; the words of earlier attempts go."""
         self.directory.mkdir(parents=True, exist_ok=True)
         artifacts.write_atomic(self.directory / "word", word)
+        if not self.ours:
+            for earlier in self.directory.parent.glob(self.directory.name.split("-")[0] + "-*"):
+                if earlier != self.directory:
+                    shutil.rmtree(earlier, ignore_errors=True)
 
     def listen(self) -> str:
         """Rank 0's word: "run" or "finished". Where rank 0 fails, the launcher ends this process."""
@@ -170,8 +178,8 @@ class Exchange:
         return (self.directory / "word").read_text()
 
     def fail(self, failure: dict[str, Any]) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        artifacts.write_json(self.directory / f"failure-{console.rank()}.json", failure)
+        if self.ours:
+            artifacts.write_json(self.directory / f"failure-{console.rank()}.json", failure)
 
 
 def work(config: Config, stage: str) -> int:
@@ -194,22 +202,16 @@ def work(config: Config, stage: str) -> int:
         if terminal is not None:
             print(failure["message"], file=terminal, flush=True)
         return int(failure["code"])
-    finally:
-        if not exchange.ours and console.rank() == 0:
-            shutil.rmtree(exchange.directory, ignore_errors=True)
 
 
 def _work(config: Config, stage: str, exchange: Exchange) -> None:
     context = artifacts.StageContext(config, stage, artifacts.stage_directory(config, stage))
     attempt = None
     if console.rank() == 0:
-        if not exchange.ours:
-            shutil.rmtree(exchange.directory, ignore_errors=True)
-            if STAGES[stage].kept and artifacts.examine(config, STAGES[stage]).state is artifacts.State.finished:
-                console.say(f"{stage}: finished already in {context.directory}")
-                exchange.tell("finished")
-                time.sleep(2 * PATIENCE / 10)  # the others look ten times a second
-                return
+        finished = STAGES[stage].kept and artifacts.examine(config, STAGES[stage]).state is artifacts.State.finished
+        if finished:  # the parent looks before it starts ranks; ranks that others started look here
+            console.say(f"{stage}: finished already in {context.directory}")
+            return exchange.tell("finished")
         attempt = artifacts.begin(config, stage, console.say)
         exchange.tell("run")
     elif exchange.listen() == "finished":

@@ -214,14 +214,17 @@ def test_ending_the_command_ends_its_ranks(start: Start, tmp_path: Path, number:
 
 
 def test_ranks_that_another_launcher_started_share_one_stage(start: Start, tmp_path: Path) -> None:
-    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    arguments = ("stage=corpus", "parallel=tp2")
-    for expected in ("hello from rank 0", "finished already"):
+    environment = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    arguments = ("stage=[corpus,teacher]", "experiment=quickstart", "parallel=tp2")
+    for attempt, expected in enumerate(("hello from rank 0", "finished already")):
+        environment["SLURM_STEP_ID"] = str(attempt)
         ranks = [start(*arguments, RANK=str(rank), LOCAL_RANK=str(rank), **environment) for rank in range(2)]
         results = [finish(rank) for rank in ranks]
         assert [result[0] for result in results] == [0, 0]
         assert expected in results[0][1] and results[1][1] == ""
-    assert (tmp_path / "runs" / "quickstart" / "corpus" / "complete").is_file()
+    teacher = tmp_path / "runs" / "quickstart" / "teacher"
+    assert {"rank0", "rank1", "complete"} <= {path.name for path in teacher.iterdir()}
+    assert len(list((tmp_path / "runs" / "quickstart" / "logs").glob(".teacher-*"))) == 1
 
 
 def test_stage_takes_a_name_a_list_or_all() -> None:
