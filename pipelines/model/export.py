@@ -1,6 +1,7 @@
 """Megatron shards back into a Hugging Face directory: one tensor at a time to global rank 0, and from there to disk."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,29 +40,57 @@ def save_hugging_face(
     rank may read the directory. Every rank raises rank 0's UserError when it cannot write.
     """
     dtype = dtype or parameter(next(model.parameters())).dtype
-    writer: Writer | None = None
-    failure: UserError | None = None
+    saving = _Saving(Path(directory))
     if dist.get_rank() == 0:
-        try:
-            writer = Writer(directory, {name: (s, dtype) for name, s in shape.tensor_shapes().items()}, max_shard_bytes)
-            write_hub_files(writer.partial, shape, dtype, tokenizer)
-        except UserError as error:
-            failure = error
+        saving.attempt(lambda: saving.begin(shape, dtype, tokenizer, max_shard_bytes))
     # After a failure the gathers go on: the other ranks wait in them and have yet to learn of it.
     for name, tensor in gather_hugging_face(model, shape, parameter, dtype):
-        if writer is not None and failure is None:
-            assert tensor is not None
-            try:
-                writer.write(name, tensor)
-            except UserError as error:
-                failure = error
+        if tensor is not None:
+            saving.attempt(partial(saving.write, name, tensor))
         del tensor  # before the next one is gathered
-    if writer is not None:
-        failure = _finish(writer, failure)
-    message: list[str | None] = [None if failure is None else str(failure)]
+    if dist.get_rank() == 0:
+        saving.attempt(saving.close)
+    message = [saving.failure]
     dist.broadcast_object_list(message, src=0)
     if message[0] is not None:
-        raise failure or UserError(message[0])
+        raise UserError(message[0])
+
+
+class _Saving:
+    """Rank 0's part: steps that do nothing more after the first failure, which also removes what was built."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.failure: str | None = None
+        self.writer: Writer | None = None
+
+    def attempt(self, step: Callable[[], None]) -> None:
+        if self.failure is not None:
+            return
+        try:
+            step()
+        except (UserError, OSError) as error:
+            written = (
+                f"{self.directory}: expected to write a model there, found: {error}. Check the disk and its rights."
+            )
+            self.failure = str(error) if isinstance(error, UserError) else written
+            if self.writer is not None:
+                self.writer.abandon()
+
+    def begin(
+        self, shape: ModelShape, dtype: torch.dtype, tokenizer: str | Path | None, max_shard_bytes: float
+    ) -> None:
+        announced = {name: (size, dtype) for name, size in shape.tensor_shapes().items()}
+        self.writer = Writer(self.directory, announced, max_shard_bytes)
+        write_hub_files(self.writer.partial, shape, dtype, tokenizer)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        assert self.writer is not None
+        self.writer.write(name, tensor)
+
+    def close(self) -> None:
+        assert self.writer is not None
+        self.writer.close()
 
 
 def gather_hugging_face(
@@ -134,14 +163,3 @@ def _gather(value: torch.Tensor, tensor: Tensor, shape: ModelShape, dtype: torch
             target[start : start + rows] = received
         del block, blocks
     return None if whole is None else whole.narrow(dim, 0, shape.axis_size(tensor.axes[dim]))
-
-
-def _finish(writer: Writer, failure: UserError | None) -> UserError | None:
-    if failure is None:
-        try:
-            writer.close()
-            return None
-        except UserError as error:
-            failure = error
-    writer.abandon()
-    return failure

@@ -75,11 +75,15 @@ def load_error(source: str, shape: ModelShape, layout: dict[str, Any]) -> str:
 
 
 def full_disk(source: str, output: str, layout: dict[str, Any], when: str) -> str:
-    """What every rank raises when rank 0's disk is full: `before` anything is written, or `while` it is."""
+    """What every rank raises when rank 0's disk is full: before anything is written, or while one of its files is."""
     model, shape = _loaded(source, **layout)
     no_space = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    usage = mock.patch("shutil.disk_usage", return_value=mock.Mock(free=1000))
-    with usage if when == "before" else mock.patch("os.pwrite", side_effect=no_space):
+    full = {
+        "before": mock.patch("shutil.disk_usage", return_value=mock.Mock(free=1000)),
+        "configuration": mock.patch.object(Path, "write_text", side_effect=no_space),
+        "weights": mock.patch("os.pwrite", side_effect=no_space),
+    }
+    with full[when]:
         return _error(lambda: export.save_hugging_face(model, output, shape))
 
 
