@@ -141,7 +141,8 @@ def tokens_per_second(
     """Forward passes over the same batch on every data-parallel rank, in tokens/s of all ranks together, by model.
 
     The models take turns, so that whatever else the machine does meets all alike; of each model's passes, by the
-    slowest rank's clock, the median counts. seconds: of passes per model, at least 3, after `warmup` passes each. Under pipeline parallelism a pass is four micro batches per stage, so that the stages work at the same time. The
+    slowest rank's clock, the median counts. seconds: of passes per model, at least 3, after `warmup` passes each.
+    Under pipeline parallelism a pass is four micro batches per stage, so that the stages work at the same time. The
     output head is part of it. One barrier and one all-reduce over all ranks per pass.
     """
     device = next(next(iter(models.values())).parameters()).device
