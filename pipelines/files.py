@@ -11,7 +11,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from pipelines import console
+
 SMALL = 1 << 20  # bytes: below, a file is hashed at every look and needs no sidecar
+LARGE = 1 << 30  # bytes: above, hashing takes seconds and is told
 COMPLETE, MANIFEST = "complete", "manifest.json"
 BOOKKEEPING = (COMPLETE, MANIFEST, "config.yaml", "lock", "checkpoints", "tensorboard", "logs")
 
@@ -88,6 +91,8 @@ def file_hash(path: Path, sidecars: Path) -> str:
             known = json.loads(sidecar.read_text())
             if {name: known.get(name) for name in key} == key:
                 return str(known["sha256"])
+    if status.st_size > LARGE:
+        console.say(f"hashing {path} once, {status.st_size / 1e9:.1f} GB")
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):

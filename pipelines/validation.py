@@ -8,6 +8,7 @@ import glob
 import importlib.util
 import json
 from collections.abc import Collection, Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,11 @@ def validate(config: Config, stages: Collection[str]) -> list[str]:
         _check_length(name, lengths, ranks, teacher)
     for name, training in _trainings(config, stages):
         _check_training(name, training, ranks)
-    if "verify" in stages and config.verify.kd_weight == config.verify.ce_weight == 0:
-        raise UserError("verify: expected kd_weight or ce_weight above 0, found both 0. Set one of them.")
-    if "distil" in stages and config.distil.kd_weight == config.distil.ce_weight == 0:
-        raise UserError("distil: expected kd_weight or ce_weight above 0, found both 0. Set one of them.")
-    _check_tokenizer(config, teacher)
+    for name, loss in (("distil", config.distil), ("verify", config.verify)):
+        weighted = name not in stages or loss.kd_weight > 0 or loss.ce_weight > 0
+        _expect(weighted, name, "kd_weight or ce_weight above 0", "both 0", "Set one of them.")
+    if "corpus" in stages:
+        _check_tokenizer(config, teacher)
     return list(_warnings(config, ranks, stages))
 
 
@@ -52,46 +53,29 @@ def _expect(good: bool, setting: str, expected: str, found: Any, remedy: str) ->
         raise UserError(f"{setting}: expected {expected}, found {found}. {remedy}")
 
 
-def _check_numbers(config: Config) -> None:
-    """Signs and ranges of single numbers."""
-    one_or_more = [
-        (f"parallel.{n}", getattr(config.parallel, n)) for n in ("processes", "tensor", "pipeline", "context")
-    ]
-    names = ["sequence_length", "micro_batch_size", "global_batch_size", "steps", "validation_interval"]
-    names += ["validation_batches", "checkpoint_interval", "keep_checkpoints", "log_interval"]
-    for group in ("teacher", "distil"):
-        training = getattr(config, group)
-        one_or_more += [(f"{group}.{name}", getattr(training, name)) for name in names]
-        for name in ("warmup_steps", "weight_decay", "gradient_clip", "min_learning_rate"):
-            value = getattr(training, name)
-            _expect(value >= 0, f"{group}.{name}", "0 or more", value, "Change it.")
-        _expect(
-            training.learning_rate > 0,
-            f"{group}.learning_rate",
-            "a number above 0",
-            training.learning_rate,
-            "Raise it.",
-        )
-    for group in ("prune", "evaluate", "verify"):
-        settings = vars(getattr(config, group))
-        for name in ("sequence_length", "micro_batch_size", "calibration_samples", "batches", "micro_batches"):
-            one_or_more.append((f"{group}.{name}", settings.get(name)))
-    for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"):
-        one_or_more.append((f"student.{name}", getattr(config.student, name)))
-    one_or_more += [
-        ("data.workers", config.data.workers),
-        ("data.tokenizer_vocab_size", config.data.tokenizer_vocab_size),
-    ]
-    for setting, value in one_or_more:
-        _expect(value is None or value >= 1, setting, "1 or more", value, "Raise it.")
-    for group in ("distil", "verify"):
-        loss = getattr(config, group)
-        _expect(
-            loss.temperature > 0, f"{group}.temperature", "a number above 0", loss.temperature, "The recipe's is 1."
-        )
-        for name in ("kd_weight", "ce_weight"):
-            value = getattr(loss, name)
-            _expect(value >= 0, f"{group}.{name}", "0 or more", value, "A weight of 0 leaves the term out.")
+ABOVE_ZERO = ("learning_rate", "temperature")
+ZERO_OR_MORE = ("warmup_steps", "weight_decay", "gradient_clip", "min_learning_rate", "kd_weight", "ce_weight")
+ONE_OR_MORE = (
+    *("processes", "tensor", "pipeline", "context", "workers", "tokenizer_vocab_size"),
+    *("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads"),
+    *("vocab_size", "head_dim", "max_position_embeddings", "sequence_length", "micro_batch_size", "global_batch_size"),
+    *("steps", "validation_interval", "validation_batches", "checkpoint_interval", "keep_checkpoints", "log_interval"),
+    *("calibration_samples", "batches", "micro_batches", "new_tokens"),
+)
+
+
+def _check_numbers(settings: Any, path: str = "") -> None:
+    """Signs of single numbers, by the name of the setting, in every group."""
+    for name, value in vars(settings).items():
+        if is_dataclass(value):
+            _check_numbers(value, f"{path}{name}.")
+        elif isinstance(value, int | float):
+            for names, good, expected in (
+                (ABOVE_ZERO, value > 0, "a number above 0"),
+                (ZERO_OR_MORE, value >= 0, "0 or more"),
+                (ONE_OR_MORE, value >= 1, "1 or more"),
+            ):
+                _expect(name not in names or good, path + name, expected, value, "Raise it.")
 
 
 def _check_name(config: Config) -> None:
