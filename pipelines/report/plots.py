@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from pipelines.report.record import AxisImportance, Metrics
 
@@ -115,6 +115,8 @@ def curves(
             line.set_label(f"{text} {value:.3f}")
         axes.set(xlabel="optimizer step", ylabel=label)
         axes.margins(x=0.02)
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(loc="outside upper right", ncols=3, columnspacing=1.4)
         return _write(figure, name, directory)
 
