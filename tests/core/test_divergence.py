@@ -286,7 +286,7 @@ def test_identity_in_words() -> None:
     "weights, named",
     [
         ({"kd": 0.0, "ce": 0.0}, "ce_weight=0.0"),
-        ({"kd": -1.0, "ce": 1.0}, "kd_weight=-1.0"),
+        ({"kd": -0.5, "ce": 1.0}, "kd_weight=-0.5"),
         ({"temperature": 0.0}, "0"),
     ],
 )

@@ -1,6 +1,5 @@
 """What runs in the ranks of test_step.py."""
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +83,8 @@ def build_pair(
     return DistillationPair(*models, vocab_size=student.vocab_size, **weights)
 
 
-def shared_directory() -> Path:
-    name: list[Any] = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(name, src=0)
-    return Path(name[0])
-
-
 def step_errors(
+    directory: Path,
     tensor: int = 1,
     pipeline: int = 1,
     sequence_parallel: bool = False,
@@ -106,7 +100,6 @@ def step_errors(
     """On rank 0, {} elsewhere: absolute errors of the means in training and in evaluation ("evaluation ..."), relative
     errors of the gradients by Hugging Face name, against the float64 reference."""
     parallel.initialize(tensor, pipeline)
-    directory = shared_directory()
     student, teacher = STUDENT.replace(tie_word_embeddings=tied), TEACHER.replace(vocab_size=teacher_vocab_size)
     write_models(directory, student, teacher)
     weights = {"kd_weight": kd_weight, "ce_weight": ce_weight, "temperature": temperature}
@@ -153,10 +146,9 @@ def reference(
     )
 
 
-def teacher_stays_as_it_was() -> dict[str, Any]:
+def teacher_stays_as_it_was(directory: Path) -> dict[str, Any]:
     """After .train() and a step: what is in which mode, which parameters have gradients, what checkpoints hold."""
     parallel.initialize(2)
-    directory = shared_directory()
     write_models(directory)
     pair = build_pair(directory, STUDENT, TEACHER, {})
     assert pair.teacher is not None
@@ -175,14 +167,12 @@ def teacher_stays_as_it_was() -> dict[str, Any]:
         "state": sorted(k for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)),
         "sharded_state": sorted(k for k in model.sharded_state_dict() if not k.endswith("_extra_state")),
         "student_parameters": sorted(name for name, _ in pair.student.named_parameters()),
-        "teacher_config_per_token": pair.teacher.config is not pair.config,
     }
 
 
-def terms_returned() -> dict[str, list[str]]:
+def terms_returned(directory: Path) -> dict[str, list[str]]:
     """Which terms a pair returns in training and in eval mode, and how often the teacher ran, by weights."""
     parallel.initialize(2)
-    directory = shared_directory()
     write_models(directory)
     batch = random_batches(1, 1, STUDENT.vocab_size)[0][0]
     del batch["loss_mask"]

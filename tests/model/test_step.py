@@ -1,5 +1,6 @@
 """One real step of the sharded pair against the unsharded float64 reference, at every kind of layout."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,39 +30,39 @@ def check(errors: dict[str, float], tolerance: float, term_tolerance: float) -> 
 
 
 @pytest.mark.parametrize("world, layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_values_and_gradients(ranks: RankPools, world: int, layout: dict[str, Any]) -> None:
-    errors = ranks(world, f"{CASES}:step_errors", **layout)[0]
+def test_values_and_gradients(ranks: RankPools, tmp_path: Path, world: int, layout: dict[str, Any]) -> None:
+    errors = ranks(world, f"{CASES}:step_errors", directory=tmp_path, **layout)[0]
     for mode in ("", "evaluation "):
         assert {f"{mode}{name}" for name in ("loss", "kd", "ce", "agreement", "tokens")} <= set(errors)
     check(errors, 5e-6, 1e-6)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
-def test_gradient_accumulation(ranks: RankPools, micro_batches: int) -> None:
-    check(ranks(2, f"{CASES}:step_errors", pipeline=2, micro_batches=micro_batches)[0], 5e-6, 1e-6)
+def test_gradient_accumulation(ranks: RankPools, tmp_path: Path, micro_batches: int) -> None:
+    check(ranks(2, f"{CASES}:step_errors", directory=tmp_path, pipeline=2, micro_batches=micro_batches)[0], 5e-6, 1e-6)
 
 
 @pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}], ids=["tp2", "pp2"])
-def test_plain_language_model_training(ranks: RankPools, layout: dict[str, int]) -> None:
+def test_plain_language_model_training(ranks: RankPools, tmp_path: Path, layout: dict[str, int]) -> None:
     """No teacher: the same code with cross-entropy alone."""
-    errors = ranks(2, f"{CASES}:step_errors", kd_weight=0.0, ce_weight=1.0, **layout)[0]
+    errors = ranks(2, f"{CASES}:step_errors", directory=tmp_path, kd_weight=0.0, ce_weight=1.0, **layout)[0]
     assert "kd" not in errors and "evaluation kd" not in errors
     check(errors, 5e-6, 1e-6)
 
 
 @pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}], ids=["tp2", "pp2"])
-def test_bf16(ranks: RankPools, layout: dict[str, int]) -> None:
+def test_bf16(ranks: RankPools, tmp_path: Path, layout: dict[str, int]) -> None:
     """Two layers in bf16 stay near the reference; the loss is not rounded to bf16 on its way out."""
-    check(ranks(2, f"{CASES}:step_errors", precision="bf16", **layout)[0], 0.1, 0.05)
+    check(ranks(2, f"{CASES}:step_errors", directory=tmp_path, precision="bf16", **layout)[0], 0.1, 0.05)
 
 
-def test_vocabularies_padded_differently(ranks: RankPools) -> None:
+def test_vocabularies_padded_differently(ranks: RankPools, tmp_path: Path) -> None:
     """The teacher knows 80 ids, the student 67 of them: other shards on every rank."""
-    check(ranks(2, f"{CASES}:step_errors", tensor=2, teacher_vocab_size=80)[0], 5e-6, 1e-6)
+    check(ranks(2, f"{CASES}:step_errors", directory=tmp_path, tensor=2, teacher_vocab_size=80)[0], 5e-6, 1e-6)
 
 
-def test_teacher_stays_as_it_was(ranks: RankPools) -> None:
-    for result in ranks(2, f"{CASES}:teacher_stays_as_it_was"):
+def test_teacher_stays_as_it_was(ranks: RankPools, tmp_path: Path) -> None:
+    for result in ranks(2, f"{CASES}:teacher_stays_as_it_was", directory=tmp_path):
         assert result["student_training"] and not result["teacher_training"]
         assert result["unchanged"] and result["teacher_gradients"] == []
         assert result["state"] == result["student_parameters"], "a checkpoint is a plain GPTModel of the student"
@@ -69,9 +70,9 @@ def test_teacher_stays_as_it_was(ranks: RankPools) -> None:
         assert not [name for name in result["sharded_state"] if "teacher" in name or "student" in name]
 
 
-def test_weights_of_zero_cost_nothing_in_training(ranks: RankPools) -> None:
+def test_weights_of_zero_cost_nothing_in_training(ranks: RankPools, tmp_path: Path) -> None:
     everything = ["loss", "kd", "ce", "agreement", "teacher ran 1"]
-    for result in ranks(2, f"{CASES}:terms_returned"):
+    for result in ranks(2, f"{CASES}:terms_returned", directory=tmp_path):
         assert result == {
             "1.0 0.0 train": ["loss", "kd", "agreement", "teacher ran 1"],
             "1.0 0.0 eval": everything,
