@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from pipelines.config import UserError
+
 LAYER = "{layer}"
 
 
@@ -133,23 +135,23 @@ class ModelShape:
 
     @classmethod
     def from_hugging_face(cls, config: dict[str, Any]) -> "ModelShape":
-        """config: the content of a config.json. Raises ValueError for what is not supported, by name."""
+        """config: the content of a config.json. Raises UserError for what is not supported, by name."""
         architecture = (config.get("architectures") or ["(none)"])[0]
         if architecture not in FAMILIES:
-            raise ValueError(
+            raise UserError(
                 f"model architecture: expected one of {', '.join(FAMILIES)}, found {architecture}. "
                 "Only these families can be read; an entry in pipelines/families.py adds another."
             )
         for key in ("attention_bias", "mlp_bias"):
             if config.get(key):
-                raise ValueError(
+                raise UserError(
                     f"config.json has {key}=true: expected a {architecture} without biases. "
                     "Biases have no entry in pipelines/families.py."
                 )
         if config.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"config.json has hidden_act={config['hidden_act']!r}: expected 'silu'.")
+            raise UserError(f"config.json has hidden_act={config['hidden_act']!r}: expected 'silu'.")
         if config.get("quantization_config"):
-            raise ValueError("config.json has a quantization_config: expected unquantized weights. Dequantize first.")
+            raise UserError("config.json has a quantization_config: expected unquantized weights. Dequantize first.")
         try:
             heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
             rope_theta, rope_scaling = _rope(config)
@@ -170,7 +172,7 @@ class ModelShape:
                 architecture=architecture,
             )
         except KeyError as missing:
-            raise ValueError(
+            raise UserError(
                 f"config.json has no {missing.args[0]!r}: expected a complete {architecture} config."
             ) from None
         return shape
@@ -195,19 +197,19 @@ class ModelShape:
 def read_shape(directory: str | Path) -> ModelShape:
     """The shape of a Hugging Face directory's model, from its config.json.
 
-    Raises ValueError with expected, found and remedy when there is none or it is not supported.
+    Raises UserError with expected, found and remedy when there is none or it is not supported.
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
-        raise ValueError(f"{directory}: expected a Hugging Face model directory with a config.json, found none there.")
+        raise UserError(f"{directory}: expected a Hugging Face model directory with a config.json, found none there.")
     try:
         config = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: expected JSON, found an error at line {error.lineno}: {error.msg}.") from None
+        raise UserError(f"{path}: expected JSON, found an error at line {error.lineno}: {error.msg}.") from None
     try:
         return ModelShape.from_hugging_face(config)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def _rope(config: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
@@ -221,7 +223,7 @@ def _rope(config: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
         return theta, None
     supported = FAMILIES[config["architectures"][0]].rope_types
     if kind not in supported:
-        raise ValueError(f"config.json has rope type {kind!r}: expected one of {', '.join(supported)}.")
+        raise UserError(f"config.json has rope type {kind!r}: expected one of {', '.join(supported)}.")
     scaling.pop("type", None)
     return theta, {**scaling, "rope_type": kind}
 

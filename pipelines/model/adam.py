@@ -67,7 +67,7 @@ def install() -> str:
 
     if optimizer.Adam is not Adam and not optimizer.USING_PYTORCH_OPTIMIZER:
         return f"{optimizer.Adam.__module__}.{optimizer.Adam.__name__}"
-    optimizer.Adam = distrib_optimizer.Adam = Adam  # type: ignore[misc,assignment]
+    optimizer.Adam = distrib_optimizer.Adam = Adam
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
     return "torch AdamW"

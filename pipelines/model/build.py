@@ -10,6 +10,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from pipelines.config import UserError
 from pipelines.families import ModelShape
 from pipelines.model import cpu_runtime
 from pipelines.model.layers import HAVE_TRANSFORMER_ENGINE, layer_spec
@@ -31,7 +32,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """precision: "fp32" or "bf16"; recompute: every layer's activations. Degrees come from Megatron's parallel_state.
 
-    Raises ValueError for shapes that the layout cannot hold, with expected, found and remedy.
+    Raises UserError for shapes that the layout cannot hold, with expected, found and remedy.
     """
     tensor = parallel_state.get_tensor_model_parallel_world_size()
     pipeline = parallel_state.get_pipeline_model_parallel_world_size()
@@ -90,7 +91,7 @@ def build_model(
     """
     length = sequence_length or shape.max_position_embeddings
     if shape.sliding_window and shape.sliding_window < length and not HAVE_TRANSFORMER_ENGINE:
-        raise ValueError(
+        raise UserError(
             f"sliding window: expected at least the sequence length {length} without Transformer Engine, found "
             f"{shape.sliding_window}. Shorten the sequence or install Transformer Engine."
         )
@@ -136,7 +137,7 @@ def _within_layer(name: str) -> str:
 
 
 def check_layout(shape: ModelShape, *, tensor: int, pipeline: int) -> None:
-    """Raises ValueError where heads, KV groups, neurons or layers do not divide (Megatron replicates no KV groups)."""
+    """Raises UserError where heads, KV groups, neurons or layers do not divide (Megatron replicates no KV groups)."""
     for what, size, degree, setting in (
         ("attention heads", shape.num_attention_heads, tensor, "parallel.tensor"),
         ("KV groups", shape.num_key_value_heads, tensor, "parallel.tensor"),
@@ -144,4 +145,4 @@ def check_layout(shape: ModelShape, *, tensor: int, pipeline: int) -> None:
         ("layers", shape.num_hidden_layers, pipeline, "parallel.pipeline"),
     ):
         if size % degree:
-            raise ValueError(f"{what}: expected a multiple of {setting}={degree}, found {size}. Lower {setting}.")
+            raise UserError(f"{what}: expected a multiple of {setting}={degree}, found {size}. Lower {setting}.")

@@ -36,7 +36,7 @@ def install() -> None:
     cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     cuda.FloatTensor = torch.FloatTensor
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment,method-assign]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     _CudaMeansCpu().__enter__()
 
     import megatron.core.tensor_parallel.random as megatron_random

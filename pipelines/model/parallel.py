@@ -7,6 +7,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from pipelines.config import UserError
 from pipelines.model import cpu_runtime
 
 
@@ -27,12 +28,12 @@ def initialize_distributed(device: str) -> None:
 def initialize(tensor: int, pipeline: int = 1, context: int = 1, *, device: str = "cpu", seed: int = 1234) -> None:
     """Lay the processes out as tensor x context x data x pipeline (Megatron's order), replacing an earlier layout.
 
-    The data-parallel size is what remains of the world size. Raises ValueError where the layout does not divide it.
+    The data-parallel size is what remains of the world size. Raises UserError where the layout does not divide it.
     """
     initialize_distributed(device)
     world = torch.distributed.get_world_size()
     if world % (tensor * pipeline * context):
-        raise ValueError(
+        raise UserError(
             f"layout: expected tensor * pipeline * context to divide the {world} processes, "
             f"found {tensor} * {pipeline} * {context}."
         )

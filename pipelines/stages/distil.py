@@ -95,5 +95,5 @@ def _check_teacher(context: artifacts.StageContext, teacher: GPTModel, shape: Mo
     if not loss < bound:
         raise UserError(
             f"distil: expected a teacher with a loss below 0.9 * log(vocabulary) = {bound:.3f} nats/token on "
-            f"validation data, found {loss:.3f} for {directory}. Its weights are random or its tokenizer is not the corpus's."
+            f"validation data, found {loss:.3f} for {directory}. Its weights are random, or its tokenizer is another."
         )
