@@ -148,6 +148,16 @@ def test_overwrite_moves_training_state_aside_and_says_so(config: Config) -> Non
     assert (moved / "step_5" / "weights").read_text() == "w"
 
 
+def test_a_directory_that_is_being_emptied_is_complete_no_more(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = make(config, "corpus", {"blend.json": "{}"})
+    config.data.test_fraction, config.overwrite = 0.1, True
+    monkeypatch.setattr(artifacts, "move_aside", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        artifacts.begin(config, "corpus", print)
+    assert (directory / "blend.json").exists() and not artifacts.is_complete(directory)
+    assert not (directory / "lock").exists()
+
+
 def test_checkpoints_are_no_outputs_and_no_inputs(config: Config) -> None:
     make(config, "corpus", {"blend.json": "{}"})
     directory = make(config, "teacher", {"hf/config.json": "{}", "checkpoints/a": "w", "tensorboard/events": "e"})

@@ -247,3 +247,29 @@ def test_the_command_of_a_child_has_one_stage_and_the_same_overrides() -> None:
     plain, ranks = launch.command("corpus", 1, overrides), launch.command("distil", 4, overrides)
     assert plain[1:] == ["-m", "pipelines", "distil.steps=3", "stage=corpus"]
     assert "--nproc-per-node=4" in ranks and ranks[-4:] == ["-m", "pipelines", "distil.steps=3", "stage=distil"]
+
+
+def failure_of(tmp_path: Path, failures: list[dict], log: str = "", code: int = 1) -> launch.StageFailed:
+    exchange, file = tmp_path / "exchange", tmp_path / "stage.log"
+    exchange.mkdir(exist_ok=True)
+    for rank, failure in enumerate(failures):
+        (exchange / f"failure-{rank}.json").write_text(json.dumps(failure))
+    file.write_text("an earlier run: exitcode : -11\n" + log)
+    return launch._failure(exchange, file, len("an earlier run: exitcode : -11\n"), code)
+
+
+def test_of_many_failures_the_users_mistake_is_told_else_the_first(tmp_path: Path) -> None:
+    later = {"user": False, "time": 2.0, "code": 1, "message": "connection closed"}
+    first = {"user": False, "time": 1.0, "code": 1, "message": "our fault"}
+    mistake = {"user": True, "time": 3.0, "code": 2, "message": "your mistake"}
+    assert str(failure_of(tmp_path, [later, first])) == f"our fault\nlog: {tmp_path / 'stage.log'}"
+    told = failure_of(tmp_path, [later, first, mistake])
+    assert (str(told), told.code) == ("your mistake", 2)
+
+
+def test_of_many_signals_the_one_that_torchrun_did_not_send_is_told(tmp_path: Path) -> None:
+    log = "  exitcode  : -15 (pid: 1)\n  exitcode  : -9 (pid: 2)\n"
+    assert "ended by SIGKILL" in str(failure_of(tmp_path, [], log))
+    assert "ended by SIGSEGV" in str(failure_of(tmp_path, [], "", code=-11))
+    told = str(failure_of(tmp_path, [], "something odd\n", code=1))
+    assert "exit code 1" in told and "something odd" in told and "an earlier run" not in told
