@@ -135,7 +135,7 @@ def _run_schedule(model: Any, batches: Sequence[Batch], *, forward_only: bool) -
 
 
 def gather_gradients(model: DistributedDataParallel) -> None:
-    """Make `main_grad` whole on every rank after a step with the distributed optimizer, which leaves each rank its part.
+    """Make `main_grad` whole on every rank; a step with the distributed optimizer leaves each rank its own part.
 
     One all-gather per gradient bucket over the data-parallel group; nothing to do without the distributed optimizer.
     """
