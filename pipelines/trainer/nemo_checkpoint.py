@@ -14,7 +14,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.models.gpt import GPTModel
 
-from pipelines import console, files
+from pipelines import files
 from pipelines.config import UserError
 from pipelines.families import ModelShape, read_shape
 from pipelines.model import build
@@ -176,4 +176,3 @@ def _write_context(directory: Path, shape: ModelShape, tokenizer: Path) -> None:
     trainer.strategy.connect(model)
     directory.mkdir(parents=True)
     TrainerContext(model=model, trainer=trainer, extra={}).io_dump(directory, yaml_attrs=["model"])
-    console.say(f"export  NeMo 2 checkpoint: {directory.parent}")
