@@ -108,6 +108,9 @@ def dispatch(arguments: list[str]) -> None:
     names = stage_names(config)
     for warning in validate(config, names):
         console.say(f"warning: {warning}")
+    for name in names:
+        if STAGES[name].kept and not not_needed(config, name):
+            artifacts.refuse_changed_settings(config, STAGES[name])
     if launch.is_child():
         for name in names:
             if code := launch.work(config, name):

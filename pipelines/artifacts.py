@@ -238,17 +238,30 @@ def examine(config: Config, stage: Stage) -> Examination:
     if not manifest:
         return Examination(State.new, [], now_settings, now_inputs)
     differences = changes(manifest, now_settings, now_inputs)
-    if differences and not config.overwrite:
-        how_far = "finished" if is_complete(directory) else "unfinished"
-        shown = "\n  ".join(differences[:20])
-        raise UserError(
-            f"stage {stage.name}: {directory} is {how_far} and was made from other settings or inputs:\n  {shown}\n"
-            "Give overwrite=true to start it again (training checkpoints are moved aside), or another run.name."
-        )
+    _refuse(config, stage, differences)
     if differences:
         return Examination(State.changed, differences, now_settings, now_inputs)
     state = State.finished if is_complete(directory) else State.unfinished
     return Examination(state, [], now_settings, now_inputs)
+
+
+def refuse_changed_settings(config: Config, stage: Stage) -> None:
+    """What `examine` refuses and needs no input to be there: told before earlier stages spend hours."""
+    manifest = read_manifest(stage_directory(config, stage.name))
+    if manifest:
+        _refuse(config, stage, changes(manifest, settings(config, stage), manifest.get("inputs", {})))
+
+
+def _refuse(config: Config, stage: Stage, differences: list[str]) -> None:
+    if not differences or config.overwrite:
+        return
+    directory = stage_directory(config, stage.name)
+    how_far = "finished" if is_complete(directory) else "unfinished"
+    shown = "\n  ".join(differences[:20])
+    raise UserError(
+        f"stage {stage.name}: {directory} is {how_far} and was made from other settings or inputs:\n  {shown}\n"
+        "Give overwrite=true to start it again (training checkpoints are moved aside), or another run.name."
+    )
 
 
 # A stage's life

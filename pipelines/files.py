@@ -16,7 +16,7 @@ from pipelines import console
 SMALL = 1 << 20  # bytes: below, a file is hashed at every look and needs no sidecar
 LARGE = 1 << 30  # bytes: above, hashing takes seconds and is told
 COMPLETE, MANIFEST = "complete", "manifest.json"
-BOOKKEEPING = (COMPLETE, MANIFEST, "config.yaml", "lock", "checkpoints", "tensorboard", "logs")
+BOOKKEEPING = (COMPLETE, MANIFEST, "config.yaml", "lock", "checkpoints", "tensorboard", "data_index", "logs")
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:

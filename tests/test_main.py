@@ -153,6 +153,13 @@ def test_stages_run_in_the_order_of_the_table(start: Start) -> None:
     assert [line.split()[0] for line in out.splitlines() if " s  " in line] == ["corpus", "teacher"]
 
 
+def test_a_later_stage_that_has_changed_is_refused_before_an_earlier_one_starts(start: Start, tmp_path: Path) -> None:
+    assert finish(start("stage=[corpus,teacher]", "experiment=quickstart", "parallel=tp1"))[0] == 0
+    (tmp_path / "runs" / "quickstart" / "corpus" / "complete").unlink()
+    code, out, error = finish(start("stage=[corpus,teacher]", "experiment=quickstart", "teacher.steps=99"))
+    assert code == 2 and out == "" and "teacher.steps: " in error and "-> 99" in error
+
+
 def test_a_given_corpus_is_not_made_again(start: Start, tmp_path: Path) -> None:
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "blend.json").write_text("{}")
