@@ -1,4 +1,4 @@
-"""The table of stages: what each reads, which settings decide its result, and whether it runs on ranks. Imports no torch.
+"""The table of stages: what each reads, which settings decide its result, whether it runs on ranks. Imports no torch.
 
 Dispatch, artifacts and the documentation read this table. A stage is `pipelines/stages/<name>.py` with
 `run(context: artifacts.StageContext) -> dict`, called on every rank; the figures that rank 0 returns go into
