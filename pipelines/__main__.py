@@ -107,7 +107,8 @@ def dispatch(arguments: list[str]) -> None:
         return print(to_yaml(config), end="")
     names = stage_names(config)
     for warning in validate(config, names):
-        console.say(f"warning: {warning}")
+        if console.rank() == 0:
+            print(f"warning: {warning}", file=sys.stderr)
     for name in names:
         if STAGES[name].kept and not not_needed(config, name):
             artifacts.refuse_changed_settings(config, STAGES[name])

@@ -52,7 +52,10 @@ def run_stage(config: Config, stage: str, overrides: list[str]) -> None:
     """Run one stage in child processes and wait. Raises StageFailed with what the children left to say."""
     exchange = Path(tempfile.mkdtemp(prefix="stillhouse-"))
     log = artifacts.log_file(config, stage)
-    log.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run.directory={config.run.directory}: expected a place to write, found: {error}.") from None
     start_of_log = log.stat().st_size if log.exists() else 0
     processes = layout(config.parallel).processes if STAGES[stage].ranks else 1
     try:

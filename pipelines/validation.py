@@ -81,10 +81,9 @@ def _check_numbers(settings: Any, path: str = "") -> None:
 def _check_name(config: Config) -> None:
     good = config.run.name and config.run.name not in (".", "..") and not set(config.run.name) & set("/\\\0")
     _expect(bool(good), "run.name", "a directory name", repr(config.run.name), "Leave slashes out; see run.directory.")
-    root = Path(config.run.directory)
-    _expect(
-        not root.exists() or root.is_dir(), "run.directory", "a directory", f"the file {root}", "Choose another path."
-    )
+    root = Path(config.run.directory).absolute()
+    existing = next(path for path in (root, *root.parents) if path.exists())
+    _expect(existing.is_dir(), "run.directory", "a directory", f"the file {existing}", "Choose another path.")
 
 
 def _check_sources(config: Config) -> None:
@@ -345,6 +344,10 @@ def tokenizer_size(directory: Path) -> int | None:
 
 
 def _warnings(config: Config, ranks: Layout, stages: Collection[str]) -> Iterator[str]:
+    if "plan" in stages:
+        for setting, path in (("model.path", config.model.path), ("student.path", config.student.path)):
+            if path and not artifacts.is_hugging_face(path):
+                yield f"{setting}={path} has no config.json: plan counts the shape of the configuration instead"
     if ranks.sequence_parallel and ranks.tensor == 1:
         yield "parallel.sequence_parallel=true has no effect with parallel.tensor=1"
     if config.distil.distributed_optimizer and ranks.data == 1 and "distil" in stages:
