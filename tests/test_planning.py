@@ -39,6 +39,11 @@ def test_counts_are_the_published_ones(experiment: str, student: int, student_in
     assert figures["tokens"] == 9960 * 1152 * 8192
 
 
+@pytest.mark.parametrize("experiment", ["quickstart", "quickstart_depth"])
+def test_the_quickstarts_student_is_small_enough(experiment: str) -> None:
+    assert planning.plan(compose([f"experiment={experiment}"]))["student_share"] <= 0.6
+
+
 def test_flops_per_token_are_those_of_the_recipe() -> None:
     figures = planning.plan(compose(["experiment=llama31_8b_to_4b_width"]))
     parts = figures["flops_per_token_parts"]
