@@ -126,8 +126,17 @@ class Checkpoints(Checkpoint):
         self.directory, self.interval, self.keep, self.steps = directory, interval, keep, steps
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        # Where a validation follows, its figures belong to the checkpoint: a resumed run does not repeat it.
+        if trainer.global_step % trainer.val_check_interval:
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: Any) -> None:
+        """Three barriers over all ranks beside Megatron's own collectives."""
         step = trainer.global_step
-        if (step % self.interval and step != self.steps) or (self.directory / CHECKPOINT.format(step)).exists():
+        if step % self.interval and step != self.steps:
             return
         partial = self.directory / (_PARTIAL + CHECKPOINT.format(step))
         if console.rank() == 0 and partial.exists():
