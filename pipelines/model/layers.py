@@ -57,7 +57,8 @@ class CausalAttention(MegatronModule):
         """
         if attention_mask is not None or attention_bias is not None or packed_seq_params is not None:
             raise ValueError(
-                "attention: expected whole causal sequences, found a mask, a bias or packing, which need Transformer Engine."
+                "attention: expected whole causal sequences, found a mask, a bias or packing. Those need "
+                "Transformer Engine."
             )
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
