@@ -1,4 +1,4 @@
-"""What happens beside the training step: figures, progress, checkpoints, and stopping on a loss that is not finite."""
+"""What happens beside the training step: figures, progress, checkpoints, and stopping where numbers are not finite."""
 
 import json
 import math
@@ -54,22 +54,28 @@ class Metrics(Callback):
         if step.forward_only:
             self.validation.add(self.means)
 
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        # At the step's end the schedule has moved on already.
+        self._learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         step, means = trainer.global_step, self.means
-        if not math.isfinite(means["loss"]):
-            raise UserError(
-                f"training: expected a finite loss, found {means['loss']} at step {step}. No checkpoint was written "
-                "after it: lower the learning rate and start the stage again, which continues from the last one."
-            )
+        norm = trainer.callback_metrics.get("grad_norm")
+        norm = float(norm) if norm is not None else None
+        for what, value in (("loss", means["loss"]), ("gradient norm", norm)):
+            if value is not None and not math.isfinite(value):
+                raise UserError(
+                    f"training: expected a finite {what}, found {value} at step {step}. No checkpoint was written "
+                    "after it: lower the learning rate and start the stage again, which continues from the last one."
+                )
         if step % self.log_interval and step != self.steps:
             return
         now = time.monotonic()
         tokens_per_second = self.tokens_per_step * (step - self._previous_step) / (now - self._previous)
         self._previous, self._previous_step = now, step
-        norm = trainer.callback_metrics.get("grad_norm")
         row = means | {
-            "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
-            "gradient_norm": float(norm) if norm is not None else None,
+            "learning_rate": self._learning_rate,
+            "gradient_norm": norm,
             "tokens_per_second": tokens_per_second,
             "time": self.elapsed + now - self._started,
         }
@@ -125,6 +131,12 @@ class Checkpoints(Checkpoint):
     def __init__(self, directory: Path, *, interval: int, keep: int, steps: int) -> None:
         self.directory, self.interval, self.keep, self.steps = directory, interval, keep, steps
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        # Lightning counts a step as completed after `on_train_batch_end`: resumed from a checkpoint that was written
+        # there, it would be one step behind, and so would every validation.
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        progress.current.completed = progress.total.completed = trainer.global_step
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         # Where a validation follows, its figures belong to the checkpoint: a resumed run does not repeat it.
         if trainer.global_step % trainer.val_check_interval:
@@ -139,8 +151,9 @@ class Checkpoints(Checkpoint):
         if step % self.interval and step != self.steps:
             return
         partial = self.directory / (_PARTIAL + CHECKPOINT.format(step))
-        if console.rank() == 0 and partial.exists():
-            shutil.rmtree(partial)
+        if console.rank() == 0:
+            for left_over in self.directory.glob(_PARTIAL + "*"):
+                shutil.rmtree(left_over)
         torch.distributed.barrier()
         trainer.save_checkpoint(partial)
         torch.distributed.barrier()

@@ -1,6 +1,7 @@
 """One training run with NeMo's Trainer and MegatronStrategy, continued from its last checkpoint where there is one."""
 
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import Callback
 from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -17,9 +19,10 @@ from nemo.collections.common.tokenizers import AutoTokenizer
 from nemo.collections.llm.gpt.data.pre_training import PreTrainingDataModule
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
 from nemo.lightning.pytorch.plugins import MegatronMixedPrecision
+from nemo.lightning.pytorch.trainer import configure_no_restart_validation_training_loop
 
 from pipelines import console
-from pipelines.model import adam
+from pipelines.model import adam, parallel
 from pipelines.trainer.callbacks import Checkpoints, Metrics, whole_checkpoints
 from pipelines.trainer.module import TrainedModel
 
@@ -67,10 +70,15 @@ def fit(
     prefixes. Writes checkpoints/, metrics.jsonl, tensorboard/ and data_index/ under directory. Every rank calls it.
     """
     console.say(f"{description}  optimizer: {adam.install()}")
-    checkpoints = directory / "checkpoints"
+    checkpoints, data_index = directory / "checkpoints", directory / "data_index"
     found = whole_checkpoints(checkpoints)
     if found:
         console.say(f"{description}  continues from {found[-1]}")
+    elif console.rank() == 0:
+        # Megatron writes its index in place and would take one that a kill cut short for whole.
+        shutil.rmtree(data_index, ignore_errors=True)
+    # NeMo takes one training run per process for granted.
+    unset_num_microbatches_calculator()
     metrics = Metrics(
         directory,
         description=description,
@@ -86,9 +94,10 @@ def fit(
     )
     model = TrainedModel(config, build, _optimizer(schedule))
     trainer = _trainer(schedule, config, device, [metrics, *callbacks, saving])
-    data = _data(schedule, blend, tokenizer, directory / "data_index", seed)
+    data = _data(schedule, blend, tokenizer, data_index, seed)
     trainer.fit(model, data, ckpt_path=str(found[-1]) if found else None)
-    return unwrap(model), metrics.last_validation
+    # Lightning moves what it has trained to the CPU, where nccl cannot gather it.
+    return unwrap(model).to(parallel.torch_device(device)), metrics.last_validation
 
 
 def unwrap(model: torch.nn.Module) -> MegatronModule:
@@ -164,6 +173,8 @@ def _trainer(schedule: Schedule, config: TransformerConfig, device: str, callbac
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    # Lightning's own loop would begin a resumed run with the validation that its checkpoint has behind it.
+    configure_no_restart_validation_training_loop(trainer)
     # After construction: NeMo's Trainer makes deep copies of its arguments.
     trainer.callbacks.extend(callbacks)
     return trainer

@@ -1,10 +1,12 @@
 """The LightningModule that NeMo trains, and the reduction of its loss."""
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from megatron.core.transformer.module import MegatronModule
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_batch_on_this_cp_rank
 from nemo.collections.llm.gpt.model.base import GPTModel
@@ -38,6 +40,15 @@ class TrainedModel(GPTModel):
         if not hasattr(self, "module"):
             self.module = self.build()
             assert self.module.config is self.config, "NeMo and Megatron's schedule must share one config object"
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """By the names of a plain Megatron model, as checkpoints have them, under whatever wrappers: torch would go by
+        the tree of submodules, where the student lies beside its teacher."""
+        inner = self.module
+        while isinstance(inner, DistributedDataParallel | Float16Module):
+            inner = inner.module
+        own = {re.sub(r"^(module\.)+", "", name): value for name, value in state_dict.items()}
+        return inner.load_state_dict(own, strict=strict)
 
     def data_step(self, dataloader_iter: Iterator[Any]) -> dict[str, torch.Tensor]:
         """One micro batch on this rank's device, cut to the rank's part of the sequence under context parallelism."""

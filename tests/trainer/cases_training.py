@@ -28,6 +28,51 @@ def nemo_on_cpu() -> None:
     unset_num_microbatches_calculator()
 
 
+def fit_shortly(
+    run: Path,
+    corpus: str,
+    config: Any,
+    built: Any,
+    callbacks: list[Any],
+    *,
+    distributed_optimizer: bool,
+    **settings: int,
+) -> None:
+    from pipelines.trainer.fit import Schedule, fit
+
+    schedule = Schedule(
+        sequence_length=SEQUENCE,
+        micro_batch_size=MICRO,
+        global_batch_size=GLOBAL,
+        warmup_steps=0,
+        learning_rate=1e-3,
+        min_learning_rate=1e-4,
+        weight_decay=0.1,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        gradient_clip=1.0,
+        precision="fp32",
+        distributed_optimizer=distributed_optimizer,
+        validation_batches=1,
+        keep_checkpoints=1,
+        log_interval=1,
+        **settings,
+    )
+    prefix = str(next(Path(corpus).glob("data/train/*.idx")).with_suffix(""))
+    fit(
+        description="test",
+        directory=run,
+        config=config,
+        build=built,
+        schedule=schedule,
+        blend={"train": ["1", prefix], "validation": ["1", prefix]},
+        tokenizer=Path(corpus) / "tokenizer",
+        seed=1,
+        device="cpu",
+        callbacks=callbacks,
+    )
+
+
 def first_step(directory: str, corpus: str, tensor: int, distributed_optimizer: bool) -> dict[str, Any]:
     """One step through NeMo and one through model/step.py on the same batches; the largest relative difference."""
     from pipelines.model import parallel
@@ -43,7 +88,6 @@ def first_step(directory: str, corpus: str, tensor: int, distributed_optimizer: 
     from pipelines.model.pair import DistillationPair
     from pipelines.model.random_model import write_random_model
     from pipelines.model.weights import load_hugging_face
-    from pipelines.trainer.fit import Schedule, fit
 
     teacher_shape = ModelShape(**SHAPE)
     shape = teacher_shape.replace(hidden_size=32, intermediate_size=48)
@@ -81,40 +125,9 @@ def first_step(directory: str, corpus: str, tensor: int, distributed_optimizer: 
                     self.gradients[name.split("student.")[-1]] = parameter.main_grad.clone()
 
     capture = Capture()
-    schedule = Schedule(
-        sequence_length=SEQUENCE,
-        micro_batch_size=MICRO,
-        global_batch_size=GLOBAL,
-        steps=1,
-        warmup_steps=0,
-        learning_rate=1e-3,
-        min_learning_rate=1e-4,
-        weight_decay=0.1,
-        adam_beta1=0.9,
-        adam_beta2=0.95,
-        gradient_clip=1.0,
-        precision="fp32",
-        distributed_optimizer=distributed_optimizer,
-        validation_interval=1,
-        validation_batches=1,
-        checkpoint_interval=10,
-        keep_checkpoints=1,
-        log_interval=1,
-    )
     run = root / f"run-{tensor}-{distributed_optimizer}"
-    prefix = str(next(Path(corpus).glob("data/train/*.idx")).with_suffix(""))
-    fit(
-        description="test",
-        directory=run,
-        config=config,
-        build=built,
-        schedule=schedule,
-        blend={"train": ["1", prefix], "validation": ["1", prefix]},
-        tokenizer=Path(corpus) / "tokenizer",
-        seed=1,
-        device="cpu",
-        callbacks=[capture],
-    )
+    settings = {"steps": 1, "validation_interval": 1, "checkpoint_interval": 10}
+    fit_shortly(run, corpus, config, built, [capture], distributed_optimizer=distributed_optimizer, **settings)
     model = step.wrap(built(), distributed_optimizer=distributed_optimizer)
     means = step.training_step(model, capture.batches)
     differences = {}
@@ -126,6 +139,60 @@ def first_step(directory: str, corpus: str, tensor: int, distributed_optimizer: 
     row = (run / "metrics.jsonl").read_text().splitlines()[0]
     parallel_state.destroy_model_parallel()
     return {"differences": differences, "means": means, "row": row, "data": (rank, ranks)}
+
+
+def stopped_and_continued(directory: str, corpus: str) -> dict[str, Any]:
+    """A run without interruption, and one that ends after a checkpoint between two validations and is continued."""
+    from pipelines.model import parallel
+
+    parallel.initialize(1)
+    nemo_on_cpu()
+    import torch
+    from lightning.pytorch.callbacks import Callback
+    from megatron.core import parallel_state
+
+    from pipelines.families import ModelShape
+    from pipelines.model import build
+    from pipelines.model.pair import DistillationPair
+    from pipelines.model.random_model import write_random_model
+    from pipelines.model.weights import load_hugging_face
+
+    shape, root = ModelShape(**SHAPE), Path(directory)
+    if torch.distributed.get_rank() == 0:
+        write_random_model(root / "start", shape, seed=1)
+    torch.distributed.barrier()
+
+    class Stop(Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 5:
+                raise KeyError("stop")
+
+    def run(name: str, callbacks: list[Any]) -> None:
+        config = build.transformer_config(shape)
+
+        def built() -> DistillationPair:
+            model = build.build_model(shape, config=config, sequence_length=SEQUENCE)
+            load_hugging_face(model, root / "start", shape)
+            return DistillationPair(model, vocab_size=shape.vocab_size, kd_weight=0.0, ce_weight=1.0)
+
+        settings = {"steps": 10, "validation_interval": 4, "checkpoint_interval": 3}
+        fit_shortly(root / name, corpus, config, built, callbacks, distributed_optimizer=False, **settings)
+
+    run("whole", [])
+    (root / "stopped" / "checkpoints" / "partial-step-0000007").mkdir(parents=True, exist_ok=True)
+    try:
+        run("stopped", [Stop()])
+    except KeyError:
+        run("stopped", [])
+    torch.distributed.barrier()
+    parallel_state.destroy_model_parallel()
+    return {
+        name: {
+            "rows": (root / name / "metrics.jsonl").read_text().splitlines(),
+            "checkpoints": sorted(path.name for path in (root / name / "checkpoints").iterdir()),
+        }
+        for name in ("whole", "stopped")
+    }
 
 
 def distil_from_random_teacher(directory: str, corpus: str) -> str:
