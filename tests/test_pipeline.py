@@ -63,7 +63,7 @@ def start(directory: Path, *overrides: str) -> subprocess.Popen[str]:
 
 def run(directory: Path, *overrides: str) -> str:
     process = start(directory, *overrides)
-    output, _ = process.communicate(timeout=400)
+    output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output
     return output
 
@@ -108,7 +108,7 @@ def kill_after_checkpoint(directory: Path, name: str, *overrides: str) -> None:
     """Start distil and end all of its processes with SIGKILL once a step behind the first checkpoint is logged."""
     process = start(directory, f"run.name={name}", *overrides)
     metrics = directory / name / "distil" / "metrics.jsonl"
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while not (metrics.exists() and '"step": 7' in metrics.read_text()):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.05)
