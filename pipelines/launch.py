@@ -29,7 +29,7 @@ from pipelines.files import is_disk_error
 from pipelines.stages import STAGES
 
 EXCHANGE = "STILLHOUSE_EXCHANGE"  # the directory where parent and ranks leave each other word
-PATIENCE = 20.0  # seconds that a child gets to end by itself
+PATIENCE = 45.0  # seconds that a child gets to end by itself; torchrun gives its ranks 30 before it kills them
 
 
 class StageFailed(Exception):
@@ -219,6 +219,8 @@ def _work(config: Config, stage: str, exchange: Exchange) -> None:
         exchange.tell("run")
     elif exchange.listen() == "finished":
         return
+    # fp32 means fp32: NVIDIA's images and Transformer Engine multiply in TF32 unless told so before torch is loaded.
+    os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
     try:
         figures = importlib.import_module(f"pipelines.stages.{stage}").run(context)
         if attempt is not None:

@@ -21,7 +21,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
-from megatron.core.utils import get_model_config
+from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config
 from torch import Tensor
 
 from pipelines.core.loss import masked_sum, valid_tokens
@@ -52,9 +52,10 @@ def loss_function(batch: Batch, terms: dict[str, Tensor]) -> Loss:
 
 
 def forward_step(batches: Iterator[Batch], model: Any) -> tuple[dict[str, Tensor] | Tensor, partial[Loss]]:
-    """Megatron's forward_step_func. Moves the batch to this rank's device."""
+    """Megatron's forward_step_func. Moves the batch to this rank's device, cut under context parallelism."""
     device = torch.cuda.current_device()
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
+    batch = get_batch_on_this_cp_rank(batch)
     return forward(model, batch), partial(loss_function, batch)
 
 
