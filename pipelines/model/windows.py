@@ -147,6 +147,26 @@ def label_bytes(corpus: Path, split: str, windows: Windows, chosen: Sequence[int
     return float(sum((table[windows[window][1:]] * windows.mask(window)).sum(dtype=torch.float64) for window in every))
 
 
+def check_vocabulary(corpus: Path, model: Path, vocab_size: int) -> None:
+    """Raises UserError where the corpus was tokenized with another vocabulary than that of the model in a directory."""
+    found = _blend(corpus)["vocab_size"]
+    if found > vocab_size:
+        raise UserError(
+            f"{corpus}: expected a tokenizer of at most the {vocab_size} ids of the model {model}, found {found}. "
+            "Make the corpus with the model's own tokenizer (data.tokenizer), or take a model with more ids."
+        )
+    ours, theirs = (_vocabulary(path / "tokenizer.json") for path in (corpus / "tokenizer", model))
+    if ours is not None and theirs is not None and ours != theirs:
+        raise UserError(
+            f"{corpus}: expected the model's vocabulary of {len(theirs)} tokens, found another one of {len(ours)}. "
+            f"Make the corpus with the model's tokenizer: data.tokenizer={model}."
+        )
+
+
+def _vocabulary(path: Path) -> Any:
+    return json.loads(path.read_text())["model"]["vocab"] if path.is_file() else None
+
+
 def _blend(corpus: Path) -> dict[str, Any]:
     path = corpus / "blend.json"
     if not path.is_file():

@@ -6,7 +6,6 @@ Writes results.json: {"split", "tokens", "bytes", ..., "models": {"teacher" | "p
 they take less than distilling the student took.
 """
 
-import json
 import math
 import time
 from pathlib import Path
@@ -22,7 +21,14 @@ from pipelines.families import ModelShape, read_shape
 from pipelines.model import parallel, quality
 from pipelines.model.build import build_model
 from pipelines.model.weights import load_hugging_face
-from pipelines.model.windows import Windows, batches, chosen_windows, label_bytes, split_prefixes
+from pipelines.model.windows import (
+    Windows,
+    batches,
+    check_vocabulary,
+    chosen_windows,
+    label_bytes,
+    split_prefixes,
+)
 
 SPEED_SECONDS = 1.5  # of timed forward passes per model
 
@@ -114,13 +120,7 @@ def _check(config: Config, ranks: Layout, corpus: Path, shapes: dict[str, ModelS
     sizes = {name: shape.vocab_size for name, shape in shapes.items()}
     if len(set(sizes.values())) > 1:
         raise UserError(f"evaluate: expected models of one vocabulary, found sizes {sizes}. Prune from this teacher.")
-    blend = corpus / "blend.json"
-    found = json.loads(blend.read_text())["vocab_size"] if blend.is_file() else 0
-    if found > sizes["teacher"]:
-        raise UserError(
-            f"{corpus}: expected a tokenizer of at most the models' {sizes['teacher']} ids, found {found}. "
-            "Make the corpus with the teacher's tokenizer: data.tokenizer=<the teacher's directory>."
-        )
+    check_vocabulary(corpus, artifacts.teacher_directory(config), sizes["teacher"])
 
 
 def _precision(config: Config) -> str:

@@ -27,7 +27,7 @@ from pipelines.model.build import build_model
 from pipelines.model.scoring import score
 from pipelines.model.slicing import slice_checkpoint, sliced_shape
 from pipelines.model.weights import load_hugging_face
-from pipelines.model.windows import Windows, split_prefixes
+from pipelines.model.windows import Windows, check_vocabulary, split_prefixes
 
 AGGREGATION = (
     "channel: L2 norm over samples of the mean over the sequence of |activation|; hidden: sum over both norms of every "
@@ -180,7 +180,7 @@ def calibration_batches(
 def _calibration_windows(config: Config, directory: Path, teacher: ModelShape) -> Windows:
     corpus, settings = artifacts.corpus_directory(config), config.prune
     prefixes = split_prefixes(corpus, "calibration")
-    check_vocabulary(corpus, directory, teacher)
+    check_vocabulary(corpus, directory, teacher.vocab_size)
     windows = Windows(prefixes, settings.sequence_length)
     if len(windows) < settings.calibration_samples:
         raise UserError(
@@ -190,26 +190,6 @@ def _calibration_windows(config: Config, directory: Path, teacher: ModelShape) -
             "data.calibration_fraction."
         )
     return windows
-
-
-def check_vocabulary(corpus: Path, directory: Path, teacher: ModelShape) -> None:
-    """Raises UserError where the corpus was tokenized with another vocabulary than the teacher's."""
-    blend = json.loads((corpus / "blend.json").read_text())
-    if blend["vocab_size"] > teacher.vocab_size:
-        raise UserError(
-            f"{corpus}: expected a tokenizer of at most the teacher's {teacher.vocab_size} ids, found "
-            f"{blend['vocab_size']}. Make the corpus with the teacher's tokenizer: data.tokenizer={directory}."
-        )
-    ours, theirs = (_vocabulary(path / "tokenizer.json") for path in (corpus / "tokenizer", directory))
-    if ours is not None and theirs is not None and ours != theirs:
-        raise UserError(
-            f"{corpus}: expected the teacher's vocabulary of {len(theirs)} tokens, found another one of {len(ours)}. "
-            f"Make the corpus with the teacher's tokenizer: data.tokenizer={directory}."
-        )
-
-
-def _vocabulary(path: Path) -> Any:
-    return json.loads(path.read_text())["model"]["vocab"] if path.is_file() else None
 
 
 # The artifact

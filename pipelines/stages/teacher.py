@@ -14,6 +14,7 @@ from pipelines.model.pair import DistillationPair
 from pipelines.model.random_model import write_random_model
 from pipelines.model.safetensors_stream import Tensors
 from pipelines.model.weights import load_hugging_face
+from pipelines.model.windows import check_vocabulary
 from pipelines.planning import shape_from_config
 
 
@@ -21,14 +22,14 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
     config, ranks = context.config, layout(context.config.parallel)
     parallel.initialize(ranks.tensor, ranks.pipeline, ranks.context, device=ranks.device, seed=config.run.seed)
     if config.teacher.mode is TeacherMode.take:
-        return _take(context, ranks)
+        return _take(context)
     if config.teacher.mode is TeacherMode.pretrain:
         start, shape = context.directory / "start", shape_from_config(config.model.shape)
         if torch.distributed.get_rank() == 0 and not artifacts.is_hugging_face(start):
             write_random_model(start, shape, config.run.seed)
         torch.distributed.barrier()
     else:
-        start = _given(config)
+        start = _as_hugging_face(context, context.directory / "start")
         shape = read_shape(start)
     return _train(context, ranks, start, shape)
 
@@ -38,6 +39,7 @@ def _train(context: artifacts.StageContext, ranks: Layout, start: Path, shape: M
     from pipelines.trainer.run import train
 
     config, settings = context.config, context.config.teacher
+    check_vocabulary(artifacts.corpus_directory(config), start, shape.vocab_size)
     model_config = build.transformer_config(
         shape,
         sequence_parallel=ranks.sequence_parallel,
@@ -63,19 +65,26 @@ def _train(context: artifacts.StageContext, ranks: Layout, start: Path, shape: M
     }
 
 
-def _take(context: artifacts.StageContext, ranks: Layout) -> dict[str, Any]:
+def _take(context: artifacts.StageContext) -> dict[str, Any]:
     """Check that the directory holds a model of its own config; a NeMo 2 checkpoint is written as hf/ first."""
-    given = _given(context.config)
-    if not artifacts.is_hugging_face(given):
-        from pipelines.trainer.nemo_checkpoint import convert_to_hugging_face
-
-        tokenizer = artifacts.corpus_directory(context.config) / "tokenizer"
-        convert_to_hugging_face(given, context.directory / "hf", tokenizer)
-        given = context.directory / "hf"
+    given = _as_hugging_face(context, context.directory / "hf")
     shape = read_shape(given)
     Tensors(given).expect(shape.tensor_shapes(), ignore=("rotary_emb.inv_freq", "lm_head.weight"))
+    check_vocabulary(artifacts.corpus_directory(context.config), given, shape.vocab_size)
     console.say(f"teacher  {given}: {shape.architecture}, {shape.parameters():,} parameters")
     return {"model": str(given), "parameters": shape.parameters()}
+
+
+def _as_hugging_face(context: artifacts.StageContext, converted: Path) -> Path:
+    """The given directory, or `converted`, written from the NeMo 2 checkpoint that is given instead. Collective."""
+    given = _given(context.config)
+    if artifacts.is_hugging_face(given):
+        return given
+    if not artifacts.is_hugging_face(converted):  # an earlier attempt may have written it
+        from pipelines.trainer.nemo_checkpoint import convert_to_hugging_face
+
+        convert_to_hugging_face(given, converted, artifacts.corpus_directory(context.config) / "tokenizer")
+    return converted
 
 
 def _given(config: Config) -> Path:

@@ -16,13 +16,15 @@ from megatron.core.models.gpt import GPTModel
 
 from pipelines import files
 from pipelines.config import UserError
-from pipelines.families import ModelShape, read_shape
+from pipelines.families import EMBEDDING, ModelShape, read_shape
 from pipelines.model import build
 from pipelines.model.export import save_hugging_face
 from pipelines.model.layers import HAVE_TRANSFORMER_ENGINE
+from pipelines.model.safetensors_stream import Tensors
 from pipelines.model.weights import load_hugging_face
 
 _WEIGHTS, _CONTEXT, _PREFIX = "weights", "context", "module."
+_EMBEDDING = "embedding.word_embeddings.weight"
 # ModelShape's fields by NeMo's names.
 _FIELDS = {
     "num_hidden_layers": "num_layers",
@@ -40,8 +42,10 @@ def is_nemo_checkpoint(directory: Path) -> bool:
     return (directory / _CONTEXT / "model.yaml").is_file() and (directory / _WEIGHTS).is_dir()
 
 
-def convert_to_hugging_face(checkpoint: Path, output: Path, tokenizer: Path, *, precision: str = "fp32") -> ModelShape:
+def convert_to_hugging_face(checkpoint: Path, output: Path, tokenizer: Path) -> ModelShape:
     """Write a NeMo 2 Llama checkpoint as a Hugging Face directory, read as shards of the current layout. Collective.
+
+    bf16 weights stay bf16; all others become fp32.
 
     tokenizer: a Hugging Face tokenizer directory, whose files are copied. Raises UserError for what is not a Llama
     checkpoint of NeMo 2.
@@ -51,16 +55,20 @@ def convert_to_hugging_face(checkpoint: Path, output: Path, tokenizer: Path, *, 
             f"{checkpoint}: expected a Hugging Face directory (config.json) or a NeMo 2 checkpoint "
             f"({_CONTEXT}/model.yaml and {_WEIGHTS}/), found neither."
         )
-    stored = _stored_shapes(checkpoint)
+    metadata = dist_checkpointing.load_tensors_metadata(str(checkpoint / _WEIGHTS))
+    # Megatron's name: global shape; layers stacked, as Megatron stores them.
+    stored = {name.removeprefix(_PREFIX): tuple(tensor.global_shape) for name, tensor in metadata.items()}
     shape = _read_shape(checkpoint, stored)
-    model = build.build_model(shape, precision=precision)
+    model = build.build_model(shape, precision=_precision(metadata[_PREFIX + _EMBEDDING].dtype))
     _load_weights(model, checkpoint, shape, stored)
     save_hugging_face(model, output, shape, tokenizer=tokenizer)
     return shape
 
 
-def save_nemo_checkpoint(hugging_face: Path, output: Path, tokenizer: Path, *, precision: str = "fp32") -> None:
+def save_nemo_checkpoint(hugging_face: Path, output: Path, tokenizer: Path) -> None:
     """Write a Hugging Face directory as a NeMo 2 checkpoint, from shards of the current layout. Collective.
+
+    bf16 weights stay bf16; all others become fp32.
 
     The directory appears whole. NeMo opens it with Transformer Engine's layers where it has them. Raises UserError
     where the layout would pad the vocabulary: NeMo counts padded ids as tokens.
@@ -72,7 +80,7 @@ def save_nemo_checkpoint(hugging_face: Path, output: Path, tokenizer: Path, *, p
             f"export.nemo: expected a vocabulary that parallel.tensor={tensor} divides, found {shape.vocab_size}. "
             "Export with parallel.tensor=1."
         )
-    model = build.build_model(shape, precision=precision)
+    model = build.build_model(shape, precision=_precision(Tensors(hugging_face).dtype(EMBEDDING)))
     load_hugging_face(model, hugging_face, shape)
     rank = torch.distributed.get_rank()
     partial = output.with_name(output.name + ".partial")
@@ -89,10 +97,8 @@ def save_nemo_checkpoint(hugging_face: Path, output: Path, tokenizer: Path, *, p
     torch.distributed.barrier()
 
 
-def _stored_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
-    """{Megatron name: global shape} of the tensors in the checkpoint, layers stacked as Megatron stores them."""
-    metadata = dist_checkpointing.load_tensors_metadata(str(checkpoint / _WEIGHTS))
-    return {key.removeprefix(_PREFIX): tuple(tensor.global_shape) for key, tensor in metadata.items()}
+def _precision(dtype: torch.dtype) -> str:
+    return "bf16" if dtype == torch.bfloat16 else "fp32"
 
 
 def _read_shape(checkpoint: Path, stored: dict[str, tuple[int, ...]]) -> ModelShape:
@@ -108,7 +114,7 @@ def _read_shape(checkpoint: Path, stored: dict[str, tuple[int, ...]]) -> ModelSh
         **(fields | {"rope_theta": float(fields["rope_theta"])}),
         num_key_value_heads=config.get("num_query_groups") or heads,
         head_dim=config.get("kv_channels") or config["hidden_size"] // heads,
-        vocab_size=config.get("vocab_size") or stored["embedding.word_embeddings.weight"][0],
+        vocab_size=config.get("vocab_size") or stored[_EMBEDDING][0],
         rope_scaling=_rope_scaling(config),
     )
 

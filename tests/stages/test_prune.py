@@ -167,7 +167,7 @@ def test_a_corpus_of_another_vocabulary_is_refused(ranks, tmp_path, paths):
     larger = write_corpus(tmp_path / "larger", SHAPE.vocab_size + 1, used=10)
     arguments = {"directory": str(tmp_path / "run"), "settings": settings, "teacher": paths["teacher"]}
     message = ranks(1, ERROR, corpus=str(larger), **arguments)[0]
-    assert "at most the teacher's 50 ids, found 51" in message
+    assert f"at most the 50 ids of the model {paths['teacher']}, found 51" in message
     teacher = write_teacher(tmp_path / "teacher", SHAPE, random_weights(SHAPE))
     other = write_corpus(tmp_path / "other", SHAPE.vocab_size)
     (other / "tokenizer").mkdir()
