@@ -136,6 +136,8 @@ class ModelShape:
     @classmethod
     def from_hugging_face(cls, config: dict[str, Any]) -> "ModelShape":
         """config: the content of a config.json. Raises UserError for what is not supported, by name."""
+        if not isinstance(config, dict):
+            raise UserError(f"config.json: expected an object with names and values, found {type(config).__name__}.")
         architecture = (config.get("architectures") or ["(none)"])[0]
         if architecture not in FAMILIES:
             raise UserError(
@@ -175,6 +177,14 @@ class ModelShape:
             raise UserError(
                 f"config.json has no {missing.args[0]!r}: expected a complete {architecture} config."
             ) from None
+        except (TypeError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"config.json: expected numbers where the shape stands, found: {error}.") from None
+        for field in fields(shape):
+            size = getattr(shape, field.name)
+            if field.type is int and size < 1:
+                raise UserError(f"config.json has {field.name}={size}: expected 1 or more.")
         return shape
 
     def to_hugging_face(self) -> dict[str, Any]:

@@ -199,9 +199,11 @@ def work(config: Config, stage: str) -> int:
         return 0
     except BaseException as error:
         failure = describe_failure(error)
-        traceback.print_exc()  # into the log
+        # The word to the parent first: on a full disk the log can take nothing more.
         with contextlib.suppress(OSError):
             exchange.fail(failure)
+        with contextlib.suppress(OSError):
+            traceback.print_exc()  # into the log
         if terminal is not None:
             print(failure["message"], file=terminal, flush=True)
         return int(failure["code"])

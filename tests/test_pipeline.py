@@ -177,6 +177,17 @@ def test_a_killed_run_continues_with_the_same_numbers(finished: tuple[Path, str]
     assert (directory / "killed" / weights).read_bytes() == (directory / "whole" / weights).read_bytes()
 
 
+def test_a_damaged_checkpoint_is_left_out(finished: tuple[Path, str]) -> None:
+    directory, _ = finished
+    kill_after_checkpoint(directory, "damaged", "distil.checkpoint_interval=3", *borrow(directory))
+    newest = sorted((directory / "damaged" / "distil" / "checkpoints").glob("step-*"))[-1]
+    largest = max(newest.rglob("*.distcp"), key=lambda file: file.stat().st_size)
+    os.truncate(largest, 100)
+    output = run(directory, "run.name=damaged", "distil.checkpoint_interval=3", *borrow(directory))
+    assert f"leaves out {newest}" in output and "step-0000003" in output
+    assert losses(directory, "damaged") == losses(directory, "whole")
+
+
 def test_one_process_gives_the_losses_of_two(finished: tuple[Path, str]) -> None:
     directory, _ = finished
     run(directory, "run.name=single", "parallel=tp1", *borrow(directory))

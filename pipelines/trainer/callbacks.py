@@ -17,6 +17,7 @@ from pipelines.model.step import reduce_reports
 
 CHECKPOINT = "step-{:07d}"
 _PARTIAL = "partial-"
+_SIZES = "sizes.json"
 
 
 class Metrics(Callback):
@@ -66,7 +67,7 @@ class Metrics(Callback):
             if value is not None and not math.isfinite(value):
                 raise UserError(
                     f"training: expected a finite {what}, found {value} at step {step}. No checkpoint was written "
-                    "after it: lower the learning rate and start the stage again, which continues from the last one."
+                    "after it. Start the stage again with a lower learning rate and overwrite=true."
                 )
         if step % self.log_interval and step != self.steps:
             return
@@ -158,15 +159,33 @@ class Checkpoints(Checkpoint):
         trainer.save_checkpoint(partial)
         torch.distributed.barrier()
         if console.rank() == 0:
-            os.replace(partial, self.directory / CHECKPOINT.format(step))
+            files.write_json(partial / _SIZES, _sizes(partial))
+            target = self.directory / CHECKPOINT.format(step)
+            if target.exists():  # a damaged one that this run did not continue from
+                shutil.rmtree(target)
+            os.replace(partial, target)
             for old in whole_checkpoints(self.directory)[: -self.keep]:
                 shutil.rmtree(old)
         torch.distributed.barrier()
 
 
 def whole_checkpoints(directory: Path) -> list[Path]:
-    """The checkpoints that can be loaded, oldest first."""
-    return sorted(directory.glob("step-*"))
+    """The checkpoints that can be loaded, oldest first: those whose files have the sizes they were written with."""
+    return [path for path in sorted(directory.glob("step-*")) if _is_whole(path)]
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    recorded = checkpoint / _SIZES
+    try:
+        return json.loads(recorded.read_text()) == _sizes(checkpoint)
+    except (OSError, json.JSONDecodeError):
+        return False
+
+
+def _sizes(checkpoint: Path) -> dict[str, int]:
+    """{relative path: bytes} of a checkpoint's files, without the record of them."""
+    found = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != _SIZES)
+    return {str(path.relative_to(checkpoint)): path.stat().st_size for path in found}
 
 
 def _take_back_rows(path: Path, step: int) -> float:

@@ -72,6 +72,8 @@ def fit(
     console.say(f"{description}  optimizer: {adam.install()}")
     checkpoints, data_index = directory / "checkpoints", directory / "data_index"
     found = whole_checkpoints(checkpoints)
+    for damaged in sorted(set(checkpoints.glob("step-*")) - set(found)):
+        console.say(f"{description}  leaves out {damaged}: its files are not of the sizes they were written with")
     if found:
         console.say(f"{description}  continues from {found[-1]}")
     elif console.rank() == 0:
