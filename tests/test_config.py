@@ -110,7 +110,7 @@ def test_composed_values_are_plain_dataclasses_of_the_schema() -> None:
         ("distil", ["parallel.tensor=0"], ["parallel.tensor", "1 or more"]),
         ("distil", ["distil.global_batch_size=12"], ["a multiple of 8", "12", "Take 8"]),
         ("distil", ["distil.global_batch_size=8", "parallel=dp2"], ["a multiple of 16", "2 data-parallel ranks"]),
-        ("distil", ["distil.kd_weight=0"], ["kd_weight or ce_weight above 0"]),
+        ("distil", ["distil.kd_weight=0", "distil.ce_weight=0"], ["kd_weight or ce_weight above 0"]),
         ("distil", ["distil.kd_weight=-1"], ["0 or more", "-1"]),
         ("distil", ["distil.temperature=0"], ["distil.temperature", "above 0"]),
         ("distil", ["distil.sequence_length=1024"], ["max_position_embeddings=512", "1024"]),
