@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.callbacks import Callback
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
@@ -24,7 +23,7 @@ from nemo.lightning.pytorch.trainer import configure_no_restart_validation_train
 from pipelines import console
 from pipelines.model import adam, parallel
 from pipelines.trainer.callbacks import Checkpoints, Metrics, whole_checkpoints
-from pipelines.trainer.module import TrainedModel
+from pipelines.trainer.module import TrainedModel, unwrap
 
 
 @dataclass(frozen=True)
@@ -99,17 +98,7 @@ def fit(
     data = _data(schedule, blend, tokenizer, data_index, seed)
     trainer.fit(model, data, ckpt_path=str(found[-1]) if found else None)
     # Lightning moves what it has trained to the CPU, where nccl cannot gather it.
-    return unwrap(model).to(parallel.torch_device(device)), metrics.last_validation
-
-
-def unwrap(model: torch.nn.Module) -> MegatronModule:
-    """The Megatron module inside Lightning's, DistributedDataParallel's and Float16Module's wrappers."""
-    from megatron.core.distributed import DistributedDataParallel
-    from megatron.core.transformer.module import Float16Module
-
-    while isinstance(model, TrainedModel | DistributedDataParallel | Float16Module):
-        model = model.module
-    return model
+    return unwrap(model.module).to(parallel.torch_device(device)), metrics.last_validation
 
 
 def _optimizer(schedule: Schedule) -> MegatronOptimizerModule:

@@ -44,11 +44,8 @@ class TrainedModel(GPTModel):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """By the names of a plain Megatron model, as checkpoints have them, under whatever wrappers: torch would go by
         the tree of submodules, where the student lies beside its teacher."""
-        inner = self.module
-        while isinstance(inner, DistributedDataParallel | Float16Module):
-            inner = inner.module
         own = {re.sub(r"^(module\.)+", "", name): value for name, value in state_dict.items()}
-        return inner.load_state_dict(own, strict=strict)
+        return unwrap(self.module).load_state_dict(own, strict=strict)
 
     def data_step(self, dataloader_iter: Iterator[Any]) -> dict[str, torch.Tensor]:
         """One micro batch on this rank's device, cut to the rank's part of the sequence under context parallelism."""
@@ -59,6 +56,13 @@ class TrainedModel(GPTModel):
 
     def forward_step(self, batch: dict[str, torch.Tensor]) -> Any:
         return step.forward(self.module, batch)
+
+
+def unwrap(module: Any) -> MegatronModule:
+    """The Megatron module inside DistributedDataParallel and Float16Module."""
+    while isinstance(module, DistributedDataParallel | Float16Module):
+        module = module.module
+    return module
 
 
 class LossReduction(MegatronLossReduction):
