@@ -231,7 +231,10 @@ class Examination:
 
 
 def examine(config: Config, stage: Stage) -> Examination:
-    """Whether a stage is to be started, continued or left alone. Raises UserError on changes without overwrite."""
+    """Whether a stage is to be started, continued or left alone.
+
+    Raises UserError on changes without overwrite, unless the stage only shows what others wrote.
+    """
     directory = stage_directory(config, stage.name)
     now_settings, now_inputs = settings(config, stage), inputs(config, stage)
     manifest = read_manifest(directory)
@@ -253,7 +256,7 @@ def refuse_changed_settings(config: Config, stage: Stage) -> None:
 
 
 def _refuse(config: Config, stage: Stage, differences: list[str]) -> None:
-    if not differences or config.overwrite:
+    if not differences or config.overwrite or stage.derived:
         return
     directory = stage_directory(config, stage.name)
     how_far = "finished" if is_complete(directory) else "unfinished"

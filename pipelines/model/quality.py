@@ -5,22 +5,20 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from pipelines.config import UserError
 from pipelines.core.divergence import token_terms
 from pipelines.core.loss import masked_sum, valid_tokens
 from pipelines.core.vocab_parallel import Shard
+from pipelines.model.forward import Batch, forward_pass, micro_batches_per_pass
 
 TEACHER = "teacher"
-Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -106,33 +104,8 @@ def _batch_sums(models: Mapping[str, GPTModel], batch: Batch, vocab_size: int, l
 
 
 def forward_logits(model: GPTModel, batch: Batch) -> Tensor | None:
-    """Logits (batch, sequence, padded vocabulary / tp) on the last pipeline stage, None on the others. No gradients.
-
-    One pass of Megatron's forward-only schedule, which sends hidden states between pipeline stages.
-    """
-    return _run_schedule(model, [batch], keep=True)[-1]
-
-
-def _run_schedule(model: GPTModel, batches: list[Batch], *, keep: bool) -> list[Tensor | None]:
-    rows, length = batches[0]["tokens"].shape
-
-    def step(iterator: Any, stage: Any) -> tuple[Tensor, Callable[..., Any]]:
-        batch = next(iterator)
-        output = stage(batch["tokens"], batch["position_ids"], None)
-        return output, lambda logits, non_loss_data: logits if keep else None
-
-    with torch.no_grad():
-        outputs = get_forward_backward_func()(
-            forward_step_func=step,
-            data_iterator=iter(batches),
-            model=model,
-            num_microbatches=len(batches),
-            seq_length=length,
-            micro_batch_size=rows,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
-    return outputs or [None]
+    """Logits (batch, sequence, padded vocabulary / tp) on the last pipeline stage, None on the others. No gradients."""
+    return forward_pass(model, [batch], keep=True)[-1]
 
 
 def tokens_per_second(
@@ -146,8 +119,7 @@ def tokens_per_second(
     output head is part of it. One barrier and one all-reduce over all ranks per pass.
     """
     device = next(next(iter(models.values())).parameters()).device
-    stages = parallel_state.get_pipeline_model_parallel_world_size()
-    per_pass = 1 if stages == 1 else 4 * stages
+    per_pass = micro_batches_per_pass()
     micro_batches = [{key: value.to(device) for key, value in batch.items()}] * per_pass
     times: dict[str, list[float]] = {name: [] for name in models}
     with _evaluating(models.values()):
@@ -167,7 +139,7 @@ def _timed(model: GPTModel, micro_batches: list[Batch], device: torch.device) ->
     dist.barrier()
     _synchronize(device)
     start = time.perf_counter()
-    _run_schedule(model, micro_batches, keep=False)
+    forward_pass(model, micro_batches)
     _synchronize(device)
     elapsed = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=device)
     dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)

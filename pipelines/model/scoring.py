@@ -3,7 +3,7 @@
 Every rank gets the same scores, and they equal those of a single process within the rounding of the matrix products.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -12,7 +12,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from pipelines.config import UserError
 from pipelines.core.importance import (
@@ -23,24 +22,25 @@ from pipelines.core.importance import (
     head_scores,
     hidden_scores,
 )
+from pipelines.model.forward import Batch, forward_pass, micro_batches_per_pass
 
 _PLACES = ("the norm before attention", "attention", "the norm before the MLP", "the MLP's neurons")
 
 
 def score(
     model: GPTModel,
-    batches: Iterable[dict[str, torch.Tensor]],
+    batches: Iterable[Batch],
     *,
-    sequence_length: int,
     micro_batch_size: int,
     advance: Callable[[int], None] | None = None,
 ) -> Scores:
     """Score the whole model by forward passes over this data rank's batches, in eval mode and without gradients.
 
     model: this rank's pipeline stage. The output layer is not run.
-    batches: dicts of tokens, position_ids (batch, sequence) int64 and loss_mask (batch, sequence); a batch smaller than
-        micro_batch_size is filled up with masked samples. Data ranks may hold different numbers of batches; the ranks
-        of one model replica hold the same. A sample is a row; tokens with loss_mask 0 count nowhere.
+    batches: dicts of tokens, position_ids (batch, sequence) int64 and loss_mask (batch, sequence), all of one sequence
+        length; a batch smaller than micro_batch_size is filled up with masked samples. Data ranks may hold different
+        numbers of batches; the ranks of one model replica hold the same. A sample is a row; tokens with loss_mask 0
+        count nowhere.
     advance: called on every rank with the number of samples that all ranks together have done since the last call.
 
     Collectives, besides those of the forward passes: under sequence parallelism one all-reduce per norm and batch over
@@ -55,8 +55,7 @@ def score(
     model.eval()
     model.post_process = False
     try:
-        with torch.no_grad():
-            _run(model, recorder, iter(batches), sequence_length, micro_batch_size, advance, device)
+        _run(model, recorder, iter(batches), micro_batch_size, advance, device)
     finally:
         recorder.remove_hooks()
         model.post_process = post_process
@@ -67,43 +66,25 @@ def score(
 def _run(
     model: GPTModel,
     recorder: "_Recorder",
-    batches: Any,
-    sequence_length: int,
+    batches: Iterator[Batch],
     micro_batch_size: int,
     advance: Callable[[int], None] | None,
     device: torch.device,
 ) -> None:
-    pipeline = parallel_state.get_pipeline_model_parallel_world_size()
-    per_pass = 1 if pipeline == 1 else 4 * pipeline
-    forward = get_forward_backward_func()
-
-    def step(iterator: Any, stage: Any) -> tuple[torch.Tensor, Callable]:
-        batch = _filled_up({k: v.to(device) for k, v in next(iterator).items()}, micro_batch_size)
-        recorder.begin(batch["loss_mask"] > 0)
-        return stage(batch["tokens"], batch["position_ids"], None), lambda output, non_loss_data: None
-
     while True:
-        batch_list = list(islice(batches, per_pass))
-        samples = _sum_over_replicas(sum(len(batch["tokens"]) for batch in batch_list), device)
+        found = list(islice(batches, micro_batches_per_pass()))
+        samples = _sum_over_replicas(sum(len(batch["tokens"]) for batch in found), device)
         if not samples:
             return
-        if batch_list:
-            forward(
-                forward_step_func=step,
-                data_iterator=iter(batch_list),
-                model=model,
-                num_microbatches=len(batch_list),
-                seq_length=sequence_length,
-                micro_batch_size=micro_batch_size,
-                forward_only=True,
-                collect_non_loss_data=True,
-            )
+        if found:
+            filled = [_filled_up({k: v.to(device) for k, v in batch.items()}, micro_batch_size) for batch in found]
+            forward_pass(model, filled, before=lambda batch: recorder.begin(batch["loss_mask"] > 0))
         recorder.check_finite()
         if advance:
             advance(samples)
 
 
-def _filled_up(batch: dict[str, torch.Tensor], size: int) -> dict[str, torch.Tensor]:
+def _filled_up(batch: Batch, size: int) -> Batch:
     """The batch with `size` rows: pipeline stages exchange activations of one shape."""
     missing = size - len(batch["tokens"])
     return {name: F.pad(value, (0, 0, 0, missing)) for name, value in batch.items()} if missing else batch

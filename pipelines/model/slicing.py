@@ -7,8 +7,9 @@ import torch
 
 from pipelines.core.selection import Kept
 from pipelines.families import HEAD, ModelShape, Tensor, read_shape
-from pipelines.model.hub_files import TOKENIZER_FILES, write_hub_files
+from pipelines.model.hub_files import write_hub_files
 from pipelines.model.safetensors_stream import Tensors, Writer
+from pipelines.text.tokenizer_files import has_tokenizer
 
 _DERIVED = ("rotary_emb.inv_freq",)  # what other writers put beside the weights and follows from config.json
 
@@ -45,10 +46,9 @@ def slice_checkpoint(
     tensors.expect(teacher.tensor_shapes(), ignore=(*_DERIVED, HEAD) if teacher.tie_word_embeddings else _DERIVED)
     origins = _origins(teacher, student, kept)
     announced = {name: (size, tensors.dtype(origins[name][0])) for name, size in student.tensor_shapes().items()}
-    has_tokenizer = any((source / name).is_file() for name in TOKENIZER_FILES)
     with Writer(destination, announced, max_shard_bytes) as writer:
         dtype = next(iter(announced.values()))[1]
-        write_hub_files(writer.partial, student, dtype, source if has_tokenizer else None)
+        write_hub_files(writer.partial, student, dtype, source if has_tokenizer(source) else None)
         for name, tensor in student.tensors().items():
             origin, number = origins[name]
             cut = slice_tensor(tensors[origin], tensor, teacher, kept, number)

@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from pipelines.report import plots, summary
 from pipelines.report.record import MODELS, RunRecord
+from pipelines.stages import STAGES
 
 KEPT_INDICES_SHOWN = 6000  # characters; the whole stands in kept.json
 
@@ -39,6 +40,7 @@ def render(record: RunRecord, results: dict[str, Any], configuration: str, plot_
             results=results,
             written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
             scale=_scale(models),
+            pending=summary.pending_in_words(results["pending"]),
             highlights=_highlights(results),
             evaluated=_evaluated(results),
             has_models=bool(models),
@@ -56,6 +58,7 @@ def render(record: RunRecord, results: dict[str, Any], configuration: str, plot_
             pruned_intro="Scores come from forward passes over calibration text." if record.importance else "",
             kept=_kept(results),
             times=_times(record, results),
+            time_in_all=_time_in_all(results),
             lineage=[_lineage_entry(entry) for entry in results["lineage"]],
             versions=_versions(results["lineage"]),
             licence=results.get("licence") or "not stated in the teacher's directory",
@@ -74,19 +77,24 @@ def _present(*entries: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _scale(models: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
-    """Where the student stands between pruned and teacher; None where that says nothing."""
+    """Where student and teacher stand on a line that begins at the pruned loss and ends at the lower of theirs.
+
+    None where that says nothing. Places and margins in percent of the line.
+    """
     if not all(summary.usable(models.get(role)) for role in MODELS):
         return None
     teacher, pruned, student = (models[role]["loss"] for role in MODELS)
     if pruned <= teacher:
         return None
-    share = min(max((pruned - student) / (pruned - teacher), 0.0), 1.0)
+    length = pruned - min(teacher, student)
+    share, end = max((pruned - student) / length, 0.0), (pruned - teacher) / length
     # The label above the dot grows away from the nearer end.
     right = share > 0.5
     side = f"justify-content:{'flex-end' if right else 'flex-start'};margin-{'right' if right else 'left'}:"
     side += f"calc({100 * (1 - share if right else share):.2f}% - 7px)"
     labels = {role: f"{models[role]['loss']:.3f}" for role in MODELS}
-    return {"position": f"{share * 100:.2f}", "side": side} | labels
+    places = {"position": f"{share * 100:.2f}", "end": f"{end * 100:.2f}", "margin": f"{(1 - end) * 100:.2f}"}
+    return places | {"side": side} | labels
 
 
 def _highlights(results: dict[str, Any]) -> list[dict[str, str]]:
@@ -94,11 +102,12 @@ def _highlights(results: dict[str, Any]) -> list[dict[str, str]]:
     teacher = results["models"].get("teacher", {})
     items = []
     if results["parameters_kept"] is not None:
-        items.append(("Parameters kept", f"{results['parameters_kept']:.0%}"))
+        items.append(("Parameters kept", f"{results['parameters_kept']:.1%}"))
     if results["pruning_gap_closed"] is not None:
         items.append(("Pruning gap closed", summary.percent(results["pruning_gap_closed"])))
     if results["student_minus_teacher"] is not None:
-        items.append(("Loss above the teacher's", f"{results['student_minus_teacher']:+.3f} nats"))
+        difference = f"{results['student_minus_teacher']:+.3f} nats".replace("-", "\N{MINUS SIGN}")
+        items.append(("Loss, student \N{MINUS SIGN} teacher", difference))
     if student.get("agreement") is not None:
         items.append(("Agreement, top-1", f"{student['agreement']:.1%}"))
     if student.get("tokens_per_second") and teacher.get("tokens_per_second"):
@@ -183,11 +192,19 @@ def _kept(results: dict[str, Any]) -> dict[str, str]:
 def _times(record: RunRecord, results: dict[str, Any]) -> list[dict[str, Any]]:
     seconds = {name: stage["seconds"] for name, stage in results["stages"].items()}
     longest = max((value for value in seconds.values() if value), default=1.0)
-    absent = {name: "given" if name == "corpus" and record.corpus_given else "not run" for name in seconds}
+    absent = {
+        name: "given" if name in record.given else "unfinished" if record.manifests[name] else "not run"
+        for name in seconds
+    }
     return [
         {"name": name, "share": (value or 0) / longest, "text": absent[name] if value is None else duration(value)}
         for name, value in seconds.items()
     ]
+
+
+def _time_in_all(results: dict[str, Any]) -> str:
+    known = [stage["seconds"] for stage in results["stages"].values() if stage["seconds"]]
+    return f"{duration(sum(known))} in all." if len(known) > 1 else ""
 
 
 def duration(seconds: float) -> str:
@@ -199,17 +216,32 @@ def duration(seconds: float) -> str:
 
 
 def _lineage_entry(entry: dict[str, Any]) -> dict[str, Any]:
-    layout = entry.get("layout") or {}
-    degrees = ", ".join(
-        f"{name} {layout[name]}" for name in ("tensor", "pipeline", "context", "data") if layout.get(name)
-    )
     facts = [
-        degrees and f"{degrees} on {layout.get('device', 'cpu')}",
+        _layout(entry.get("layout") or {}) if STAGES[entry["stage"]].ranks else "",
         f"seed {entry['seed']}" if entry.get("seed") is not None else "",
         f"commit {short_commit(entry['git'])}" if entry.get("git") else "",
-        entry.get("finished") or "",
+        _moment(entry.get("finished") or ""),
     ]
     return {"stage": entry["stage"], "inputs": entry["inputs"], "facts": [fact for fact in facts if fact]}
+
+
+def _layout(layout: dict[str, Any]) -> str:
+    """ "2 processes on cpu: tensor 2"; degrees of 1 are left out."""
+    if not layout.get("processes"):
+        return ""
+    degrees = [
+        f"{name} {layout[name]}" for name in ("tensor", "pipeline", "context", "data") if layout.get(name, 1) > 1
+    ]
+    count = "1 process" if layout["processes"] == 1 else f"{layout['processes']} processes"
+    return f"{count} on {layout.get('device', 'cpu')}" + (f": {', '.join(degrees)}" if degrees else "")
+
+
+def _moment(text: str) -> str:
+    """An ISO time to the minute; anything else as it is."""
+    try:
+        return f"{datetime.fromisoformat(text):%Y-%m-%d %H:%M %Z}".strip()
+    except ValueError:
+        return text
 
 
 def short_commit(commit: str) -> str:

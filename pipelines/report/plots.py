@@ -135,6 +135,7 @@ def importance(axis: AxisImportance, name: str, directory: Path) -> str:
         handles = [
             pyplot.Line2D([], [], color=colour, marker="s", linestyle="", markersize=6, label=label)
             for colour, label in ((ACCENT, "kept"), (FAINT, "dropped"))
+            if label == "kept" or axis.kept_units < axis.units
         ]
         figure.legend(handles=handles, loc="outside upper right", ncols=2, handletextpad=0.2)
         return _write(figure, name, directory)
@@ -153,15 +154,16 @@ def _draw_ranked(axes: Axes, axis: AxisImportance) -> None:
     """Units of the whole model in descending order."""
     order = np.argsort(-axis.scores[0], kind="stable")
     scores, kept = axis.scores[0][order], axis.kept[0][order]
-    rank = np.arange(1, len(scores) + 1)
-    floor = min(scores.min() * 0.8, scores.min())
+    logarithmic = scores.min() > 0 and scores.max() > 20 * scores.min()
+    floor = scores.min() * 0.8 if logarithmic else min(scores.min(), 0.0)
+    edges = np.arange(len(scores) + 1) + 0.5
     for mask, colour in ((kept, ACCENT), (~kept, FAINT)):
-        axes.fill_between(rank, floor, scores, where=mask.tolist(), step="mid", color=colour, linewidth=0)
+        axes.stairs(np.where(mask, scores, np.nan), edges, baseline=floor, fill=True, color=colour, linewidth=0)
     axes.set(xlabel=f"{axis.unit}, by score", ylabel=axis.label)
     axes.margins(x=0.01)
-    axes.set_ylim(bottom=floor)
-    if floor > 0 and scores.max() > 20 * scores.min():
+    if logarithmic:
         _log_scale(axes)
+    axes.set_ylim(bottom=floor)
 
 
 def _draw_units(axes: Axes, axis: AxisImportance) -> None:

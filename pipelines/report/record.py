@@ -11,7 +11,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from pipelines.config import UserError
+from pipelines import artifacts
+from pipelines.config import Config, UserError
 
 MODELS = ("teacher", "pruned", "student")
 STAGES = ("corpus", "teacher", "prune", "distil", "evaluate", "export")
@@ -67,30 +68,34 @@ class RunRecord:
     complete: dict[str, bool]
     evaluation: dict[str, Any]
     corpus: dict[str, Any]  # counts.json
-    corpus_given: bool  # it is another run's
+    given: frozenset[str]  # stages whose result the configuration gives instead of running them
     teacher_metrics: Metrics
     distil_metrics: Metrics
     kept: dict[str, Any]  # kept.json
     importance: tuple[AxisImportance, ...]
     missing: dict[str, str]
 
+    @property
+    def pending(self) -> list[str]:
+        """Stages whose result is neither here nor given."""
+        return [stage for stage in STAGES if not self.complete[stage] and stage not in self.given]
+
     def inputs(self) -> dict[str, dict[str, dict[str, Any]]]:
         """By stage that ran, what it read, as `input_digests` tells it."""
         return {stage: input_digests(manifest.get("inputs")) for stage, manifest in self.manifests.items() if manifest}
 
 
-def read_run(name: str, directory: Path, corpus: Path) -> RunRecord:
-    """Read a run directory, whole or partial. A file that is there and cannot be read is an error, not a gap.
-
-    corpus: the corpus's directory, which may be another run's.
-    """
+def read_run(config: Config) -> RunRecord:
+    """Read a run's directory, whole or partial. A file that is there and cannot be read is an error, not a gap."""
+    directory, corpus = artifacts.run_directory(config), artifacts.corpus_directory(config)
     missing: dict[str, str] = {}
+    given = _given(config)
     manifests = {stage: read_json(directory / stage / "manifest.json") for stage in STAGES}
     complete = {stage: (directory / stage / "complete").is_file() for stage in STAGES}
     metrics = {stage: read_metrics(directory / stage / "metrics.jsonl") for stage in ("teacher", "distil")}
     for stage, what in (("teacher", "no training curve of the teacher"), ("distil", "no curves of distillation")):
         if not metrics[stage].rows:
-            missing[stage] = _why_no_metrics(stage, what, complete[stage])
+            missing[stage] = _why_no_metrics(stage, what, complete[stage], stage in given)
     evaluation = read_json(directory / "evaluate" / "results.json")
     if not evaluation:
         missing["evaluate"] = "no table: the evaluate stage has not run."
@@ -98,17 +103,18 @@ def read_run(name: str, directory: Path, corpus: Path) -> RunRecord:
     scores_file = directory / "prune" / "scores.safetensors"
     importance = read_importance(scores_file, kept)
     if not kept:
-        missing["prune"] = "no pruning in this run: the prune stage has not run, or the student was given."
+        why = "the student was given" if "prune" in given else "the prune stage has not run"
+        missing["prune"] = f"no pruning in this run: {why}."
     elif not importance:
         missing["prune"] = "no scores: this pruning needed none (its layers were given)."
     return RunRecord(
-        name=name,
+        name=config.run.name,
         directory=directory,
         manifests=manifests,
         complete=complete,
         evaluation=evaluation,
         corpus=read_json(corpus / "counts.json"),
-        corpus_given=corpus.resolve() != (directory / "corpus").resolve(),
+        given=given,
         teacher_metrics=metrics["teacher"],
         distil_metrics=metrics["distil"],
         kept=kept,
@@ -117,8 +123,19 @@ def read_run(name: str, directory: Path, corpus: Path) -> RunRecord:
     )
 
 
-def _why_no_metrics(stage: str, what: str, complete: bool) -> str:
-    if complete and stage == "teacher":
+def _given(config: Config) -> frozenset[str]:
+    places = {
+        "corpus": artifacts.corpus_directory(config),
+        "teacher": artifacts.teacher_directory(config).parent,
+        "prune": artifacts.student_start_directory(config).parent,
+    }
+    return frozenset(
+        s for s, path in places.items() if path.resolve() != artifacts.stage_directory(config, s).resolve()
+    )
+
+
+def _why_no_metrics(stage: str, what: str, complete: bool, given: bool) -> str:
+    if stage == "teacher" and (complete or given):
         return f"{what}: it was taken as it is."
     return f"{what}: the {stage} stage has not run." if not complete else f"{what}: no metrics.jsonl in {stage}/."
 

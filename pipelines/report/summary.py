@@ -39,7 +39,7 @@ def judge(models: dict[str, dict[str, Any]]) -> Verdict:
     kept = student["parameters"] / teacher["parameters"]
     difference = student["loss"] - teacher["loss"]
     against = f"{student['loss']:.3f} nats/token against the teacher's {teacher['loss']:.3f}"
-    start = f"The student keeps {kept:.0%} of the teacher's parameters"
+    start = f"The student keeps {kept:.1%} of the teacher's parameters"
     if not usable(models.get("pruned")):
         return Verdict(f"{start} and reaches {against}.", kept, student_minus_teacher=difference)
     gap = models["pruned"]["loss"] - teacher["loss"]
@@ -53,6 +53,14 @@ def judge(models: dict[str, dict[str, Any]]) -> Verdict:
     else:
         sentence = f"{start} and closes {percent(closed)} of the loss gap that pruning opened: {against}."
     return Verdict(sentence, kept, gap, closed, difference)
+
+
+def pending_in_words(pending: list[str]) -> str:
+    """What a partial report does not have yet, and how to add it; empty for a whole one."""
+    if not pending:
+        return ""
+    remedy = f"stage=[{','.join([*pending, 'report'])}] adds them."
+    return f"Not finished and so not in this report: {', '.join(pending)}. {remedy}"
 
 
 def usable(model: dict[str, Any] | None) -> bool:
@@ -96,6 +104,7 @@ def results(record: RunRecord) -> dict[str, Any]:
         "bytes": record.evaluation.get("bytes"),
         "unigram_entropy": record.corpus.get("unigram_entropy"),
         "models": {role: model for role, model in models.items() if model},
+        "pending": record.pending,
         "missing": record.missing | record.evaluation.get("missing", {}),
         "stages": {stage: _stage(record, stage) for stage in STAGES},
         "lineage": lineage(record),

@@ -17,6 +17,7 @@ class Stage:
     settings: dotted configuration paths that decide the result. A path to a group stands for every key in it but
         those of FREE, which change the speed or the log and not the result.
     kept: writes a directory with a manifest and a `complete` marker, and is not run twice.
+    derived: only shows what other stages wrote; made anew where that has changed, without asking for overwrite.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Stage:
     settings: tuple[str, ...] = ()
     may_read: tuple[str, ...] = ()
     kept: bool = True
+    derived: bool = False
 
 
 FREE = frozenset(
@@ -93,6 +95,7 @@ _TABLE = (
         "results.json, plots, one HTML page",
         ranks=False,
         may_read=("corpus", "teacher_run", "pruning", "distillation", "evaluation", "exported"),
+        derived=True,
     ),
     Stage("plan", "parameters, FLOPs and bytes per device, before anything is started", ranks=False, kept=False),
     Stage("verify", "prove values and gradients of the sharded step on this machine", ranks=True, kept=False),

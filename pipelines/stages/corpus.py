@@ -23,6 +23,7 @@ from pipelines.text.encoding import Encoder
 from pipelines.text.existing import Scanner, prefix_of, split_existing
 from pipelines.text.sources import Source
 from pipelines.text.splitting import SPLITS, Fractions
+from pipelines.text.tokenizer_files import has_tokenizer
 from pipelines.text.writing import Speed, train_texts, write_source
 
 
@@ -136,7 +137,7 @@ def _teachers_tokenizer(config: Config) -> Path | None:
         return None
     teacher = Path(config.model.path)
     for directory in (teacher, teacher / "context" / "nemo_tokenizer"):
-        if tokenizer.has_tokenizer(directory):
+        if has_tokenizer(directory):
             return directory
     raise UserError(
         f"{teacher}: expected the teacher's tokenizer (tokenizer.json) beside its weights, found none. "

@@ -135,7 +135,7 @@ def generate(directory: Path, model: PreTrainedModel, prompt: str, new_tokens: i
 
 
 def _card(config: Config, source: Path) -> str:
-    record = read_run(config.run.name, artifacts.run_directory(config), artifacts.corpus_directory(config))
+    record = read_run(config)
     teacher = artifacts.teacher_directory(config)
     results = summary.results(record)
     return card.render(record, results, teacher=teacher, student=source, prompt=config.export.prompt)

@@ -156,9 +156,7 @@ def _score(config: Config, ranks: Layout, directory: Path, teacher: ModelShape) 
             tokens = (bar.done + done) * length
             bar.advance(done, detail=f"{tokens / (time.monotonic() - started):,.0f} tokens/s")
 
-        return score(
-            model, batches, sequence_length=length, micro_batch_size=settings.micro_batch_size, advance=advance
-        )
+        return score(model, batches, micro_batch_size=settings.micro_batch_size, advance=advance)
 
 
 def calibration_batches(

@@ -1,6 +1,7 @@
 """The report: one HTML page, results.json, plots and a model card, from what the other stages left on disk.
 
-A part that a run does not have is shown as missing with its reason. Needs no ranks and no torch.
+A part that a run does not have is shown as missing with its reason; where nothing has finished there is no report.
+Needs no ranks and no torch.
 """
 
 import json
@@ -14,7 +15,7 @@ from rich import box
 from rich.table import Table
 
 from pipelines import artifacts, console, files
-from pipelines.config import Config
+from pipelines.config import Config, UserError
 from pipelines.report import card, page, summary
 from pipelines.report.record import MODELS, read_run
 
@@ -22,7 +23,12 @@ from pipelines.report.record import MODELS, read_run
 def run(context: artifacts.StageContext) -> dict[str, Any]:
     """Write <directory>/{index.html,results.json,MODEL_CARD.md,plots/*.png} and print the closing table."""
     config, directory = context.config, context.directory
-    record = read_run(config.run.name, artifacts.run_directory(config), artifacts.corpus_directory(config))
+    record = read_run(config)
+    if not any(record.complete.values()) and not record.teacher_metrics.rows and not record.distil_metrics.rows:
+        raise UserError(
+            f"report: expected at least one finished stage in {record.directory}, found none. Run stage=all, or name "
+            "the run with run.name and run.directory."
+        )
     results = summary.results(record)
     teacher, student = artifacts.teacher_directory(config), artifacts.student_directory(config)
     results["licence"] = card.licence(teacher)
@@ -46,7 +52,18 @@ def configuration_text(config: Config) -> str:
 
 
 def print_closing(results: dict[str, Any], page_path: Path, export_path: Path) -> None:
-    """The table that ends a run, and where its page and its model lie."""
+    """The table of the evaluated models, what is still missing, and where the page and the model lie."""
+    if results["models"]:
+        _print_table(results)
+    console.say(results["verdict"])
+    if results["pending"]:
+        console.say(summary.pending_in_words(results["pending"]))
+    console.say(f"report          {page_path}")
+    if (export_path / "config.json").is_file():
+        console.say(f"exported model  {export_path}")
+
+
+def _print_table(results: dict[str, Any]) -> None:
     rows = summary.table(results["models"])
     table = Table(box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     table.add_column("")
@@ -54,12 +71,6 @@ def print_closing(results: dict[str, Any], page_path: Path, export_path: Path) -
         if row["key"] != "perplexity":
             table.add_column(row["title"] + (f"\n{row['unit']}" if row["unit"] else ""), justify="right")
     for number, role in enumerate(MODELS):
-        table.add_row(role, *(row["cells"][number] for row in rows if row["key"] != "perplexity"))
-    terminal = console.terminal()
-    terminal.print(table)
-    console.say(results["verdict"])
-    console.say(f"report          {page_path}")
-    if (export_path / "config.json").is_file():
-        console.say(f"exported model  {export_path}")
-    else:
-        console.say("exported model  none: the export stage has not run.")
+        if role in results["models"]:
+            table.add_row(role, *(row["cells"][number] for row in rows if row["key"] != "perplexity"))
+    console.terminal().print(table)

@@ -1,7 +1,6 @@
 """The corpus's tokenizer: a given Hugging Face directory, or a byte-level BPE trained on the train split. No torch."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,19 +12,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from pipelines.config import UserError
 from pipelines.files import write_json
+from pipelines.text.tokenizer_files import copy_tokenizer, has_tokenizer, special_token
 
 BEGIN_OF_TEXT, END_OF_TEXT = "<|begin_of_text|>", "<|end_of_text|>"
-FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 # Llama 3's: contractions, words with the sign or space before them, numbers of up to three digits, signs, line ends.
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
@@ -51,10 +40,6 @@ class Vocabulary:
         """The text of a byte-level tokenizer's ids."""
         assert self.pieces is not None
         return b"".join([self.pieces[number] for number in ids.tolist()])
-
-
-def has_tokenizer(directory: Path) -> bool:
-    return any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
 def load(directory: Path) -> Tokenizer:
@@ -90,9 +75,7 @@ def take(source: Path, directory: Path) -> None:
             f"found {found}. Set data.tokenizer."
         )
     directory.mkdir(parents=True, exist_ok=True)
-    for name in FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, directory / name)
+    copy_tokenizer(source, directory)
     if (source / "tokenizer.json").is_file():
         return
     from transformers import AutoTokenizer
@@ -149,24 +132,27 @@ def train(texts: Iterator[str], vocab_size: int, directory: Path) -> None:
     (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     special = {"bos_token": BEGIN_OF_TEXT, "eos_token": END_OF_TEXT}
     write_json(directory / "special_tokens_map.json", special)
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],  # Llama's generate refuses token_type_ids
+    }
     write_json(directory / "tokenizer_config.json", settings | special)
 
 
 def _end_of_document(directory: Path, tokenizer: Tokenizer) -> int:
-    """The id of eos_token, by tokenizer_config.json or special_tokens_map.json."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        token = _read_json(directory / name).get("eos_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        if token is not None:
-            number = tokenizer.token_to_id(token)
-            if number is None:
-                raise UserError(f"{directory / name}: expected an eos_token of the vocabulary, found {token!r}.")
-            return int(number)
-    raise UserError(
-        f"{directory}: expected a tokenizer with an end-of-document token, found no eos_token in tokenizer_config.json "
-        'or special_tokens_map.json. Add it there, e.g. "eos_token": "<|end_of_text|>".'
-    )
+    """The id of eos_token."""
+    found = special_token(directory, "eos_token")
+    if found is None:
+        raise UserError(
+            f"{directory}: expected a tokenizer with an end-of-document token, found no eos_token in "
+            'tokenizer_config.json or special_tokens_map.json. Add it there, e.g. "eos_token": "<|end_of_text|>".'
+        )
+    token, file = found
+    number = tokenizer.token_to_id(token)
+    if number is None:
+        raise UserError(f"{file}: expected an eos_token of the vocabulary, found {token!r}.")
+    return int(number)
 
 
 def _pieces(tokenizer: Tokenizer, size: int) -> list[bytes] | None:
@@ -184,10 +170,3 @@ def _pieces(tokenizer: Tokenizer, size: int) -> list[bytes] | None:
     for number, added in tokenizer.get_added_tokens_decoder().items():
         pieces[number] = b"" if added.special else added.content.encode()
     return pieces
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text())) if path.is_file() else {}
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: expected JSON, found an error at line {error.lineno}. Copy it again.") from None

@@ -31,7 +31,7 @@ def both(directory: str, samples: int, length: int, micro_batch_size: int) -> di
     load_hugging_face(ours, directory, shape)
     tokens = torch.randint(0, shape.vocab_size, (samples, length), generator=torch.Generator().manual_seed(3))
     batches = list(make_batches(tokens, torch.ones(samples, length), micro_batch_size))
-    found = score(ours, batches, sequence_length=length, micro_batch_size=micro_batch_size)
+    found = score(ours, batches, micro_batch_size=micro_batch_size)
     local = _local_model(shape, length)
     local.load_state_dict({_local_name(name): value for name, value in ours.state_dict().items() if value is not None})
     return {"ours": as_numpy(found), "modelopt": _modelopt_scores(local, batches, len(batches))}

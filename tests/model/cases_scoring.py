@@ -45,7 +45,6 @@ def scores(
     found = score(
         model,
         make_batches(tokens, mask, micro_batch_size, rank, ranks),
-        sequence_length=length,
         micro_batch_size=micro_batch_size,
         advance=done.append,
     )

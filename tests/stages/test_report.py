@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
+from pipelines import artifacts
 from pipelines.artifacts import StageContext
 from pipelines.config import Config, UserError
 from pipelines.report import card, page, plots, summary
 from pipelines.report.record import read_importance, read_metrics
-from pipelines.stages import report
+from pipelines.stages import STAGES, report
 from tests.stages.sample_run import sample_models, write_sample_run
 
 ALL = ("corpus", "teacher", "prune", "distil", "evaluate", "export")
@@ -89,7 +90,9 @@ def test_ids_are_unique_and_every_reference_has_one(whole: tuple[Page, dict[str,
 
 def test_every_part_of_a_whole_run_is_on_the_page(whole: tuple[Page, dict[str, Any], Path]) -> None:
     document, results, directory = whole
-    assert "closes 98.8% of the loss gap" in document.text and "keeps 57% of the teacher's parameters" in document.text
+    assert (
+        "closes 98.8% of the loss gap" in document.text and "keeps 56.6% of the teacher's parameters" in document.text
+    )
     assert not results["missing"] and "has not run" not in document.text
     for shown in (
         "5,834,240",
@@ -130,21 +133,75 @@ def test_results_have_the_promised_form(whole: tuple[Page, dict[str, Any], Path]
 def test_the_card_has_the_figures_and_the_lineage(whole: tuple[Page, dict[str, Any], Path]) -> None:
     text = (whole[2] / "MODEL_CARD.md").read_text()
     assert "| Loss (nats/token) | 2.9000 | 5.4000 | 2.9300 |" in text
+    assert "return_token_type_ids=False" in text
     assert "- distil: corpus sha256 " in text and "code 0123456789abcdef" in text
     assert text.startswith("---\nlibrary_name: transformers") and "\n\n\n" not in text
 
 
-@pytest.mark.parametrize("stages", [ALL[:number] for number in range(len(ALL))])
-def test_a_partial_run_says_what_is_missing(tmp_path: Path, stages: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("stages", [ALL[:number] for number in range(1, len(ALL))])
+def test_a_partial_run_says_what_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stages: tuple[str, ...]
+) -> None:
     write_sample_run(tmp_path / "quickstart", stages=stages)
     document, results, _ = make(tmp_path)
+    absent = ALL[len(stages) :]
+    words = f"not in this report: {', '.join(absent)}. stage=[{','.join(absent)},report] adds them."
+    printed = capsys.readouterr().out
+    assert words in document.text and words in printed.replace("\n", " ")
+    assert results["pending"] == list(absent)
     if "evaluate" not in stages:
         assert "No verdict yet" in document.text and "the evaluate stage has not run" in document.text
-        assert results["models"] == {}
+        assert results["models"] == {} and "Parameters" not in printed
+    assert ("exported model" in printed) == ("export" in stages)
     for stage, reason in (("distil", "no curves of distillation"), ("prune", "no pruning in this run")):
         assert (reason in document.text) == (stage not in stages), stage
-    assert sum(not results["stages"][stage]["complete"] for stage in ALL) == len(ALL) - len(stages)
-    assert document.text.count("not run") >= len(ALL) - len(stages)
+    assert document.text.count("not run") >= len(absent)
+
+
+def test_models_that_were_not_evaluated_have_no_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_sample_run(tmp_path / "quickstart")
+    path = run / "evaluate" / "results.json"
+    evaluation = json.loads(path.read_text())
+    del evaluation["models"]["student"]
+    path.write_text(json.dumps(evaluation))
+    make(tmp_path)
+    printed = capsys.readouterr().out
+    assert re.search(r"pruned\s+3,301,440", printed) and not re.search(r"student\s+[\d–]", printed)
+
+
+@pytest.mark.parametrize("unfinished", [False, True])
+def test_a_run_without_a_finished_stage_has_no_report(tmp_path: Path, unfinished: bool) -> None:
+    (tmp_path / "quickstart").mkdir()
+    if unfinished:
+        run = write_sample_run(tmp_path / "quickstart", stages=("corpus",))
+        (run / "corpus" / "complete").unlink()
+    with pytest.raises(UserError, match="expected at least one finished stage in .*/quickstart, found none"):
+        make(tmp_path)
+    assert not (tmp_path / "quickstart/report/index.html").exists()
+
+
+def test_a_training_that_still_runs_has_its_curve(tmp_path: Path) -> None:
+    run = write_sample_run(tmp_path / "quickstart", stages=("corpus", "teacher"))
+    for stage in ("corpus", "teacher"):
+        (run / stage / "complete").unlink()
+    document, results, _ = make(tmp_path)
+    assert "Teacher's loss" in document.text and results["pending"] == list(ALL)
+
+
+def test_a_report_is_made_again_without_asking_where_its_run_has_grown(tmp_path: Path) -> None:
+    config = Config()
+    config.run.directory = str(tmp_path)
+    run = write_sample_run(tmp_path / "quickstart", stages=("corpus",))
+    attempt = artifacts.begin(config, "report")
+    report.run(attempt.context)
+    attempt.finish({})
+    assert artifacts.examine(config, STAGES["report"]).state is artifacts.State.finished
+    (run / "evaluate").mkdir()
+    (run / "evaluate" / "results.json").write_text("{}")
+    assert artifacts.examine(config, STAGES["report"]).state is artifacts.State.changed
+    attempt = artifacts.begin(config, "report")
+    assert not (run / "report" / "index.html").exists()
+    attempt.release()
 
 
 def test_a_teacher_taken_as_it_is_has_no_curve_and_its_licence(tmp_path: Path) -> None:
@@ -154,7 +211,9 @@ def test_a_teacher_taken_as_it_is_has_no_curve_and_its_licence(tmp_path: Path) -
     teacher.mkdir()
     (teacher / "config.json").write_text("{}")
     (teacher / "README.md").write_text("---\nlicense: llama3.1\nlanguage: en\n---\n# A model\n")
+    (tmp_path / "quickstart/teacher/complete").unlink()
     document, results, directory = make(tmp_path, model__path=str(teacher))
+    assert results["pending"] == []
     assert "it was taken as it is" in document.text and "llama3.1" in document.text
     assert results["licence"] == "llama3.1"
     assert 'license: "llama3.1"' in (directory / "MODEL_CARD.md").read_text()
@@ -165,6 +224,19 @@ def test_a_corpus_of_another_run(tmp_path: Path) -> None:
     (tmp_path / "quickstart/corpus").rename(tmp_path / "corpus")
     document, results, _ = make(tmp_path, data__corpus=str(tmp_path / "corpus"))
     assert results["unigram_entropy"] == 6.91 and "given" in document.text and "not run" not in document.text
+    assert results["pending"] == []
+
+
+def test_the_scale_ends_at_the_lower_of_teacher_and_student() -> None:
+    def places(teacher: float, pruned: float, student: float) -> tuple[float, float]:
+        losses = {"teacher": teacher, "pruned": pruned, "student": student}
+        scale = page._scale({role: {"parameters": 1, "loss": loss} for role, loss in losses.items()})
+        assert scale
+        return float(scale["position"]), float(scale["end"])
+
+    assert places(teacher=3.0, pruned=5.0, student=3.5) == (75, 100)
+    assert places(teacher=3.0, pruned=4.5, student=2.5) == (100, 75)
+    assert places(teacher=3.0, pruned=5.0, student=6.0) == (0, 100)
 
 
 def test_a_pruning_by_given_layers_has_no_scores(tmp_path: Path) -> None:
