@@ -50,7 +50,7 @@ def stage_names(config: Config) -> list[str]:
     for name in asked:
         if name == "all":
             names.update(PIPELINE)
-        elif name in STAGES:
+        elif isinstance(name, str) and name in STAGES:
             names.add(name)
         else:
             close = difflib.get_close_matches(str(name), [*STAGES, "all"], n=2, cutoff=0.5)

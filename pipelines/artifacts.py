@@ -28,6 +28,7 @@ from pipelines.files import (
     fingerprint,
     new_directory,
     plain,
+    read_object,
     write_atomic,
     write_json,
 )
@@ -185,13 +186,7 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     path = Path(directory) / MANIFEST
     if not path.is_file():
         return {}
-    try:
-        manifest = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}: expected JSON, found an error at line {error.lineno}. Remove the directory."
-        ) from None
-    return dict(manifest)
+    return read_object(path, "Remove the directory.")
 
 
 def changes(manifest: dict[str, Any], now_settings: dict[str, Any], now_inputs: dict[str, Any]) -> list[str]:

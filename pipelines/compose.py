@@ -1,6 +1,7 @@
 """From conf/ and command line overrides to a typed Config, with one clear message per mistake. Imports no torch."""
 
 import difflib
+import os
 import re
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -33,21 +34,71 @@ def compose(overrides: list[str]) -> Config:
     from omegaconf.errors import OmegaConfBaseException
 
     ConfigStore.instance().store(name="schema", node=Config)
-    overrides = [o.lstrip("+") for o in overrides]  # every key exists: +key=value can mean nothing but key=value
+    overrides = [_expand_home(o.lstrip("+")) for o in overrides]  # every key exists: +key=value means key=value
     for override in overrides:
-        group, _, option = override.partition("=")
+        group, equals, option = override.partition("=")
         if override.startswith("~"):
             raise UserError(f"{override}: a setting cannot be removed. Give it another value with key=value.")
+        if not group or not equals:
+            raise UserError(_not_an_override(override))
         if group in GROUPS and group != "experiment" and option in ("null", ""):
             raise UserError(f"{override}: expected one of {', '.join(group_options(group))}.")
+    mappings = {key: value for o in overrides if (key := o.partition("=")[0]) in MAPPINGS for value in [_mapping(o)]}
+    others = [override for override in overrides if override.partition("=")[0] not in MAPPINGS]
     try:
         with initialize_config_dir(config_dir=str(conf_directory()), version_base="1.3"):
-            tree = hydra_compose("config", overrides=overrides)
+            tree = hydra_compose("config", overrides=others)
+        for key, value in mappings.items():
+            OmegaConf.update(tree, key, value, merge=False)  # Hydra cannot merge a mapping into null
         config = OmegaConf.to_object(tree)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error, overrides)) from None
     assert isinstance(config, Config)
+    return _home_expanded(config)
+
+
+MAPPINGS = ("model.shape.rope_scaling",)  # settings that hold names and values of their own
+PATHS = ("run.directory", "model.path", "student.path", "data.corpus", "data.tokenizer")
+
+
+def _mapping(override: str) -> dict[str, Any] | None:
+    """The value of an override of one of MAPPINGS."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    key = override.partition("=")[0]
+    if not _parses(override):
+        raise UserError(_not_an_override(override))
+    value = OverridesParser.create().parse_override(override).value()
+    if not (value is None or isinstance(value, dict)):
+        raise UserError(
+            f"{override}: expected names and values, as in '{key}={{rope_type: linear, factor: 2}}', or null."
+        )
+    return value and {str(name): entry for name, entry in value.items()}
+
+
+def _expand_home(override: str) -> str:
+    """`~` at the start of a path stands for the home directory, as in a shell; Hydra does not take it unquoted."""
+    key, equals, value = override.partition("=")
+    if key in PATHS and value.startswith("~"):
+        return f"{key}={os.path.expanduser(value)}"
+    if key == "data.sources":
+        value = re.sub(r"(\bpath: *)(~[^,}\s]*)", lambda found: found[1] + os.path.expanduser(found[2]), value)
+    return key + equals + value
+
+
+def _home_expanded(config: Config) -> Config:
+    """The same for paths that were quoted, or that stand in a file."""
+    config.run.directory = os.path.expanduser(config.run.directory)
+    for group, name in ((config.model, "path"), (config.student, "path"), (config.data, "corpus")):
+        setattr(group, name, _expanded(getattr(group, name)))
+    config.data.tokenizer = _expanded(config.data.tokenizer)
+    for source in config.data.sources:
+        source.path = _expanded(source.path)
     return config
+
+
+def _expanded(path: str | None) -> str | None:
+    return path and os.path.expanduser(path)
 
 
 def explain(error: Exception, overrides: list[str]) -> str:
@@ -65,6 +116,8 @@ def explain(error: Exception, overrides: list[str]) -> str:
         return _unknown(written, kind)
     if overridden:
         return _unknown(overridden.group(1))
+    if match := re.search(r"[Ii]nterpolation key '([^']+)'|Environment variable '([^']+)'", text):
+        return _unknown_interpolation(match.group(1) or match.group(2), overrides)
     if match := re.search(r"merging override (\S+?)=", text) or re.search(r"full_key: (\S+)", text):
         problems = [line for line in text.splitlines() if re.match(r"(?i)(value|invalid|cannot|field|object)\b", line)]
         return _wrong_value(match.group(1), (problems or [text.splitlines()[-1]])[0], overrides)
@@ -72,12 +125,23 @@ def explain(error: Exception, overrides: list[str]) -> str:
         key, value = match.groups()
         return f"{key}={value}: expected one value or a list. Write {key}=[{value}]."
     if type(error).__name__ == "OverrideParseException":
-        bad = next((o for o in overrides if not _parses(o)), overrides[-1])
-        return (
-            f"{bad!r}: expected key=value, as in distil.steps=200 or stage=[prune,distil]. Quote for Hydra what has "
-            "commas, brackets or spaces in it, as in 'export.prompt=\"a, b\"'."
-        )
+        return _not_an_override(next((o for o in overrides if not _parses(o)), overrides[-1]))
     return text.splitlines()[0]
+
+
+def _unknown_interpolation(name: str, overrides: list[str]) -> str:
+    where = next((o for o in overrides if name in o), f"${{{name}}}")
+    return (
+        f"{where}: expected ${{group.setting}} of the configuration or ${{oc.env:NAME}} of the environment, found no "
+        f"{name} there. Let the shell expand it, or write the value."
+    )
+
+
+def _not_an_override(override: str) -> str:
+    return (
+        f"{override!r}: expected key=value, as in distil.steps=200 or stage=[prune,distil]. Quote for Hydra what has "
+        "commas, brackets or spaces in it, as in 'export.prompt=\"a, b\"'."
+    )
 
 
 def _parses(override: str) -> bool:
@@ -132,7 +196,7 @@ def _wrong_value(key: str, problem: str, overrides: list[str]) -> str:
     given = [o for o in overrides if o.lstrip("+~").split("=", 1)[0] == key]
     kind = _type_of(key)
     expected = f" Expected {kind}." if kind else ""
-    return f"{given[0] if given else key}: {problem.strip().rstrip('.')}.{expected}"
+    return f"{given[-1] if given else key}: {problem.strip().rstrip('.')}.{expected}"
 
 
 def _type_of(key: str) -> str:
@@ -146,6 +210,8 @@ def _type_of(key: str) -> str:
         return " or ".join(kind.__members__)
     words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
     name = kind.__name__ if isinstance(kind, type) and "[" not in str(kind) else str(kind)
+    if name.removesuffix(" | None") in words:
+        return words[name.removesuffix(" | None")] + " or null" * name.endswith(" | None")
     if is_dataclass(kind):
         return f"a group of settings: {', '.join(entry.name for entry in fields(kind))}"
     name = name.replace("pipelines.config.", "").replace(" | None", " or null")

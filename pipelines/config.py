@@ -17,6 +17,12 @@ class UserError(ValueError):
     """A user's mistake: one message without a traceback: what was expected, what was found, what to do."""
 
 
+def expect(good: bool, setting: str, expected: str, found: Any, remedy: str) -> None:
+    """Raises UserError where something is not as it should be. setting: its name, or the file that it stands in."""
+    if not good:
+        raise UserError(f"{setting}: expected {expected}, found {found}. {remedy}")
+
+
 class Device(Enum):
     auto = "auto"
     cpu = "cpu"

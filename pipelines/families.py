@@ -5,12 +5,14 @@ Megatron. Parameter counts, tensor-parallel slices and pruning slices all follow
 new entry in `FAMILIES`. Imports no torch.
 """
 
-import json
-from dataclasses import dataclass, fields, replace
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.config import UserError
+from pipelines.config import UserError, expect
+from pipelines.files import read_object
 
 LAYER = "{layer}"
 
@@ -37,12 +39,18 @@ class Tensor:
         return LAYER in self.name
 
 
+_LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ROPE_TYPES: dict[str, tuple[str, ...]] = {"default": (), "linear": ("factor",), "llama3": _LLAMA3_ROPE}
+
+
 @dataclass(frozen=True)
 class Family:
+    """rope_types: {type: the numbers that its rope_scaling must give}."""
+
     architecture: str
     model_type: str
     tensors: tuple[Tensor, ...]
-    rope_types: tuple[str, ...] = ("default", "linear", "llama3")
+    rope_types: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: ROPE_TYPES)
 
 
 _ATTENTION = "decoder.layers.{layer}.self_attention"
@@ -133,58 +141,59 @@ class ModelShape:
     def replace(self, **changes: Any) -> "ModelShape":
         return replace(self, **changes)
 
+    def check(self, where: str) -> None:
+        """Raises UserError for sizes that no model can have. where: what stands before a size's name in the message."""
+        for entry in fields(self):
+            size = getattr(self, entry.name)
+            if entry.type is int:
+                expect(size >= 1, where + entry.name, "1 or more", size, "Correct it.")
+        for name in ("rms_norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            expect(0 < value < math.inf, where + name, "a number above 0", value, "Correct it.")
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        expect(
+            heads % groups == 0,
+            f"{where}num_attention_heads",
+            f"a multiple of num_key_value_heads={groups}",
+            heads,
+            "Change one of them.",
+        )
+        even = "an even number, for the rotary embedding"
+        expect(self.head_dim % 2 == 0, f"{where}head_dim", even, self.head_dim, "Set head_dim.")
+
     @classmethod
     def from_hugging_face(cls, config: dict[str, Any]) -> "ModelShape":
         """config: the content of a config.json. Raises UserError for what is not supported, by name."""
-        if not isinstance(config, dict):
-            raise UserError(f"config.json: expected an object with names and values, found {type(config).__name__}.")
-        architecture = (config.get("architectures") or ["(none)"])[0]
-        if architecture not in FAMILIES:
-            raise UserError(
-                f"model architecture: expected one of {', '.join(FAMILIES)}, found {architecture}. "
-                "Only these families can be read; an entry in pipelines/families.py adds another."
-            )
+        architecture = _architecture(config)
         for key in ("attention_bias", "mlp_bias"):
             if config.get(key):
                 raise UserError(
-                    f"config.json has {key}=true: expected a {architecture} without biases. "
+                    f"{key}=true: expected a {architecture} without biases. "
                     "Biases have no entry in pipelines/families.py."
                 )
-        if config.get("hidden_act", "silu") != "silu":
-            raise UserError(f"config.json has hidden_act={config['hidden_act']!r}: expected 'silu'.")
+        expect(config.get("hidden_act", "silu") == "silu", "hidden_act", "'silu'", config.get("hidden_act"), _OTHER)
         if config.get("quantization_config"):
-            raise UserError("config.json has a quantization_config: expected unquantized weights. Dequantize first.")
-        try:
-            heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
-            rope_theta, rope_scaling = _rope(config)
-            shape = cls(
-                vocab_size=int(config["vocab_size"]),
-                hidden_size=hidden,
-                intermediate_size=int(config["intermediate_size"]),
-                num_hidden_layers=int(config["num_hidden_layers"]),
-                num_attention_heads=heads,
-                num_key_value_heads=int(config.get("num_key_value_heads") or heads),
-                head_dim=int(config.get("head_dim") or hidden // heads),
-                max_position_embeddings=int(config.get("max_position_embeddings", 2048)),
-                rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-                rope_theta=rope_theta,
-                rope_scaling=rope_scaling,
-                tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-                sliding_window=config.get("sliding_window"),
-                architecture=architecture,
-            )
-        except KeyError as missing:
-            raise UserError(
-                f"config.json has no {missing.args[0]!r}: expected a complete {architecture} config."
-            ) from None
-        except (TypeError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"config.json: expected numbers where the shape stands, found: {error}.") from None
-        for field in fields(shape):
-            size = getattr(shape, field.name)
-            if field.type is int and size < 1:
-                raise UserError(f"config.json has {field.name}={size}: expected 1 or more.")
+            raise UserError("quantization_config: expected unquantized weights. Dequantize first.")
+        heads, hidden = _whole(config, "num_attention_heads"), _whole(config, "hidden_size")
+        window = config.get("sliding_window")
+        rope_theta, rope_scaling = _rope(config, FAMILIES[architecture])
+        shape = cls(
+            vocab_size=_whole(config, "vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=_whole(config, "intermediate_size"),
+            num_hidden_layers=_whole(config, "num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=_whole(config, "num_key_value_heads", heads),
+            head_dim=_whole(config, "head_dim", hidden // heads),
+            max_position_embeddings=_whole(config, "max_position_embeddings", 2048),
+            rms_norm_eps=_number(config, "rms_norm_eps", 1e-6),
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            sliding_window=None if window is None else _whole(config, "sliding_window"),
+            architecture=architecture,
+        )
+        shape.check("")
         return shape
 
     def to_hugging_face(self) -> dict[str, Any]:
@@ -197,10 +206,10 @@ class ModelShape:
         }
         if self.family.model_type == "llama":
             config |= {"attention_bias": False, "mlp_bias": False}
-        for field in fields(self):
-            if field.name == "architecture" or (field.name == "sliding_window" and self.family.model_type == "llama"):
+        for entry in fields(self):
+            if entry.name == "architecture" or (entry.name == "sliding_window" and self.family.model_type == "llama"):
                 continue
-            config[field.name] = getattr(self, field.name)
+            config[entry.name] = getattr(self, entry.name)
         return config
 
 
@@ -212,30 +221,80 @@ def read_shape(directory: str | Path) -> ModelShape:
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise UserError(f"{directory}: expected a Hugging Face model directory with a config.json, found none there.")
-    try:
-        config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: expected JSON, found an error at line {error.lineno}: {error.msg}.") from None
+    config = read_object(path, "Fetch it again.")
     try:
         return ModelShape.from_hugging_face(config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def _rope(config: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """(theta, scaling) from either spelling: rope_theta + rope_scaling, or the newer rope_parameters."""
-    scaling = dict(config.get("rope_scaling") or {})
-    parameters = dict(config.get("rope_parameters") or {})
-    theta = float(config.get("rope_theta") or parameters.pop("rope_theta", None) or 10000.0)
-    scaling = scaling or parameters
+def check_rope_scaling(scaling: Mapping[str, Any], family: Family, where: str) -> dict[str, Any] | None:
+    """rope_scaling in one spelling (rope_type, never type), None for the default. Raises UserError.
+
+    where: the name of the setting, for the message.
+    """
     kind = scaling.get("rope_type", scaling.get("type", "default"))
+    supported = ", ".join(family.rope_types)
+    known = isinstance(kind, str) and kind in family.rope_types
+    expect(known, f"{where}.rope_type", f"one of {supported}", repr(kind), "Other kinds of scaling cannot be computed.")
+    for name in family.rope_types[kind]:
+        setting = f"{where}.{name}"
+        expect(name in scaling, setting, f"a number, which rope_type={kind} needs", "none", "Give it.")
+        value = scaling[name]
+        good = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+        expect(good, setting, "a number above 0", repr(value), "Correct it.")
+    if kind == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        expect(low < high, f"{where}.low_freq_factor", f"less than high_freq_factor={high}", low, "Correct it.")
     if kind == "default":
-        return theta, None
-    supported = FAMILIES[config["architectures"][0]].rope_types
-    if kind not in supported:
-        raise UserError(f"config.json has rope type {kind!r}: expected one of {', '.join(supported)}.")
-    scaling.pop("type", None)
-    return theta, {**scaling, "rope_type": kind}
+        return None
+    return {**{name: value for name, value in scaling.items() if name != "type"}, "rope_type": kind}
+
+
+_OTHER = "Only what pipelines/families.py describes can be read."
+
+
+def _architecture(config: dict[str, Any]) -> str:
+    named = config.get("architectures") or "(none)"
+    architecture = str(named[0] if isinstance(named, list) else named)
+    if architecture not in FAMILIES:
+        raise UserError(
+            f"model architecture: expected one of {', '.join(FAMILIES)}, found {architecture}. "
+            "Only these families can be read; an entry in pipelines/families.py adds another."
+        )
+    return architecture
+
+
+def _whole(config: dict[str, Any], name: str, default: int | None = None) -> int:
+    """A size of a config.json; null stands for the default where there is one."""
+    value = config.get(name)
+    if value is None and default is None:
+        raise UserError(f"{name}: expected a whole number, found none. A complete config.json has it.")
+    if value is None and default is not None:
+        return default
+    good = isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1 and value >= 1
+    expect(good, name, "a whole number of 1 or more", repr(value), "Correct it.")
+    return int(value or 0)
+
+
+def _number(config: dict[str, Any], name: str, default: float) -> float:
+    value = config.get(name)
+    value = default if value is None else value
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    expect(good, name, "a number", repr(value), "Correct it.")
+    return float(value)
+
+
+def _rope(config: dict[str, Any], family: Family) -> tuple[float, dict[str, Any] | None]:
+    """(theta, scaling) from either spelling: rope_theta + rope_scaling, or the newer rope_parameters."""
+    for name in ("rope_scaling", "rope_parameters"):
+        good = isinstance(config.get(name) or {}, dict)
+        expect(good, name, "an object with names and values", repr(config.get(name)), "Correct it.")
+    parameters = dict(config.get("rope_parameters") or {})
+    inner = parameters.pop("rope_theta", None)
+    theta = _number({"rope_theta": config.get("rope_theta") or inner}, "rope_theta", 10000.0)
+    scaling = config.get("rope_scaling")
+    return theta, check_rope_scaling(scaling or parameters, family, "rope_scaling" if scaling else "rope_parameters")
 
 
 def _at_layer(tensor: Tensor, layer: int) -> Tensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import console
+from pipelines.config import UserError
 
 SMALL = 1 << 20  # bytes: below, a file is hashed at every look and needs no sidecar
 LARGE = 1 << 30  # bytes: above, hashing takes seconds and is told
@@ -32,6 +33,31 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
+
+
+def read_json(path: Path, remedy: str = "Copy it again.") -> Any:
+    """The content of a JSON file. Raises UserError where it is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        found = f"an error at line {error.lineno}: {error.msg}"
+        if path.stat().st_size == 0:
+            found = "an empty file"
+    except UnicodeDecodeError:
+        found = "bytes that are no UTF-8 text"
+    except RecursionError:
+        found = "values nested too deeply"
+    except OSError as error:
+        found = f"a file that cannot be read: {error.strerror}"
+    raise UserError(f"{path}: expected JSON, found {found}. {remedy}")
+
+
+def read_object(path: Path, remedy: str = "Copy it again.") -> dict[str, Any]:
+    """The names and values of a JSON file that holds one object. Raises UserError where it is none."""
+    content = read_json(path, remedy)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}. {remedy}")
+    return content
 
 
 def write_json(path: str | Path, data: Any) -> None:

@@ -6,27 +6,57 @@ layer 2 * sequence * heads * head_dim forward: two products over sequence keys, 
 """
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from pipelines.artifacts import is_hugging_face
-from pipelines.config import Config, Layout, Precision, ShapeConfig, StudentConfig, TrainingConfig, UserError, layout
-from pipelines.families import EMBEDDING, HEAD, ModelShape, read_shape
+from pipelines.config import (
+    Config,
+    Layout,
+    Precision,
+    ShapeConfig,
+    StudentConfig,
+    TeacherMode,
+    TrainingConfig,
+    UserError,
+    expect,
+    layout,
+)
+from pipelines.families import EMBEDDING, FAMILIES, HEAD, ModelShape, check_rope_scaling, read_shape
+from pipelines.nemo_context import is_nemo_checkpoint, read_nemo_shape
 
 FORWARD, FORWARD_AND_BACKWARD = 1, 3  # in units of a forward pass
 H100_BF16 = 989e12  # FLOP/s, dense
 
 
 def shape_from_config(shape: ShapeConfig) -> ModelShape:
+    """Raises UserError for a shape that no model can have."""
     values = asdict(shape)
+    known = ", ".join(FAMILIES)
+    expect(shape.architecture in FAMILIES, "model.shape.architecture", f"one of {known}", shape.architecture, "Set it.")
     if values["head_dim"] is None:
-        values["head_dim"] = shape.hidden_size // shape.num_attention_heads
-    return ModelShape(**values)
+        heads = shape.num_attention_heads
+        expect(heads >= 1, "model.shape.num_attention_heads", "1 or more", heads, "Raise it.")
+        values["head_dim"] = shape.hidden_size // heads
+    if shape.rope_scaling is not None:
+        family = FAMILIES[shape.architecture]
+        values["rope_scaling"] = check_rope_scaling(shape.rope_scaling, family, "model.shape.rope_scaling")
+    made = ModelShape(**values)
+    made.check("model.shape.")
+    return made
 
 
 def teacher_shape(config: Config) -> ModelShape:
-    """The shape of model.path's config.json where it is a Hugging Face directory, else model.shape."""
-    if config.model.path and is_hugging_face(config.model.path):
-        return read_shape(config.model.path)
+    """The shape of model.path where it is a Hugging Face directory or a NeMo 2 checkpoint, else model.shape.
+
+    A teacher that is pretrained has model.shape. Raises UserError where the directory does not say its shape.
+    """
+    path = config.model.path
+    if path and config.teacher.mode is not TeacherMode.pretrain:
+        if is_hugging_face(path):
+            return read_shape(path)
+        if is_nemo_checkpoint(Path(path)):
+            return read_nemo_shape(Path(path))
     return shape_from_config(config.model.shape)
 
 

@@ -9,7 +9,8 @@ from pipelines import config as configuration
 from pipelines import planning
 from pipelines.compose import compose, known_keys
 from pipelines.config import Config, ParallelConfig, UserError, layout
-from pipelines.validation import tokenizer_size, validate
+from pipelines.validation import validate
+from pipelines.vocabulary import tokenizer_size
 
 # A shape and a batch of this test's own, whatever the quickstart's become.
 BASE = [
@@ -125,7 +126,7 @@ def test_composed_values_are_plain_dataclasses_of_the_schema() -> None:
         ("corpus", ["data.sources=[{kind: standard_library, weight: 0}]"], ["weight", "above 0"]),
         ("corpus", ["data.test_fraction=0.99"], ["some for training"]),
         ("corpus", ["data.tokenizer=nowhere"], ["data.tokenizer", "nowhere"]),
-        ("corpus", ["data.tokenizer_vocab_size=4096"], ["at most the teacher's 2048", "4096"]),
+        ("corpus", ["data.tokenizer_vocab_size=4096"], ["at most the 2048 rows", "4096"]),
         ("teacher", ["model.path=nowhere"], ["model.path", "existing directory", "nowhere"]),
         ("teacher", ["teacher=take"], ["model.path", "none", "teacher=pretrain"]),
         ("distil", ["student.path=nowhere"], ["student.path", "nowhere"]),

@@ -17,10 +17,11 @@ from pipelines.validation import validate
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "pipelines"
-SHARED = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+SHARED = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"} | {"validation"}
 HEAVY = {"torch", "megatron", "nemo", "lightning", "pytorch_lightning", "transformers", "transformer_engine"}
 # room: (packages outside Python's own that it may import, rooms of ours that it may import)
 LAW: dict[str, tuple[set[str], set[str]]] = {
+    "validation": (set(), {"validation"}),
     "core": ({"torch"}, {"core"}),
     "model": ({"torch", "megatron", "safetensors", "transformer_engine", "numpy"}, {"core", "model", "text"}),
     "trainer": ({"torch", "megatron", "nemo", "lightning", "transformer_engine", "yaml"}, {"core", "model", "trainer"}),

@@ -8,7 +8,8 @@ import torch
 
 from pipelines.config import UserError
 from pipelines.families import ModelShape
-from pipelines.text.tokenizer_files import copy_tokenizer, has_tokenizer, read_object, special_token, token_ids
+from pipelines.text.tokenizer_files import copy_tokenizer, has_tokenizer, read_object, special_token
+from pipelines.vocabulary import token_ids
 
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 

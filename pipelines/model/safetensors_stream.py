@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,18 +14,23 @@ from safetensors import SafetensorError, safe_open
 
 from pipelines import files
 from pipelines.config import UserError
-from pipelines.model.safetensors_header import (
-    DTYPES,
-    INDEX,
-    SINGLE,
-    Entry,
-    listed,
-    model_files,
-    read_header,
-    read_index,
-    tensor_bytes,
-)
+from pipelines.families import ModelShape
+from pipelines.safetensors_header import INDEX, SINGLE, Entry, expect_model, expect_tensors, listed, read_entries
 
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK_BYTES = 64 * 2**20  # of a tensor on its way to the file
 
@@ -39,23 +45,8 @@ class Tensors:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, Entry] = read_entries(self.directory)
         self._open_files: dict[Path, Any] = {}
-        weight_map = read_index(self.directory)
-        for file in model_files(self.directory, weight_map):
-            for name, entry in read_header(file).items():
-                if name in self._entries:
-                    raise UserError(
-                        f"{self.directory}: expected each tensor once, found {name} in {self._entries[name].file.name} "
-                        f"and in {file.name}. Remove the file that does not belong to the model."
-                    )
-                self._entries[name] = entry
-        for name, file_name in weight_map.items():
-            if name not in self._entries or self._entries[name].file.name != file_name:
-                raise UserError(
-                    f"{self.directory / INDEX}: expected {name} in {file_name}, found no such tensor there. "
-                    "Copy the directory again."
-                )
 
     @property
     def names(self) -> list[str]:
@@ -68,7 +59,7 @@ class Tensors:
         return self._entry(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._entry(name).dtype
+        return DTYPES[self._entry(name).dtype]
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """The whole tensor on the CPU; its pages are read from the file when they are touched."""
@@ -85,29 +76,11 @@ class Tensors:
 
         ignore: ends of names of tensors that may be there without being read.
         """
-        missing = [name for name in shapes if name not in self._entries]
-        if missing:
-            raise UserError(
-                f"{self.directory}: expected the tensors that config.json describes, missing {len(missing)} of "
-                f"{len(shapes)}: {listed(missing)}. Check config.json, or copy the directory again."
-            )
-        wrong = [
-            f"{name}: expected {list(shape)}, found {list(self.shape(name))}"
-            for name, shape in shapes.items()
-            if self.shape(name) != tuple(shape)
-        ]
-        if wrong:
-            raise UserError(
-                f"{self.directory}: expected tensors of the shape in config.json, {len(wrong)} of {len(shapes)} "
-                f"differ: {listed(wrong)}. Correct config.json, or copy the directory again."
-            )
-        ignored = tuple(ignore)
-        unknown = [name for name in self._entries if name not in shapes and not name.endswith(ignored)]
-        if unknown:
-            raise UserError(
-                f"{self.directory}: expected only the tensors that config.json describes, found {len(unknown)} more: "
-                f"{listed(unknown)}. Check config.json: the model has parts that would be left out."
-            )
+        expect_tensors(self.directory, self._entries, shapes, ignore)
+
+    def expect_model(self, shape: ModelShape) -> None:
+        """Raises UserError unless the tensors are those of a model of this shape, unquantized."""
+        expect_model(self.directory, self._entries, shape)
 
     def _entry(self, name: str) -> Entry:
         if name not in self._entries:
@@ -264,6 +237,10 @@ def _full_disk_as_user_error(directory: Path) -> Iterator[None]:
             f"{directory}: expected room for the weights, found the disk full while writing ({error.strerror}). "
             "Free some space, or set run.directory to another disk; what was half-written is removed."
         ) from None
+
+
+def tensor_bytes(shape: Iterable[int], dtype: torch.dtype) -> int:
+    return prod(shape) * dtype.itemsize
 
 
 class _Abandoned(Exception):

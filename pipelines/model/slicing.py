@@ -6,12 +6,10 @@ from pathlib import Path
 import torch
 
 from pipelines.core.selection import Kept
-from pipelines.families import HEAD, ModelShape, Tensor, read_shape
+from pipelines.families import ModelShape, Tensor, read_shape
 from pipelines.model.hub_files import write_hub_files
 from pipelines.model.safetensors_stream import Tensors, Writer
 from pipelines.text.tokenizer_files import has_tokenizer
-
-_DERIVED = ("rotary_emb.inv_freq",)  # what other writers put beside the weights and follows from config.json
 
 
 def sliced_shape(teacher: ModelShape, kept: Kept) -> ModelShape:
@@ -43,7 +41,7 @@ def slice_checkpoint(
     """
     source, student = Path(source), sliced_shape(teacher, kept)
     tensors = Tensors(source)
-    tensors.expect(teacher.tensor_shapes(), ignore=(*_DERIVED, HEAD) if teacher.tie_word_embeddings else _DERIVED)
+    tensors.expect_model(teacher)
     origins = _origins(teacher, student, kept)
     announced = {name: (size, tensors.dtype(origins[name][0])) for name, size in student.tensor_shapes().items()}
     with Writer(destination, announced, max_shard_bytes) as writer:

@@ -10,14 +10,11 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
-from pipelines.config import UserError
-from pipelines.families import EMBEDDING, HEAD, ModelShape, Tensor
+from pipelines.families import EMBEDDING, ModelShape, Tensor
 from pipelines.model.safetensors_stream import Tensors
 
 _LAYERS = "decoder.layers."
 _HEAD = "output_layer.weight"
-# Ends of names of tensors that other writers put beside the weights and that follow from config.json.
-_DERIVED = ("rotary_emb.inv_freq",)
 
 
 @torch.no_grad()
@@ -28,8 +25,7 @@ def load_hugging_face(model: GPTModel, directory: str | Path, shape: ModelShape)
     slice of one tensor. No collectives. Raises UserError where the directory does not hold the tensors of `shape`.
     """
     tensors = Tensors(directory)
-    tensors.expect(shape.tensor_shapes(), ignore=(*_DERIVED, HEAD) if shape.tie_word_embeddings else _DERIVED)
-    _require_unquantized(tensors, shape)
+    tensors.expect_model(shape)
     parameters = named_parameters(model)
     filled = set()
     for name, tensor in shape.tensors().items():
@@ -71,16 +67,6 @@ def shard_length(view: torch.Tensor, tensor: Tensor, shape: ModelShape) -> int:
     assert tensor.parallel_dim is not None
     others = [shape.axis_size(axis) for dim, axis in enumerate(tensor.axes) if dim != tensor.parallel_dim]
     return view.numel() // others[0] if others else view.numel()
-
-
-def _require_unquantized(tensors: Tensors, shape: ModelShape) -> None:
-    found = {name: tensors.dtype(name) for name in shape.tensors()}
-    for name, dtype in found.items():
-        if not dtype.is_floating_point or dtype.itemsize < 2:
-            raise UserError(
-                f"{tensors.directory}: expected weights in float32, bfloat16 or float16, found {name} in {dtype}. "
-                "Dequantize the model first."
-            )
 
 
 def _targets(name: str, tensor: Tensor, shape: ModelShape) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ import torch
 
 from pipelines.config import UserError
 from pipelines.text import indexed
+from pipelines.vocabulary import read_blend
 
 
 def split_prefixes(corpus: Path, split: str) -> list[Path]:
@@ -28,7 +29,7 @@ def split_prefixes(corpus: Path, split: str) -> list[Path]:
 
 def split_blend(corpus: Path, split: str) -> list[tuple[Path, float]]:
     """The .bin/.idx prefixes of a split with their weights, which sum to 1."""
-    splits = _blend(corpus)["splits"]
+    splits = read_blend(corpus)["splits"]
     if not splits.get(split):
         filled = ", ".join(name for name, parts in splits.items() if parts)
         raise UserError(
@@ -132,7 +133,7 @@ def chosen_windows(windows: Windows, micro_batch_size: int, data_size: int = 1, 
 
 def token_bytes(corpus: Path) -> torch.Tensor | None:
     """(vocab_size,) int32 UTF-8 bytes that each id stands for; None where the tokenizer is not byte-level."""
-    name = _blend(corpus)["token_bytes"]
+    name = read_blend(corpus)["token_bytes"]
     return torch.from_numpy(numpy.load(corpus / name)) if name else None
 
 
@@ -145,30 +146,3 @@ def label_bytes(corpus: Path, split: str, windows: Windows, chosen: Sequence[int
         count = json.loads((corpus / "counts.json").read_text())["splits"][split]
         return float(sum(windows.mask(window).sum() for window in every)) * count["bytes"] / count["tokens"]
     return float(sum((table[windows[window][1:]] * windows.mask(window)).sum(dtype=torch.float64) for window in every))
-
-
-def check_vocabulary(corpus: Path, model: Path, vocab_size: int) -> None:
-    """Raises UserError where the corpus was tokenized with another vocabulary than that of the model in a directory."""
-    found = _blend(corpus)["vocab_size"]
-    if found > vocab_size:
-        raise UserError(
-            f"{corpus}: expected a tokenizer of at most the {vocab_size} ids of the model {model}, found {found}. "
-            "Make the corpus with the model's own tokenizer (data.tokenizer), or take a model with more ids."
-        )
-    ours, theirs = (_vocabulary(path / "tokenizer.json") for path in (corpus / "tokenizer", model))
-    if ours is not None and theirs is not None and ours != theirs:
-        raise UserError(
-            f"{corpus}: expected the model's vocabulary of {len(theirs)} tokens, found another one of {len(ours)}. "
-            f"Make the corpus with the model's tokenizer: data.tokenizer={model}."
-        )
-
-
-def _vocabulary(path: Path) -> Any:
-    return json.loads(path.read_text())["model"]["vocab"] if path.is_file() else None
-
-
-def _blend(corpus: Path) -> dict[str, Any]:
-    path = corpus / "blend.json"
-    if not path.is_file():
-        raise UserError(f"{corpus}: expected a corpus with a blend.json, found none. Run stage=corpus first.")
-    return dict(json.loads(path.read_text()))

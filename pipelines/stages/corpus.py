@@ -17,6 +17,7 @@ from pipelines import console, families
 from pipelines.artifacts import StageContext
 from pipelines.config import Config, SourceConfig, SourceKind, TeacherMode, UserError
 from pipelines.files import is_disk_error, new_directory, write_json
+from pipelines.nemo_context import tokenizer_directories
 from pipelines.text import indexed, sources, tokenizer
 from pipelines.text.counts import SourceCounts, summary
 from pipelines.text.encoding import Encoder
@@ -136,7 +137,7 @@ def _teachers_tokenizer(config: Config) -> Path | None:
     if config.teacher.mode is TeacherMode.pretrain or not config.model.path:
         return None
     teacher = Path(config.model.path)
-    for directory in (teacher, teacher / "context" / "nemo_tokenizer"):
+    for directory in (teacher, *tokenizer_directories(teacher)):
         if has_tokenizer(directory):
             return directory
     raise UserError(
@@ -225,13 +226,13 @@ def _refuse_empty(counts: list[SourceCounts], fractions: Fractions) -> None:
         if not wanted or any(source.splits[split].documents for source in counts):
             continue
         enough = 4 / total  # leaves a split empty once in fifty times
-        remedy = f"Set data.{split}_fraction={enough:.2g}" if enough <= 0.25 else "Give more documents"
+        remedy = f"Set data.{split}_fraction={enough:.2g}, give" if enough <= 0.25 else "Give"
         if split == "train":
-            remedy = "Lower the other splits' fractions"
+            remedy = "Lower the other splits' fractions, give"
         raise UserError(
             f"corpus: expected documents in the {split} split, found none: {total} documents in all, of which "
-            f"data.{split}_fraction={shares.get(split, 1 - sum(shares.values())):g} should stand there. {remedy}, "
-            "give more documents, or cut long text files with document_bytes of their source."
+            f"data.{split}_fraction={shares.get(split, 1 - sum(shares.values())):g} should stand there. {remedy} "
+            "more documents, or cut long text files with document_bytes of their source."
         )
 
 

@@ -14,6 +14,7 @@ from pipelines.model import build, parallel, step, windows
 from pipelines.model.export import save_hugging_face
 from pipelines.model.pair import DistillationPair, schedule_config
 from pipelines.model.weights import load_hugging_face
+from pipelines.vocabulary import check_vocabulary
 
 
 def run(context: artifacts.StageContext) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
             f"distil: expected teacher and student to share a vocabulary, found {teacher_shape.vocab_size} ids in "
             f"{teacher_directory} and {shape.vocab_size} in {start}. Prune the student from this teacher."
         )
-    windows.check_vocabulary(artifacts.corpus_directory(config), teacher_directory, shape.vocab_size)
+    check_vocabulary(artifacts.corpus_directory(config), teacher_directory, shape.vocab_size)
     weights = LossWeights(settings.kd_weight, settings.ce_weight, settings.temperature, settings.temperature_squared)
     options = {"sequence_parallel": ranks.sequence_parallel, "precision": settings.precision.value}
     teacher_config = build.transformer_config(teacher_shape, **options)

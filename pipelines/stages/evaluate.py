@@ -24,11 +24,11 @@ from pipelines.model.weights import load_hugging_face
 from pipelines.model.windows import (
     Windows,
     batches,
-    check_vocabulary,
     chosen_windows,
     label_bytes,
     split_prefixes,
 )
+from pipelines.vocabulary import check_vocabulary
 
 SPEED_SECONDS = 1.5  # of timed forward passes per model
 
@@ -38,7 +38,7 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
     directories, missing = find_models(config)
     shapes = {name: read_shape(directory) for name, directory in directories.items()}
     corpus = artifacts.corpus_directory(config)
-    _check(config, ranks, corpus, shapes)
+    _check(config, corpus, shapes)
     parallel.initialize(ranks.tensor, ranks.pipeline, ranks.context, device=ranks.device, seed=config.run.seed)
     windows = Windows(split_prefixes(corpus, settings.split), settings.sequence_length)
     models = {name: _load(config, ranks, shapes[name], directory) for name, directory in directories.items()}
@@ -105,18 +105,8 @@ def figures(found: quality.Quality, text_bytes: float) -> dict[str, float | None
     }
 
 
-def _check(config: Config, ranks: Layout, corpus: Path, shapes: dict[str, ModelShape]) -> None:
+def _check(config: Config, corpus: Path, shapes: dict[str, ModelShape]) -> None:
     """Raises UserError for what cannot be evaluated, before anything is built."""
-    settings = config.evaluate
-    if ranks.context > 1:
-        raise UserError(
-            f"parallel.context: evaluate expected 1, found {ranks.context}. Evaluate with parallel.context=1."
-        )
-    if ranks.sequence_parallel and settings.sequence_length % ranks.tensor:
-        raise UserError(
-            f"evaluate.sequence_length: expected a multiple of parallel.tensor={ranks.tensor} under sequence "
-            f"parallelism, found {settings.sequence_length}. Change it, or set parallel.sequence_parallel=false."
-        )
     sizes = {name: shape.vocab_size for name, shape in shapes.items()}
     if len(set(sizes.values())) > 1:
         raise UserError(f"evaluate: expected models of one vocabulary, found sizes {sizes}. Prune from this teacher.")

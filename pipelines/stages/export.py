@@ -59,8 +59,6 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
 def _reference_logits(config: Config, source: Path, shape: ModelShape) -> tuple[torch.Tensor, torch.Tensor]:
     """(tokens (windows, sequence), logits (windows, sequence, vocabulary) fp32 on the CPU) of our sharded model."""
     ranks = layout(config.parallel)
-    if ranks.context > 1:
-        raise UserError(f"parallel.context: export expected 1, found {ranks.context}. Export with parallel.context=1.")
     parallel.initialize(ranks.tensor, ranks.pipeline, ranks.context, device=ranks.device, seed=config.run.seed)
     windows = Windows(split_prefixes(artifacts.corpus_directory(config), config.evaluate.split), WINDOW_TOKENS)
     batch = next(batches(windows, WINDOWS, limit=1))

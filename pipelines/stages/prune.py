@@ -27,7 +27,8 @@ from pipelines.model.build import build_model
 from pipelines.model.scoring import score
 from pipelines.model.slicing import slice_checkpoint, sliced_shape
 from pipelines.model.weights import load_hugging_face
-from pipelines.model.windows import Windows, check_vocabulary, split_prefixes
+from pipelines.model.windows import Windows, split_prefixes
+from pipelines.vocabulary import check_vocabulary
 
 AGGREGATION = (
     "channel: L2 norm over samples of the mean over the sequence of |activation|; hidden: sum over both norms of every "
@@ -127,13 +128,6 @@ def _select(scores: Scores | None, student: StudentConfig, teacher: ModelShape) 
 def _score(config: Config, ranks: Layout, directory: Path, teacher: ModelShape) -> Scores:
     settings = config.prune
     length, samples = settings.sequence_length, settings.calibration_samples
-    if ranks.context > 1:
-        raise UserError(f"parallel.context: scoring expected 1, found {ranks.context}. Score with parallel.context=1.")
-    if ranks.sequence_parallel and length % ranks.tensor:
-        raise UserError(
-            f"prune.sequence_length: expected a multiple of parallel.tensor={ranks.tensor} under sequence parallelism, "
-            f"found {length}. Change it, or set parallel.sequence_parallel=false."
-        )
     windows = _calibration_windows(config, directory, teacher)
     model = build_model(
         teacher,

@@ -12,10 +12,10 @@ from pipelines.model import build, parallel
 from pipelines.model.export import save_hugging_face
 from pipelines.model.pair import DistillationPair
 from pipelines.model.random_model import write_random_model
-from pipelines.model.safetensors_stream import Tensors
 from pipelines.model.weights import load_hugging_face
-from pipelines.model.windows import check_vocabulary
 from pipelines.planning import shape_from_config
+from pipelines.safetensors_header import check_model
+from pipelines.vocabulary import check_vocabulary
 
 
 def run(context: artifacts.StageContext) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def _take(context: artifacts.StageContext) -> dict[str, Any]:
     """Check that the directory holds a model of its own config; a NeMo 2 checkpoint is written as hf/ first."""
     given = _as_hugging_face(context, context.directory / "hf")
     shape = read_shape(given)
-    Tensors(given).expect(shape.tensor_shapes(), ignore=("rotary_emb.inv_freq", "lm_head.weight"))
+    check_model(given, shape)
     check_vocabulary(artifacts.corpus_directory(context.config), given, shape.vocab_size)
     console.say(f"teacher  {given}: {shape.architecture}, {shape.parameters():,} parameters")
     return {"model": str(given), "parameters": shape.parameters()}

@@ -302,8 +302,3 @@ def _check(settings: VerifyConfig, ranks: Layout) -> None:
             f"verify: expected parallel.context=1, found {ranks.context}. Context parallelism cuts the sequences, "
             "which the reference does not follow. Verify the same layout without it."
         )
-    if ranks.sequence_parallel and settings.sequence_length % ranks.tensor:
-        raise UserError(
-            f"verify.sequence_length: expected a multiple of parallel.tensor={ranks.tensor} under sequence "
-            f"parallelism, found {settings.sequence_length}."
-        )

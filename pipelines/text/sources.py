@@ -145,7 +145,7 @@ class Parquet(Source):
                 schema = pyarrow.parquet.read_schema(path)
             except (pyarrow.ArrowInvalid, OSError) as error:
                 raise UserError(
-                    f"{path}: expected a parquet file, found {error}. Copy it again, or set kind."
+                    f"{path}: expected a parquet file, found {str(error).rstrip('.')}. Copy it again, or set kind."
                 ) from None
             _check_column(str(path), schema, text_key)
 
@@ -177,7 +177,8 @@ class DatasetDirectory(Source):
             data = datasets.load_from_disk(str(path))
         except Exception as error:
             raise UserError(
-                f"{path}: expected what datasets' save_to_disk wrote, found {type(error).__name__}: {error}."
+                f"{path}: expected what datasets' save_to_disk wrote, found {type(error).__name__}: "
+                f"{str(error).rstrip('.')}. Save it again, or set kind of this source."
             ) from None
         _check_column(str(path), data.data.schema, text_key)
         self.name, self.text_key = str(path), text_key

@@ -1,15 +1,14 @@
-"""A Hugging Face tokenizer's directory as plain files: which belong to it, and the ids that they name. No libraries."""
+"""A Hugging Face tokenizer's directory as plain files: which belong to it, and its special tokens. No libraries."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from pipelines.config import UserError
+from pipelines import files
+from pipelines.vocabulary import TOKENIZERS
 
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # a tokenizer has at least one of these
 FILES = (
-    *VOCABULARIES,
+    *TOKENIZERS,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -20,22 +19,13 @@ FILES = (
 
 
 def has_tokenizer(directory: Path) -> bool:
-    return any((directory / name).is_file() for name in VOCABULARIES)
+    return any((directory / name).is_file() for name in TOKENIZERS)
 
 
 def copy_tokenizer(source: Path, directory: Path) -> None:
     for name in FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
-
-
-def token_ids(directory: Path) -> dict[str, int]:
-    """{token: id} of tokenizer.json with its added tokens; empty where there is no such file."""
-    content = read_object(directory / "tokenizer.json")
-    vocabulary = (content.get("model") or {}).get("vocab") or {}
-    if not isinstance(vocabulary, dict):  # a unigram model's pieces with their scores, in the order of the ids
-        vocabulary = {entry[0]: number for number, entry in enumerate(vocabulary)}
-    return vocabulary | {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
 
 
 def special_token(directory: Path, name: str) -> tuple[str, Path] | None:
@@ -50,12 +40,4 @@ def special_token(directory: Path, name: str) -> tuple[str, Path] | None:
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in the file; empty where there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: expected JSON, found an error: {error}. Copy it again.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}. Copy it again.")
-    return content
+    return files.read_object(path) if path.is_file() else {}

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.models.gpt import GPTModel
@@ -22,24 +21,10 @@ from pipelines.model.export import save_hugging_face
 from pipelines.model.layers import HAVE_TRANSFORMER_ENGINE
 from pipelines.model.safetensors_stream import Tensors
 from pipelines.model.weights import load_hugging_face
+from pipelines.nemo_context import CONTEXT, FIELDS, WEIGHTS, is_nemo_checkpoint, read_nemo_shape
 
-_WEIGHTS, _CONTEXT, _PREFIX = "weights", "context", "module."
+_PREFIX = "module."
 _EMBEDDING = "embedding.word_embeddings.weight"
-# ModelShape's fields by NeMo's names.
-_FIELDS = {
-    "num_hidden_layers": "num_layers",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "ffn_hidden_size",
-    "num_attention_heads": "num_attention_heads",
-    "rms_norm_eps": "layernorm_epsilon",
-    "rope_theta": "rotary_base",
-    "max_position_embeddings": "seq_length",
-    "tie_word_embeddings": "share_embeddings_and_output_weights",
-}
-
-
-def is_nemo_checkpoint(directory: Path) -> bool:
-    return (directory / _CONTEXT / "model.yaml").is_file() and (directory / _WEIGHTS).is_dir()
 
 
 def convert_to_hugging_face(checkpoint: Path, output: Path, tokenizer: Path) -> ModelShape:
@@ -53,12 +38,16 @@ def convert_to_hugging_face(checkpoint: Path, output: Path, tokenizer: Path) -> 
     if not is_nemo_checkpoint(checkpoint):
         raise UserError(
             f"{checkpoint}: expected a Hugging Face directory (config.json) or a NeMo 2 checkpoint "
-            f"({_CONTEXT}/model.yaml and {_WEIGHTS}/), found neither."
+            f"({CONTEXT}/model.yaml and {WEIGHTS}/), found neither."
         )
-    metadata = dist_checkpointing.load_tensors_metadata(str(checkpoint / _WEIGHTS))
+    metadata = dist_checkpointing.load_tensors_metadata(str(checkpoint / WEIGHTS))
     # Megatron's name: global shape; layers stacked, as Megatron stores them.
     stored = {name.removeprefix(_PREFIX): tuple(tensor.global_shape) for name, tensor in metadata.items()}
-    shape = _read_shape(checkpoint, stored)
+    if _EMBEDDING not in stored:
+        raise UserError(
+            f"{checkpoint / WEIGHTS}: expected a GPT model's {_EMBEDDING}, found {len(stored)} other tensors."
+        )
+    shape = read_nemo_shape(checkpoint, stored[_EMBEDDING][0])
     model = build.build_model(shape, precision=_precision(metadata[_PREFIX + _EMBEDDING].dtype))
     _load_weights(model, checkpoint, shape, stored)
     save_hugging_face(model, output, shape, tokenizer=tokenizer)
@@ -86,11 +75,11 @@ def save_nemo_checkpoint(hugging_face: Path, output: Path, tokenizer: Path) -> N
     partial = output.with_name(output.name + ".partial")
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
-        (partial / _WEIGHTS).mkdir(parents=True)
+        (partial / WEIGHTS).mkdir(parents=True)
     torch.distributed.barrier()
-    dist_checkpointing.save({"state_dict": model.sharded_state_dict(prefix=_PREFIX)}, str(partial / _WEIGHTS))
+    dist_checkpointing.save({"state_dict": model.sharded_state_dict(prefix=_PREFIX)}, str(partial / WEIGHTS))
     if rank == 0:
-        _write_context(partial / _CONTEXT, shape, tokenizer)
+        _write_context(partial / CONTEXT, shape, tokenizer)
         shutil.rmtree(output, ignore_errors=True)
         partial.rename(output)
         files.sync_directory(output.parent)
@@ -99,39 +88,6 @@ def save_nemo_checkpoint(hugging_face: Path, output: Path, tokenizer: Path) -> N
 
 def _precision(dtype: torch.dtype) -> str:
     return "bf16" if dtype == torch.bfloat16 else "fp32"
-
-
-def _read_shape(checkpoint: Path, stored: dict[str, tuple[int, ...]]) -> ModelShape:
-    path = checkpoint / _CONTEXT / "model.yaml"
-    model = yaml.safe_load(path.read_text())
-    config: dict[str, Any] = model["config"]
-    kind = str(config.get("_target_", ""))
-    if "Llama" not in kind or config.get("num_moe_experts"):
-        raise UserError(f"{path}: expected a Llama checkpoint of NeMo 2, found {kind or 'no model type'}.")
-    fields = {ours: config[theirs] for ours, theirs in _FIELDS.items()}
-    heads = config["num_attention_heads"]
-    return ModelShape(
-        **(fields | {"rope_theta": float(fields["rope_theta"])}),
-        num_key_value_heads=config.get("num_query_groups") or heads,
-        head_dim=config.get("kv_channels") or config["hidden_size"] // heads,
-        vocab_size=config.get("vocab_size") or stored[_EMBEDDING][0],
-        rope_scaling=_rope_scaling(config),
-    )
-
-
-def _rope_scaling(config: dict[str, Any]) -> dict[str, Any] | None:
-    """NeMo's Llama31Config carries Llama 3.1's factors under names of its own; linear scaling is an interpolation."""
-    if "old_context_len" in config:
-        return {
-            "rope_type": "llama3",
-            "factor": float(config["scale_factor"]),
-            "low_freq_factor": float(config["low_freq_factor"]),
-            "high_freq_factor": float(config["high_freq_factor"]),
-            "original_max_position_embeddings": int(config["old_context_len"]),
-        }
-    if config.get("seq_len_interpolation_factor"):
-        return {"rope_type": "linear", "factor": float(config["seq_len_interpolation_factor"])}
-    return None
 
 
 def _load_weights(model: GPTModel, checkpoint: Path, shape: ModelShape, stored: dict[str, tuple[int, ...]]) -> None:
@@ -144,7 +100,7 @@ def _load_weights(model: GPTModel, checkpoint: Path, shape: ModelShape, stored: 
         )
     # Transformer Engine's checkpoints also hold `_extra_state` entries, which no weight depends on.
     loaded = dist_checkpointing.load(
-        model.sharded_state_dict(prefix=_PREFIX), str(checkpoint / _WEIGHTS), strict=StrictHandling.LOG_UNEXPECTED
+        model.sharded_state_dict(prefix=_PREFIX), str(checkpoint / WEIGHTS), strict=StrictHandling.LOG_UNEXPECTED
     )
     state = {name.removeprefix(_PREFIX): value for name, value in loaded.items() if "_extra_state" not in name}
     model.load_state_dict(state, strict=False)
@@ -157,7 +113,7 @@ def _write_context(directory: Path, shape: ModelShape, tokenizer: Path) -> None:
     from nemo.collections.llm.gpt.model.llama import Llama31Config, LlamaConfig, LlamaModel
     from nemo.lightning.io.pl import TrainerContext
 
-    fields = {theirs: getattr(shape, ours) for ours, theirs in _FIELDS.items()}
+    fields = {theirs: getattr(shape, ours) for ours, theirs in FIELDS.items()}
     fields |= {
         "rotary_base": int(shape.rope_theta),
         "num_query_groups": shape.num_key_value_heads,

@@ -227,7 +227,7 @@ def test_every_rank_refuses_weights_that_are_not_those_of_config_json(ranks: Ran
         ),
         ("model", shape.replace(num_hidden_layers=6), "missing 18 of 57: model.layers.4.input_layernorm.weight"),
         ("model", shape.replace(num_hidden_layers=2), "found 18 more: model.layers.2.input_layernorm.weight"),
-        ("quantized", shape, "expected weights in .*, found model.embed_tokens.weight in torch.float8_e4m3fn"),
+        ("quantized", shape, "expected weights in .*, found model.embed_tokens.weight in F8_E4M3"),
     ):
         call = {"source": str(tmp_path / name), "shape": other, "layout": arguments}
         for error in ranks(processes, f"{CASES}:load_error", **call):

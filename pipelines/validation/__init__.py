@@ -1,0 +1,47 @@
+"""Every check of a configuration that needs nothing heavy, before anything is built or started. Imports no torch.
+
+`validate` raises UserError with expected, found and remedy, and returns warnings for settings without effect. What is
+checked depends on the stages asked for: `plan` needs no file of the teacher, `distil` no source of the corpus. Ranks
+that another launcher started pass here too, so that a stage need not check its settings again.
+"""
+
+from collections.abc import Collection
+
+from pipelines import artifacts, planning
+from pipelines.config import Config, layout
+from pipelines.families import read_shape
+from pipelines.stages import STAGES
+from pipelines.validation import data, directories, effects, layouts, numbers, shapes, training
+
+RANKED = frozenset(name for name, stage in STAGES.items() if stage.ranks and name != "verify")  # on ranks, on a model
+
+
+def validate(config: Config, stages: Collection[str]) -> list[str]:
+    """stages: the names that are asked for. Returns warnings; raises UserError."""
+    numbers.check(config)
+    ranks = layout(config.parallel)
+    directories.check_run(config)
+    directories.check_given(config, stages)
+    data.check_sources(config, stages)
+    teacher, where = planning.teacher_shape(config), config.model.path or "model.shape"
+    if "teacher" not in stages and RANKED & set(stages):
+        made = artifacts.teacher_directory(config)  # what these stages read, whatever the settings say by now
+        if artifacts.is_hugging_face(made):
+            teacher, where = read_shape(made), str(made)
+    student = planning.target_shape(teacher, config.student)
+    if config.student.path and artifacts.is_hugging_face(config.student.path):
+        student = read_shape(config.student.path)
+        shapes.check_given_student(config, teacher, student)
+    else:
+        shapes.check_target(config, teacher, student)
+    if RANKED & set(stages):
+        layouts.check_division(ranks, teacher, "teacher")
+        layouts.check_division(ranks, student, "student")
+    layouts.check_context(ranks, stages)
+    for name, length in layouts.lengths(config, stages):
+        layouts.check_length(name, length, ranks, teacher)
+    training.check(config, stages, ranks)
+    data.check_tokenizer(config, stages, teacher, where)
+    data.check_splits(config, stages, teacher)
+    directories.check_weights(config, stages)
+    return list(effects.warnings(config, ranks, stages, teacher, student))

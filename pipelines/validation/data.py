@@ -1,0 +1,127 @@
+"""The corpus: sources, tokenizer, and the splits that later stages read."""
+
+import glob
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from pipelines import artifacts
+from pipelines.config import Config, SourceConfig, SourceKind, TeacherMode, expect
+from pipelines.families import ModelShape
+from pipelines.nemo_context import tokenizer_directories
+from pipelines.vocabulary import TOKENIZERS, check_vocabulary, read_blend, tokenizer_size
+
+HELD_OUT = ("validation", "test", "calibration")
+SPLITS = ("train", *HELD_OUT)
+SMALLEST_VOCABULARY = 258  # of a byte-level BPE: 256 bytes and two special tokens
+
+
+def makes_corpus(config: Config, stages: Collection[str]) -> bool:
+    return "corpus" in stages and not config.data.corpus
+
+
+def check_sources(config: Config, stages: Collection[str]) -> None:
+    data = config.data
+    known = ", ".join(SPLITS)
+    expect(config.evaluate.split in SPLITS, "evaluate.split", f"one of {known}", config.evaluate.split, "Name one.")
+    total = sum(getattr(data, f"{name}_fraction") for name in HELD_OUT)
+    expected = "validation, test and calibration fractions to leave some for training"
+    expect(total < 1, "data", expected, f"{total:g} in all", "Lower them.")
+    if not makes_corpus(config, stages):
+        return
+    remedy = "Use data=standard_library, or data=files 'data.sources=[{path: text.jsonl}]'."
+    expect(bool(data.sources), "data.sources", "one or more sources", "none", remedy)
+    for number, source in enumerate(data.sources):
+        _check_source(f"data.sources[{number}]", source)
+
+
+def _check_source(setting: str, source: SourceConfig) -> None:
+    kind = source.kind
+    if kind is SourceKind.standard_library:
+        expect(source.path is None, f"{setting}.path", "none with kind=standard_library", source.path, "Drop one.")
+        return
+    expect(bool(source.path), f"{setting}.path", "a path", "none", "Give the file or directory.")
+    path = Path(str(source.path))
+    prefix = path.with_name(path.name + ".idx").is_file() and path.with_name(path.name + ".bin").is_file()
+    there = path.exists() or prefix or next(glob.iglob(str(path), recursive=True), None) is not None
+    expect(there, f"{setting}.path", "an existing path", path, "Check its spelling.")
+
+
+def given_tokenizer(config: Config) -> tuple[str, Path] | None:
+    """(setting, directory) of the tokenizer that the corpus takes; None where a BPE is trained."""
+    if config.data.tokenizer:
+        return "data.tokenizer", Path(config.data.tokenizer)
+    path = config.model.path
+    if not path or config.teacher.mode is TeacherMode.pretrain:
+        return None
+    places = (Path(path), *tokenizer_directories(Path(path)))
+    return "model.path", next((p for p in places if any((p / name).is_file() for name in TOKENIZERS)), Path(path))
+
+
+def check_tokenizer(config: Config, stages: Collection[str], teacher: ModelShape, where: str) -> None:
+    """Ids of the tokenizer against rows of the embedding, read from tokenizer.json alone. where: the teacher."""
+    if not makes_corpus(config, stages):
+        return
+    rows = f"at most the {teacher.vocab_size} rows of embedding of {where}"
+    taken = given_tokenizer(config)
+    if taken is None:
+        trained = config.data.tokenizer_vocab_size
+        setting = "model.shape.vocab_size" if trained is None else "data.tokenizer_vocab_size"
+        size = teacher.vocab_size if trained is None else trained
+        remedy = f"Lower it, or raise model.shape.vocab_size={teacher.vocab_size}."
+        expect(size <= teacher.vocab_size, setting, rows, size, remedy)
+        enough = f"at least {SMALLEST_VOCABULARY}: 256 bytes and two special tokens"
+        expect(size >= SMALLEST_VOCABULARY, setting, enough, size, "Raise it.")
+        return
+    setting, directory = taken
+    expect(
+        any((directory / name).is_file() for name in TOKENIZERS),
+        setting,
+        "a tokenizer (tokenizer.json)" + (" beside the teacher's weights" if setting == "model.path" else ""),
+        f"none in {directory}",
+        "Set data.tokenizer to its directory: a tokenizer trained here would not fit a trained teacher.",
+    )
+    ids = tokenizer_size(directory)
+    if ids is not None:
+        remedy = "Take the teacher's own tokenizer." if setting == "data.tokenizer" else "Its files are of two models."
+        expect(ids <= teacher.vocab_size, setting, rows, f"{ids} ids in {directory}", remedy)
+
+
+def needed_splits(config: Config, stages: Collection[str]) -> Iterator[tuple[str, str]]:
+    """(stage, split) of what the stages read of the corpus."""
+    for name in ("teacher", "distil"):
+        if name in stages and not (name == "teacher" and config.teacher.mode is TeacherMode.take):
+            yield name, "train"
+            yield name, "validation"
+    student = config.student
+    narrower = student.hidden_size or student.intermediate_size or student.num_attention_heads
+    scored = narrower or (student.num_hidden_layers and not student.drop_layers)
+    if "prune" in stages and not student.path and scored:
+        yield "prune", "calibration"
+    for name in ("evaluate", "export"):
+        if name in stages:
+            yield name, config.evaluate.split
+
+
+def check_splits(config: Config, stages: Collection[str], teacher: ModelShape) -> None:
+    """That the corpus has, or will have, every split that the stages read, and the teacher's vocabulary."""
+    if makes_corpus(config, stages):
+        for name, split in needed_splits(config, stages):
+            if split != "train" and not getattr(config.data, f"{split}_fraction"):
+                remedy = "Raise it" + (", or set evaluate.split." if name in ("evaluate", "export") else ".")
+                expected = f"above 0, since stage {name} reads the {split} split"
+                expect(False, f"data.{split}_fraction", expected, 0, remedy)
+        return
+    corpus = artifacts.corpus_directory(config)
+    needed = list(needed_splits(config, stages))
+    if not needed or not (corpus / "blend.json").is_file():
+        return  # artifacts says what is missing
+    splits = read_blend(corpus)["splits"]
+    filled = ", ".join(name for name, parts in splits.items() if parts)
+    for name, split in needed:
+        remedy = f"Make the corpus with data.{split}_fraction above 0" + (
+            ", or set evaluate.split." if name in ("evaluate", "export") else "."
+        )
+        expect(bool(splits.get(split)), str(corpus), f"the {split} split, which stage {name} reads", filled, remedy)
+    directory = artifacts.teacher_directory(config)
+    if {"teacher", "prune", "distil", "evaluate"} & set(stages) and artifacts.is_hugging_face(directory):
+        check_vocabulary(corpus, directory, teacher.vocab_size)

@@ -1,0 +1,88 @@
+"""The directories that a configuration names: that they are there, and hold what they should."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from pipelines import artifacts
+from pipelines.config import Config, TeacherMode, expect
+from pipelines.families import read_shape
+from pipelines.nemo_context import WEIGHTS, is_nemo_checkpoint, looks_like_nemo
+from pipelines.safetensors_header import check_model
+from pipelines.vocabulary import TOKENIZERS
+
+NEEDS_TEACHER = frozenset({"teacher", "prune", "distil", "evaluate"})
+NEEDS_START = frozenset({"distil", "evaluate"})
+
+
+def check_run(config: Config) -> None:
+    """Where the run is written."""
+    name = config.run.name
+    good = name.strip() and name not in (".", "..") and not set(name) & set("/\\\0") and len(name.encode()) < 256
+    expect(bool(good), "run.name", "a directory name", repr(name), "Leave slashes out; see run.directory.")
+    expect("\0" not in config.run.directory, "run.directory", "a path", repr(config.run.directory), "Change it.")
+    root = Path(config.run.directory).absolute()
+    existing = next(path for path in (root, *root.parents) if path.exists())
+    expect(existing.is_dir(), "run.directory", "a directory", f"the file {existing}", "Choose another path.")
+
+
+def check_given(config: Config, stages: Collection[str]) -> None:
+    """Directories that the configuration names. Without any stage that reads them they may be missing."""
+    path = config.model.path
+    works = [name for name in stages if name not in ("plan", "verify")]
+    pretrains = config.teacher.mode is TeacherMode.pretrain
+    if path and works:
+        _expect_directory("model.path", path)
+        hugging_face = artifacts.is_hugging_face(path)
+        expect(
+            hugging_face or looks_like_nemo(Path(path)),
+            "model.path",
+            "a Hugging Face directory with a config.json, or a NeMo 2 checkpoint",
+            path,
+            "Point to the model itself.",
+        )
+        expect(
+            hugging_face or is_nemo_checkpoint(Path(path)),
+            "model.path",
+            "a NeMo 2 checkpoint with context/model.yaml and weights/",
+            f"only one of them in {path}",
+            "Copy the checkpoint again, or convert it to Hugging Face.",
+        )
+        metadata = Path(path) / WEIGHTS / "metadata.json"
+        expect(hugging_face or metadata.is_file(), "model.path", str(metadata), "none", "Copy the checkpoint again.")
+    made = artifacts.is_complete(artifacts.stage_directory(config, "teacher"))
+    expect(
+        bool(path) or pretrains or not NEEDS_TEACHER & set(stages) or made,
+        "model.path",
+        f"the teacher's directory with teacher.mode={config.teacher.mode.value}",
+        "none",
+        "Set model.path=..., or teacher=pretrain for a small teacher from scratch.",
+    )
+    for setting, given, names in (
+        ("student.path", config.student.path, ("config.json",)),
+        ("data.corpus", config.data.corpus, ("blend.json",)),
+        ("data.tokenizer", config.data.tokenizer, TOKENIZERS),
+    ):
+        if given and works:
+            _expect_directory(setting, given)
+            there = any((Path(given) / name).is_file() for name in names)
+            expect(there, setting, f"a directory with {' or '.join(names)}", given, "Check the path.")
+
+
+def _expect_directory(setting: str, given: str) -> None:
+    path = Path(given)
+    remote = "" if path.parent.exists() else " Download a model of the Hub first: names of the Hub are not looked up."
+    expect(path.exists(), setting, "an existing directory", given, f"Check its spelling.{remote}")
+    expect(path.is_dir(), setting, "an existing directory", f"the file {given}", "Give the directory that it is in.")
+
+
+def check_weights(config: Config, stages: Collection[str]) -> None:
+    """The safetensors headers of given models against their config.json; no weight is read."""
+    given = []
+    path = config.model.path
+    if path and config.teacher.mode is not TeacherMode.pretrain and NEEDS_TEACHER & set(stages):
+        given.append(path)
+    if config.student.path and NEEDS_START & set(stages):
+        given.append(config.student.path)
+    for directory in given:
+        if artifacts.is_hugging_face(directory):
+            check_model(Path(directory), read_shape(directory))

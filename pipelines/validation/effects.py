@@ -1,0 +1,81 @@
+"""Settings without effect, each told once."""
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from pipelines import artifacts
+from pipelines.config import Config, DepthMethod, Format, Layout, SourceKind, TeacherMode
+from pipelines.families import ModelShape, read_shape
+from pipelines.nemo_context import is_nemo_checkpoint
+from pipelines.validation.data import given_tokenizer, makes_corpus
+from pipelines.validation.training import trainings
+
+WITH_TEXT_KEY = (SourceKind.auto, SourceKind.jsonl, SourceKind.parquet, SourceKind.datasets)
+
+
+def warnings(
+    config: Config, ranks: Layout, stages: Collection[str], teacher: ModelShape, student: ModelShape
+) -> Iterator[str]:
+    if "plan" in stages:
+        yield from _planned(config)
+    if config.format is Format.json and "plan" not in stages:
+        yield "format=json has no effect without stage=plan"
+    if ranks.sequence_parallel and ranks.tensor == 1:
+        yield "parallel.sequence_parallel=true has no effect with parallel.tensor=1"
+    for name, training in trainings(config, stages):
+        if training.distributed_optimizer and ranks.data == 1:
+            yield f"{name}.distributed_optimizer=true has no effect with one data-parallel rank"
+    yield from _loss(config, stages)
+    if makes_corpus(config, stages):
+        yield from _corpus(config)
+    if config.model.path and config.teacher.mode is TeacherMode.pretrain:
+        yield f"model.path={config.model.path} has no effect with teacher.mode=pretrain"
+    yield from _student(config, stages, teacher, student)
+
+
+def _planned(config: Config) -> Iterator[str]:
+    pretrains = config.teacher.mode is TeacherMode.pretrain
+    for setting, path in (("model.path", config.model.path), ("student.path", config.student.path)):
+        nemo = setting == "model.path" and path and is_nemo_checkpoint(Path(path))
+        if path and not artifacts.is_hugging_face(path) and not nemo and not (setting == "model.path" and pretrains):
+            yield f"{setting}={path} has no config.json: plan counts the shape of the configuration instead"
+
+
+def _loss(config: Config, stages: Collection[str]) -> Iterator[str]:
+    if "distil" in stages and config.distil.kd_weight == 0:
+        if config.distil.temperature != 1:
+            yield "distil.temperature has no effect with distil.kd_weight=0"
+        if not config.distil.temperature_squared:
+            yield "distil.temperature_squared has no effect with distil.kd_weight=0"
+    elif "distil" in stages and config.distil.temperature == 1 and not config.distil.temperature_squared:
+        yield "distil.temperature_squared=false has no effect with distil.temperature=1"
+
+
+def _corpus(config: Config) -> Iterator[str]:
+    taken = given_tokenizer(config)
+    if taken and config.data.tokenizer_vocab_size:
+        which = "data.tokenizer" if taken[0] == "data.tokenizer" else f"the tokenizer of model.path={config.model.path}"
+        yield f"data.tokenizer_vocab_size has no effect with {which}"
+    for number, source in enumerate(config.data.sources):
+        if source.text_key != "text" and source.kind not in WITH_TEXT_KEY:
+            yield f"data.sources[{number}].text_key has no effect with kind={source.kind.value}"
+
+
+def _student(config: Config, stages: Collection[str], teacher: ModelShape, student: ModelShape) -> Iterator[str]:
+    if config.student.path:
+        if "prune" in stages:
+            yield "student.path is given: the prune stage has nothing to do"
+        return
+    if "prune" in stages and student == teacher:
+        yield "student: nothing is smaller than the teacher's; the student starts as a copy"
+    if "prune" in stages and config.prune.depth_method is DepthMethod.layers and not config.student.drop_layers:
+        yield "prune.depth_method=layers has no effect without student.drop_layers"
+    made = artifacts.student_start_directory(config)
+    if "distil" in stages and "prune" not in stages and artifacts.is_hugging_face(made):
+        there = read_shape(made)
+        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"):
+            if getattr(there, name) != getattr(student, name):
+                yield (
+                    f"student.{name}={getattr(student, name)} has no effect without stage=prune: {made} has "
+                    f"{getattr(there, name)}"
+                )

@@ -1,0 +1,73 @@
+"""Which values a single number may have, by the name of its setting."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, is_dataclass
+from typing import Any
+
+from pipelines.config import Config, UserError
+
+
+@dataclass(frozen=True)
+class Range:
+    """low <= value < high; above: low < value."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+
+    def holds(self, value: float) -> bool:
+        return (self.low < value if self.above else self.low <= value) and value < self.high
+
+    def __str__(self) -> str:
+        if self.high < math.inf:
+            return f"a number from {self.low:,g} to below {self.high:,.0f}"
+        return f"a number above {self.low:g}" if self.above else f"{self.low:g} or more"
+
+
+POSITIVE, NOT_NEGATIVE, ONE_OR_MORE = Range(0, above=True), Range(0), Range(1)
+BELOW_ONE = Range(0, 1)
+SEED = Range(1, 2**31)  # Megatron takes none below 1
+
+RANGES: dict[str, Range] = {
+    **dict.fromkeys(("learning_rate", "temperature", "tolerance", "rms_norm_eps", "rope_theta", "weight"), POSITIVE),
+    **dict.fromkeys(("warmup_steps", "weight_decay", "gradient_clip", "min_learning_rate"), NOT_NEGATIVE),
+    **dict.fromkeys(("kd_weight", "ce_weight"), NOT_NEGATIVE),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), BELOW_ONE),
+    **dict.fromkeys(("validation_fraction", "test_fraction", "calibration_fraction"), BELOW_ONE),
+    **dict.fromkeys(("processes", "tensor", "pipeline", "context", "workers"), ONE_OR_MORE),
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "head_dim"), ONE_OR_MORE),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_hidden_layers"), ONE_OR_MORE),
+    **dict.fromkeys(("max_position_embeddings", "sequence_length", "batches", "micro_batches"), ONE_OR_MORE),
+    **dict.fromkeys(("micro_batch_size", "global_batch_size", "steps", "validation_interval"), ONE_OR_MORE),
+    **dict.fromkeys(("validation_batches", "checkpoint_interval", "keep_checkpoints", "log_interval"), ONE_OR_MORE),
+    **dict.fromkeys(("calibration_samples", "new_tokens", "tokenizer_sample_bytes"), ONE_OR_MORE),
+    **dict.fromkeys(("limit_bytes", "document_bytes", "tokenizer_vocab_size"), ONE_OR_MORE),
+    "seed": SEED,
+}
+
+
+def check(config: Config) -> None:
+    """Raises UserError for the first number that is out of its range, infinite or not a number."""
+    for setting, value in numbers(config):
+        allowed = RANGES.get(setting.rpartition(".")[2])
+        if not math.isfinite(value):
+            expected, remedy = str(allowed or "a finite number"), "Give a finite number."
+        elif allowed is None or allowed.holds(value):
+            continue
+        else:
+            expected, remedy = str(allowed), "Lower it." if value >= allowed.high else "Raise it."
+        raise UserError(f"{setting}: expected {expected}, found {value}. {remedy}")
+
+
+def numbers(settings: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    """(dotted path, value) of every number in the settings, lists of groups included."""
+    for name, value in vars(settings).items():
+        if is_dataclass(value):
+            yield from numbers(value, f"{path}{name}.")
+        elif isinstance(value, list):
+            for place, entry in enumerate(value):
+                if is_dataclass(entry):
+                    yield from numbers(entry, f"{path}{name}[{place}].")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield path + name, value

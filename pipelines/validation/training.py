@@ -1,0 +1,46 @@
+"""Settings of a training run against each other."""
+
+from collections.abc import Collection, Iterator
+
+from pipelines.config import Config, Layout, TeacherMode, TrainingConfig, expect
+
+
+def check(config: Config, stages: Collection[str], ranks: Layout) -> None:
+    for name, training in trainings(config, stages):
+        _check_run(name, training, ranks)
+    for name, loss in (("distil", config.distil), ("verify", config.verify)):
+        weighted = name not in stages or loss.kd_weight > 0 or loss.ce_weight > 0
+        expect(weighted, name, "kd_weight or ce_weight above 0", "both 0", "Set one of them.")
+
+
+def trainings(config: Config, stages: Collection[str]) -> Iterator[tuple[str, TrainingConfig]]:
+    """(stage, settings) of the stages that are asked for and train."""
+    if "teacher" in stages and config.teacher.mode is not TeacherMode.take:
+        yield "teacher", config.teacher
+    if "distil" in stages:
+        yield "distil", config.distil
+
+
+def _check_run(name: str, training: TrainingConfig, ranks: Layout) -> None:
+    unit = training.micro_batch_size * ranks.data
+    expect(
+        training.global_batch_size % unit == 0,
+        f"{name}.global_batch_size",
+        f"a multiple of {unit}, {name}.micro_batch_size * {ranks.data} data-parallel ranks",
+        training.global_batch_size,
+        f"Take {max(1, training.global_batch_size // unit) * unit}, or change the micro batch.",
+    )
+    expect(
+        training.warmup_steps < training.steps,
+        f"{name}.warmup_steps",
+        f"fewer than {name}.steps={training.steps}",
+        training.warmup_steps,
+        "Lower it.",
+    )
+    expect(
+        training.min_learning_rate <= training.learning_rate,
+        f"{name}.min_learning_rate",
+        f"at most {name}.learning_rate={training.learning_rate:g}",
+        training.min_learning_rate,
+        "Lower it.",
+    )
