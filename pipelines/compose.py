@@ -41,6 +41,10 @@ def compose(overrides: list[str]) -> Config:
             raise UserError(f"{override}: a setting cannot be removed. Give it another value with key=value.")
         if not group or not equals:
             raise UserError(_not_an_override(override))
+        if group.startswith("hydra"):
+            raise UserError(
+                f"{override}: there is no such setting. Hydra's own settings have no use here: leave it out."
+            )
         if group in GROUPS and group != "experiment" and option in ("null", ""):
             raise UserError(f"{override}: expected one of {', '.join(group_options(group))}.")
     mappings = {key: value for o in overrides if (key := o.partition("=")[0]) in MAPPINGS for value in [_mapping(o)]}
@@ -123,7 +127,8 @@ def explain(error: Exception, overrides: list[str]) -> str:
         return _wrong_value(match.group(1), (problems or [text.splitlines()[-1]])[0], overrides)
     if match := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", text):
         key, value = match.groups()
-        return f"{key}={value}: expected one value or a list. Write {key}=[{value}]."
+        remedy = f"Give one of {', '.join(group_options(key))}." if key in GROUPS else f"Write {key}=[{value}]."
+        return f"{key}={value}: expected one value{'' if key in GROUPS else ' or a list'}, found several. {remedy}"
     if type(error).__name__ == "OverrideParseException":
         return _not_an_override(next((o for o in overrides if not _parses(o)), overrides[-1]))
     return text.splitlines()[0]
@@ -195,7 +200,7 @@ def _unknown_option(group: str, option: str) -> str:
 def _wrong_value(key: str, problem: str, overrides: list[str]) -> str:
     given = [o for o in overrides if o.lstrip("+~").split("=", 1)[0] == key]
     kind = _type_of(key)
-    expected = f" Expected {kind}." if kind else ""
+    expected = f" Expected {kind}." if kind and "expected one of" not in problem else ""
     return f"{given[-1] if given else key}: {problem.strip().rstrip('.')}.{expected}"
 
 
@@ -208,6 +213,8 @@ def _type_of(key: str) -> str:
         kind = kinds[name]
     if isinstance(kind, type) and issubclass(kind, Enum):
         return " or ".join(kind.__members__)
+    if kind == list[configuration.SourceConfig]:
+        return f"a list of sources, as in '{key}=[{{path: text.jsonl}}, {{path: more.parquet, weight: 2}}]'"
     words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
     name = kind.__name__ if isinstance(kind, type) and "[" not in str(kind) else str(kind)
     if name.removesuffix(" | None") in words:

@@ -1,6 +1,8 @@
 """Mistakes of the command line: one message each, with what was expected, what was found and what to do."""
 
+import importlib.util
 import json
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from pipelines import planning
 from pipelines.compose import compose, known_keys
 from pipelines.config import Config, ParallelConfig, UserError, layout
 from pipelines.validation import validate
+from pipelines.validation.numbers import RANGES
 from pipelines.vocabulary import tokenizer_size
 
 # A shape and a batch of this test's own, whatever the quickstart's become.
@@ -67,6 +70,16 @@ def model(tmp_path: Path) -> Path:
         ("steps", ["'steps'", "expected key=value"]),
         ("stage=prune,distil", ["stage=[prune,distil]"]),
         ("~distil.steps", ["cannot be removed"]),
+        ("=5", ["'=5'", "expected key=value"]),
+        ("hydra/launcher=x", ["hydra/launcher=x", "no such setting"]),
+        ("experiment=quickstart,quickstart_depth", ["expected one value", "Give one of"]),
+        ("model.shape.rope_scaling=[1]", ["rope_scaling=[1]", "names and values", "or null"]),
+        ("model.shape.rope_scaling={", ["rope_scaling={", "expected key=value"]),
+        ("model.path=${HOME}/model", ["${HOME}/model", "${oc.env:NAME}"]),
+        ("model.path=${oc.env:NO_SUCH_NAME}/model", ["NO_SUCH_NAME", "environment"]),
+        ("data.sources=text.jsonl", ["data.sources=text.jsonl", "[{path: text.jsonl}"]),
+        ("data.sources=[text.jsonl]", ["data.sources=[text.jsonl]", "[{path: text.jsonl}"]),
+        ("student.hidden_size=abc", ["student.hidden_size=abc", "Expected a whole number or null"]),
     ],
 )
 def test_what_cannot_be_composed_is_named_with_what_could(override: str, parts: list[str]) -> None:
@@ -75,6 +88,28 @@ def test_what_cannot_be_composed_is_named_with_what_could(override: str, parts: 
     message = str(caught.value)
     assert all(part in message for part in parts), message
     assert "\n" not in message
+
+
+def test_of_two_values_for_a_setting_the_wrong_one_is_named() -> None:
+    with pytest.raises(UserError, match=r"^student\.hidden_size=abc: "):
+        compose(["student.hidden_size=64", "student.hidden_size=abc"])
+
+
+def test_a_mapping_replaces_the_one_before() -> None:
+    scaling = compose(["model=llama31_8b", "model.shape.rope_scaling={rope_type: linear, factor: 2}"]).model.shape
+    assert scaling.rope_scaling == {"rope_type": "linear", "factor": 2}
+    assert compose(["model=llama31_8b", "model.shape.rope_scaling=null"]).model.shape.rope_scaling is None
+
+
+def test_a_tilde_is_the_home_directory_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    paths = ["run.directory", "model.path", "student.path", "data.corpus", "data.tokenizer"]
+    for quote in ("", '"'):
+        given = [f"{path}={quote}~/x{quote}" for path in paths]
+        config = compose([*given, f"data.sources=[{{path: {quote}~/a.txt{quote}}}, {{weight: 2, path: 'b~/c'}}]"])
+        found = {config.run.directory, config.model.path, config.student.path, config.data.corpus}
+        assert found | {config.data.tokenizer} == {"/home/somebody/x"}
+        assert [source.path for source in config.data.sources] == ["/home/somebody/a.txt", "b~/c"]
 
 
 def test_a_plus_before_a_key_changes_nothing() -> None:
@@ -134,13 +169,75 @@ def test_composed_values_are_plain_dataclasses_of_the_schema() -> None:
         ("distil", [f"run.directory={__file__}/runs"], ["run.directory", "a directory", "the file"]),
         ("distil", ["model.shape.num_key_value_heads=3"], ["multiple of num_key_value_heads=3"]),
         ("distil", ["model.shape.head_dim=31"], ["even number"]),
-        ("plan", ["distil.steps=0"], ["distil.steps", "1 or more"]),
+        ("plan", ["distil.steps=0"], ["distil.steps", "1 or more", "Raise"]),
+        ("plan", ["distil.steps=1000000000000000000"], ["distil.steps", "less than", "Lower"]),
+        ("plan", ["distil.kd_weight=nan"], ["distil.kd_weight", "0 or more", "nan", "finite"]),
+        ("plan", ["distil.learning_rate=inf"], ["distil.learning_rate", "above 0", "inf", "finite"]),
+        ("plan", ["distil.adam_beta1=1"], ["distil.adam_beta1", "from 0 to below 1", "Lower"]),
+        ("plan", ["teacher.adam_beta2=-0.1"], ["teacher.adam_beta2", "from 0 to below 1", "Raise"]),
+        ("plan", ["export.tolerance=0"], ["export.tolerance", "above 0"]),
+        ("verify", ["verify.tolerance=-1"], ["verify.tolerance", "above 0"]),
+        ("plan", ["model.shape.rms_norm_eps=0"], ["model.shape.rms_norm_eps", "above 0"]),
+        ("plan", ["model.shape.rope_theta=-1"], ["model.shape.rope_theta", "above 0"]),
+        ("plan", ["model.shape.num_hidden_layers=0"], ["model.shape.num_hidden_layers", "1 or more", "Raise"]),
+        ("plan", ["model.shape.hidden_size=-4"], ["model.shape.hidden_size", "1 or more"]),
+        ("plan", ["model.shape.architecture=GPT2"], ["model.shape.architecture", "LlamaForCausalLM", "GPT2"]),
+        ("plan", ["model.shape.rope_scaling={type: yarn}"], ["model.shape.rope_scaling", "llama3", "'yarn'"]),
+        ("plan", ["model.shape.rope_scaling={rope_type: linear}"], ["rope_scaling.factor", "none"]),
+        ("plan", ["model.shape.rope_scaling={rope_type: linear, factor: nan}"], ["rope_scaling.factor", "nan"]),
+        ("plan", ["run.seed=0"], ["run.seed", "from 1"]),
+        ("plan", ["evaluate.split=dev"], ["evaluate.split", "validation, test", "dev"]),
+        ("verify", ["parallel.tensor=1000"], ["processes", "1000", "Lower"]),
+        ("corpus", ["data.sources=[{kind: standard_library, weight: nan}]"], ["data.sources[0].weight", "nan"]),
+        ("corpus", ["data.sources=[{kind: standard_library, limit_bytes: 0}]"], ["data.sources[0].limit_bytes", "0"]),
+        ("corpus", ["data.tokenizer_vocab_size=100"], ["data.tokenizer_vocab_size", "258", "100"]),
+        ("corpus", ["data.test_fraction=-0.1"], ["data.test_fraction", "from 0 to below 1"]),
+        ("prune", ["prune.depth_method=layers", "student.num_hidden_layers=4"], ["the 2 layers", "block_influence"]),
+        ("evaluate", ["parallel=tp2_sp", "evaluate.sequence_length=127"], ["evaluate.sequence_length", "127"]),
+        ("prune", ["parallel=tp2_sp", "prune.sequence_length=127"], ["prune.sequence_length", "127"]),
+        ("verify", ["parallel=tp2_sp", "verify.sequence_length=31"], ["verify.sequence_length", "31"]),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_starts(stage: str, overrides: list[str], parts: list[str]) -> None:
     message = refusal(stage, *BASE, *overrides)
     assert "expected" in message and "found" in message
     assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    ("stages", "fraction"),
+    [
+        (["corpus", "distil"], "data.validation_fraction"),
+        (["corpus", "evaluate"], "data.test_fraction"),
+        (["corpus", "prune"], "data.calibration_fraction"),
+    ],
+)
+def test_a_split_that_a_stage_reads_may_not_be_empty(stages: list[str], fraction: str) -> None:
+    overrides = [*BASE, "student.hidden_size=64", f"{fraction}=0"]
+    with pytest.raises(UserError, match=f"^{fraction}: expected above 0, since stage {stages[1]} reads"):
+        validate(compose(overrides), stages)
+    validate(compose(overrides), ["corpus"])
+
+
+def test_every_number_of_the_schema_has_a_range() -> None:
+    def leaves(kind: type) -> set[str]:
+        names: set[str] = set()
+        for entry in fields(kind):
+            if is_dataclass(entry.type):
+                names |= leaves(entry.type)
+            elif entry.type in (int, float, int | None, float | None):
+                names.add(entry.name)
+        return names
+
+    assert leaves(Config) | leaves(configuration.SourceConfig) == RANGES.keys()
+
+
+def test_context_parallelism_is_refused_by_name_where_a_stage_cannot_cut_its_windows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(UserError, match=r"parallel.context: expected 1 in stage prune, found 2"):
+        validate(compose([*BASE, "parallel.context=2", "parallel.tensor=1"]), ["corpus", "distil", "prune"])
 
 
 def test_a_model_directory_without_config_or_of_another_architecture_is_refused_by_name(model: Path) -> None:
@@ -187,6 +284,35 @@ def test_a_setting_without_effect_is_told() -> None:
     )
     assert any("sequence_parallel=true has no effect" in warning for warning in warnings)
     assert validate(compose(BASE), ["distil"]) == []
+
+
+@pytest.mark.parametrize(
+    ("stages", "overrides", "part"),
+    [
+        (["distil"], ["distil.distributed_optimizer=true"], "distil.distributed_optimizer=true has no effect"),
+        (["teacher"], ["teacher.distributed_optimizer=true"], "teacher.distributed_optimizer=true has no effect"),
+        (["distil"], ["distil.temperature_squared=false"], "temperature_squared=false has no effect"),
+        (["distil"], ["distil.kd_weight=0", "distil.temperature=2"], "distil.temperature has no effect"),
+        (["corpus"], ["format=json"], "format=json has no effect without stage=plan"),
+        (["prune"], ["student.hidden_size=64", "prune.depth_method=layers"], "depth_method=layers has no effect"),
+        (["corpus"], ["data.sources=[{kind: standard_library, text_key: body}]"], "text_key has no effect"),
+    ],
+)
+def test_each_setting_without_effect_is_named(stages: list[str], overrides: list[str], part: str) -> None:
+    found = validate(compose([*BASE, *overrides]), stages)
+    assert len(found) == 1 and part in found[0], found
+
+
+def test_the_size_of_a_tokenizer_that_is_not_trained_has_no_effect(model: Path) -> None:
+    content = {"model": {"vocab": {"a": 0, "b": 1}}}
+    (model / "tokenizer.json").write_text(json.dumps(content))
+    size = "data.tokenizer_vocab_size=300"
+    taken = validate(compose(["teacher=take", f"model.path={model}", "student=custom", size]), ["corpus"])
+    assert any("has no effect with the tokenizer of model.path" in warning for warning in taken)
+    given = validate(compose([*BASE, f"data.tokenizer={model}", size]), ["corpus"])
+    assert given == ["data.tokenizer_vocab_size has no effect with data.tokenizer"]
+    pretrained = validate(compose([*BASE, f"model.path={model}", size]), ["corpus"])
+    assert pretrained == [f"model.path={model} has no effect with teacher.mode=pretrain"]
 
 
 def test_the_layout_follows_from_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from pipelines import planning
 from pipelines.compose import compose
-from pipelines.config import Layout, StudentConfig, UserError
+from pipelines.config import Layout, Precision, StudentConfig, UserError
 from pipelines.families import ModelShape
 
 SMALL = ModelShape(
@@ -37,6 +37,13 @@ def test_counts_are_the_published_ones(experiment: str, student: int, student_in
     assert figures["student"]["non_embedding_parameters"] == student_inner
     assert figures["steps"] == 9960
     assert figures["tokens"] == 9960 * 1152 * 8192
+
+
+@pytest.mark.parametrize("name", ["width", "depth", "tutorial"])
+def test_an_8b_teacher_is_held_in_two_bytes_per_weight_wherever_it_is_used(name: str) -> None:
+    config = compose([f"experiment=llama31_8b_to_4b_{name}"])
+    assert config.prune.precision is config.distil.precision is Precision.bf16
+    assert config.evaluate.precision in (None, Precision.bf16)
 
 
 @pytest.mark.parametrize("experiment", ["quickstart", "quickstart_depth"])

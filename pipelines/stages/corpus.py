@@ -229,8 +229,9 @@ def _refuse_empty(counts: list[SourceCounts], fractions: Fractions) -> None:
         remedy = f"Set data.{split}_fraction={enough:.2g}, give" if enough <= 0.25 else "Give"
         if split == "train":
             remedy = "Lower the other splits' fractions, give"
+        noun = "document" if total == 1 else "documents"
         raise UserError(
-            f"corpus: expected documents in the {split} split, found none: {total} documents in all, of which "
+            f"corpus: expected documents in the {split} split, found none: {total} {noun} in all, of which "
             f"data.{split}_fraction={shares.get(split, 1 - sum(shares.values())):g} should stand there. {remedy} "
             "more documents, or cut long text files with document_bytes of their source."
         )

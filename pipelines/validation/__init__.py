@@ -37,6 +37,8 @@ def validate(config: Config, stages: Collection[str]) -> list[str]:
     if RANKED & set(stages):
         layouts.check_division(ranks, teacher, "teacher")
         layouts.check_division(ranks, student, "student")
+    if any(STAGES[name].ranks for name in stages):
+        layouts.check_processes(ranks)
     layouts.check_context(ranks, stages)
     for name, length in layouts.lengths(config, stages):
         layouts.check_length(name, length, ranks, teacher)

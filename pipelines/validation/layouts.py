@@ -1,6 +1,7 @@
 """Shapes and sequence lengths against the layout of ranks."""
 
 import importlib.util
+import os
 from collections.abc import Collection, Iterator
 
 from pipelines.config import Config, Layout, TeacherMode, expect
@@ -22,6 +23,14 @@ def check_division(ranks: Layout, shape: ModelShape, who: str) -> None:
     layers, setting = shape.num_hidden_layers, f"parallel.pipeline={pipeline}"
     expected = f"a divisor of the {who}'s {layers} layers"
     expect(layers % pipeline == 0, setting, expected, pipeline, "Lower parallel.pipeline.")
+
+
+def check_processes(ranks: Layout) -> None:
+    """No more processes than one machine's processors can bear; another launcher knows its own machines."""
+    most = max(16, 4 * (os.cpu_count() or 1))
+    too_many = ranks.device == "cpu" and "WORLD_SIZE" not in os.environ and ranks.processes > most
+    remedy = "Lower parallel.processes, tensor, pipeline or context."
+    expect(not too_many, "parallel", f"at most {most} processes on this machine's processors", ranks.processes, remedy)
 
 
 def check_context(ranks: Layout, stages: Collection[str]) -> None:

@@ -19,13 +19,17 @@ class Range:
     def holds(self, value: float) -> bool:
         return (self.low < value if self.above else self.low <= value) and value < self.high
 
-    def __str__(self) -> str:
+    def describe(self, value: float) -> str:
+        """The side of the range that a value misses; both where it has an upper end of its own."""
+        if self.high == MANY:
+            return f"less than {MANY:,}" if MANY <= value < math.inf else f"{self.low:g} or more"
         if self.high < math.inf:
             return f"a number from {self.low:,g} to below {self.high:,.0f}"
         return f"a number above {self.low:g}" if self.above else f"{self.low:g} or more"
 
 
-POSITIVE, NOT_NEGATIVE, ONE_OR_MORE = Range(0, above=True), Range(0), Range(1)
+MANY = 10**15  # of anything that is counted
+POSITIVE, NOT_NEGATIVE, ONE_OR_MORE = Range(0, above=True), Range(0), Range(1, MANY)
 BELOW_ONE = Range(0, 1)
 SEED = Range(1, 2**31)  # Megatron takes none below 1
 
@@ -52,11 +56,12 @@ def check(config: Config) -> None:
     for setting, value in numbers(config):
         allowed = RANGES.get(setting.rpartition(".")[2])
         if not math.isfinite(value):
-            expected, remedy = str(allowed or "a finite number"), "Give a finite number."
+            expected = allowed.describe(value) if allowed else "a number"
+            remedy = "Give a finite number."
         elif allowed is None or allowed.holds(value):
             continue
         else:
-            expected, remedy = str(allowed), "Lower it." if value >= allowed.high else "Raise it."
+            expected, remedy = allowed.describe(value), "Lower it." if value >= allowed.high else "Raise it."
         raise UserError(f"{setting}: expected {expected}, found {value}. {remedy}")
 
 
