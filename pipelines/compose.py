@@ -126,12 +126,21 @@ def explain(error: Exception, overrides: list[str]) -> str:
         problems = [line for line in text.splitlines() if re.match(r"(?i)(value|invalid|cannot|field|object)\b", line)]
         return _wrong_value(match.group(1), (problems or [text.splitlines()[-1]])[0], overrides)
     if match := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", text):
-        key, value = match.groups()
-        remedy = f"Give one of {', '.join(group_options(key))}." if key in GROUPS else f"Write {key}=[{value}]."
-        return f"{key}={value}: expected one value{'' if key in GROUPS else ' or a list'}, found several. {remedy}"
+        return _several(*match.groups())
     if type(error).__name__ == "OverrideParseException":
         return _not_an_override(next((o for o in overrides if not _parses(o)), overrides[-1]))
     return text.splitlines()[0]
+
+
+def _several(key: str, value: str) -> str:
+    """A comma outside of brackets: Hydra would start one run per value."""
+    if key in GROUPS:
+        return f"{key}={value}: expected one value, found several. Give one of {', '.join(group_options(key))}."
+    kind = _type_of(key)
+    if kind.startswith("a text"):
+        return f"{key}={value}: expected one text, found commas outside of quotes. Write '{key}=\"{value}\"'."
+    remedy = f"Give {kind}." if kind.startswith(("a whole", "a number", "true")) else f"Write {key}=[{value}]."
+    return f"{key}={value}: expected one value or a list, found several. {remedy}"
 
 
 def _unknown_interpolation(name: str, overrides: list[str]) -> str:

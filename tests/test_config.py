@@ -73,6 +73,8 @@ def model(tmp_path: Path) -> Path:
         ("=5", ["'=5'", "expected key=value"]),
         ("hydra/launcher=x", ["hydra/launcher=x", "no such setting"]),
         ("experiment=quickstart,quickstart_depth", ["expected one value", "Give one of"]),
+        ("export.prompt=a, b", ["expected one text", "'export.prompt=\"a, b\"'"]),
+        ("distil.steps=1,2", ["expected one value", "Give a whole number"]),
         ("model.shape.rope_scaling=[1]", ["rope_scaling=[1]", "names and values", "or null"]),
         ("model.shape.rope_scaling={", ["rope_scaling={", "expected key=value"]),
         ("model.path=${HOME}/model", ["${HOME}/model", "${oc.env:NAME}"]),
@@ -190,6 +192,9 @@ def test_composed_values_are_plain_dataclasses_of_the_schema() -> None:
         ("verify", ["parallel.tensor=1000"], ["processes", "1000", "Lower"]),
         ("corpus", ["data.sources=[{kind: standard_library, weight: nan}]"], ["data.sources[0].weight", "nan"]),
         ("corpus", ["data.sources=[{kind: standard_library, limit_bytes: 0}]"], ["data.sources[0].limit_bytes", "0"]),
+        ("corpus", ["data.sources=[{kind: megatron, path: conf}]"], ["data.sources[0].path", ".bin and .idx", "conf"]),
+        ("corpus", ["data.sources=[{kind: datasets, path: conf}]"], ["data.sources[0].path", "save_to_disk", "conf"]),
+        ("distil", [f"run.name={'x' * 256}"], ["run.name", "255 bytes", "256", "Shorten"]),
         ("corpus", ["data.tokenizer_vocab_size=100"], ["data.tokenizer_vocab_size", "258", "100"]),
         ("corpus", ["data.test_fraction=-0.1"], ["data.test_fraction", "from 0 to below 1"]),
         ("prune", ["prune.depth_method=layers", "student.num_hidden_layers=4"], ["the 2 layers", "block_influence"]),
@@ -217,6 +222,26 @@ def test_a_split_that_a_stage_reads_may_not_be_empty(stages: list[str], fraction
     with pytest.raises(UserError, match=f"^{fraction}: expected above 0, since stage {stages[1]} reads"):
         validate(compose(overrides), stages)
     validate(compose(overrides), ["corpus"])
+
+
+def test_a_corpus_and_a_teacher_can_be_made_whatever_the_student_shall_be(model: Path) -> None:
+    larger = [*BASE, "student.hidden_size=512"]
+    assert validate(compose(larger), ["corpus", "teacher"]) == []
+    with pytest.raises(UserError, match="student.hidden_size.*student=custom"):
+        validate(compose(larger), ["corpus", "teacher", "prune"])
+
+
+def test_what_an_earlier_prune_made_is_what_distil_starts_from(tmp_path: Path) -> None:
+    made = tmp_path / "quickstart" / "prune" / "hf"
+    made.mkdir(parents=True)
+    shape = planning.shape_from_config(compose(BASE).model.shape).replace(intermediate_size=255)
+    (made / "config.json").write_text(json.dumps(shape.to_hugging_face()))
+    overrides = [*BASE, f"run.directory={tmp_path}"]
+    warning = f"student.intermediate_size=768 has no effect without stage=prune: {made} has 255"
+    assert validate(compose([*overrides, "parallel=tp1"]), ["distil"]) == [warning]
+    with pytest.raises(UserError, match="a divisor of the student's 255 ffn neurons"):
+        validate(compose(overrides), ["distil"])
+    assert validate(compose([*overrides, "student.intermediate_size=128"]), ["prune", "distil"]) == []
 
 
 def test_every_number_of_the_schema_has_a_range() -> None:

@@ -9,11 +9,13 @@ from collections.abc import Collection
 
 from pipelines import artifacts, planning
 from pipelines.config import Config, layout
-from pipelines.families import read_shape
+from pipelines.families import ModelShape, read_shape
 from pipelines.stages import STAGES
 from pipelines.validation import data, directories, effects, layouts, numbers, shapes, training
 
 RANKED = frozenset(name for name, stage in STAGES.items() if stage.ranks and name != "verify")  # on ranks, on a model
+
+WITH_STUDENT = frozenset({"plan", "prune", "distil", "evaluate", "export"})
 
 
 def validate(config: Config, stages: Collection[str]) -> list[str]:
@@ -28,14 +30,10 @@ def validate(config: Config, stages: Collection[str]) -> list[str]:
         made = artifacts.teacher_directory(config)  # what these stages read, whatever the settings say by now
         if artifacts.is_hugging_face(made):
             teacher, where = read_shape(made), str(made)
-    student = planning.target_shape(teacher, config.student)
-    if config.student.path and artifacts.is_hugging_face(config.student.path):
-        student = read_shape(config.student.path)
-        shapes.check_given_student(config, teacher, student)
-    else:
-        shapes.check_target(config, teacher, student)
+    student = _student(config, stages, teacher)
     if RANKED & set(stages):
         layouts.check_division(ranks, teacher, "teacher")
+    if WITH_STUDENT & RANKED & set(stages):
         layouts.check_division(ranks, student, "student")
     if any(STAGES[name].ranks for name in stages):
         layouts.check_processes(ranks)
@@ -47,3 +45,18 @@ def validate(config: Config, stages: Collection[str]) -> list[str]:
     data.check_splits(config, stages, teacher)
     directories.check_weights(config, stages)
     return list(effects.warnings(config, ranks, stages, teacher, student))
+
+
+def _student(config: Config, stages: Collection[str], teacher: ModelShape) -> ModelShape:
+    """The shape of the student that the stages make or read. Raises UserError where it cannot be the teacher's."""
+    start = artifacts.student_start_directory(config)
+    if config.student.path and artifacts.is_hugging_face(start):
+        student = read_shape(start)
+        shapes.check_given_student(config, teacher, student)
+        return student
+    if not {"plan", "prune"} & set(stages) and artifacts.is_hugging_face(start):
+        return read_shape(start)  # what an earlier prune made, whatever the settings say by now
+    student = planning.target_shape(teacher, config.student)
+    if WITH_STUDENT & set(stages):
+        shapes.check_target(config, teacher, student)
+    return student

@@ -42,6 +42,16 @@ def _check_source(setting: str, source: SourceConfig) -> None:
     expect(bool(source.path), f"{setting}.path", "a path", "none", "Give the file or directory.")
     path = Path(str(source.path))
     prefix = path.with_name(path.name + ".idx").is_file() and path.with_name(path.name + ".bin").is_file()
+    if kind is SourceKind.datasets:
+        described = any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
+        expect(
+            described, f"{setting}.path", "a directory of datasets' save_to_disk", path, "Check the path or the kind."
+        )
+    if kind is SourceKind.megatron:
+        base = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
+        both = all(base.with_name(base.name + ending).is_file() for ending in (".bin", ".idx"))
+        remedy = "Give the prefix without an ending, with both files beside each other."
+        expect(both, f"{setting}.path", "the prefix of a Megatron data set's .bin and .idx", path, remedy)
     there = path.exists() or prefix or next(glob.iglob(str(path), recursive=True), None) is not None
     expect(there, f"{setting}.path", "an existing path", path, "Check its spelling.")
 

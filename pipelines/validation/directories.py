@@ -17,8 +17,10 @@ NEEDS_START = frozenset({"distil", "evaluate"})
 def check_run(config: Config) -> None:
     """Where the run is written."""
     name = config.run.name
-    good = name.strip() and name not in (".", "..") and not set(name) & set("/\\\0") and len(name.encode()) < 256
+    good = name.strip() and name not in (".", "..") and not set(name) & set("/\\\0")
     expect(bool(good), "run.name", "a directory name", repr(name), "Leave slashes out; see run.directory.")
+    size = len(name.encode())
+    expect(size < 256, "run.name", "a directory name of at most 255 bytes", f"{size}", "Shorten it.")
     expect("\0" not in config.run.directory, "run.directory", "a path", repr(config.run.directory), "Change it.")
     root = Path(config.run.directory).absolute()
     existing = next(path for path in (root, *root.parents) if path.exists())

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from pipelines import artifacts
+from pipelines import artifacts, planning
 from pipelines.config import Config, DepthMethod, Format, Layout, SourceKind, TeacherMode
 from pipelines.families import ModelShape, read_shape
 from pipelines.nemo_context import is_nemo_checkpoint
@@ -72,10 +72,8 @@ def _student(config: Config, stages: Collection[str], teacher: ModelShape, stude
         yield "prune.depth_method=layers has no effect without student.drop_layers"
     made = artifacts.student_start_directory(config)
     if "distil" in stages and "prune" not in stages and artifacts.is_hugging_face(made):
-        there = read_shape(made)
+        there, asked = read_shape(made), planning.target_shape(teacher, config.student)
         for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"):
-            if getattr(there, name) != getattr(student, name):
-                yield (
-                    f"student.{name}={getattr(student, name)} has no effect without stage=prune: {made} has "
-                    f"{getattr(there, name)}"
-                )
+            wanted, found = getattr(asked, name), getattr(there, name)
+            if wanted != found:
+                yield f"student.{name}={wanted} has no effect without stage=prune: {made} has {found}"

@@ -9,7 +9,11 @@ def check_target(config: Config, teacher: ModelShape, student: ModelShape) -> No
     for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"):
         large, small = getattr(teacher, name), getattr(student, name)
         expect(
-            small <= large, f"student.{name}", f"at most the teacher's {large}", small, "Pruning only makes smaller."
+            small <= large,
+            f"student.{name}",
+            f"at most the teacher's {large}",
+            small,
+            "Lower it, or set student=custom for a target of your own.",
         )
     layers, dropped = teacher.num_hidden_layers, config.student.drop_layers or []
     for number in dropped:
