@@ -123,6 +123,8 @@ def dispatch(arguments: list[str]) -> None:
 
             plan.run(artifacts.StageContext(config, name, artifacts.stage_directory(config, name)))
         else:
+            if name != names[0]:
+                validate(config, [name])  # with what the stages before it have made
             run(config, name, overrides)
     return None
 
@@ -130,7 +132,7 @@ def dispatch(arguments: list[str]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0, 1 for our own failure, 2 for a user's mistake, 130 after Ctrl-C."""
     from pipelines.files import is_disk_error
-    from pipelines.launch import StageFailed
+    from pipelines.launch import StageFailed, tell_parent
 
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or set(arguments) & set(HELP_FLAGS):
@@ -140,7 +142,8 @@ def main(arguments: list[str] | None = None) -> int:
         dispatch(arguments)
         return 0
     except UserError as error:
-        return _end(str(error), 2)
+        tell_parent(error)
+        return _end(str(error) if os.environ.get("LOCAL_RANK", "0") == "0" else "", 2)  # once per machine
     except StageFailed as error:
         return _end(str(error), error.code)
     except KeyboardInterrupt:

@@ -209,6 +209,13 @@ def work(config: Config, stage: str) -> int:
         return int(failure["code"])
 
 
+def tell_parent(error: BaseException) -> None:
+    """What a child of ours found before its stage began; without a parent there is nobody to tell."""
+    if EXCHANGE in os.environ:
+        with contextlib.suppress(OSError):
+            Exchange(Path(os.environ[EXCHANGE]), ours=True).fail(describe_failure(error))
+
+
 def _work(config: Config, stage: str, exchange: Exchange) -> None:
     context = artifacts.StageContext(config, stage, artifacts.stage_directory(config, stage))
     attempt = None

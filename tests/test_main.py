@@ -31,6 +31,9 @@ def run(context):
     print("more noise", file=sys.stderr, flush=True)
     (context.directory / f"rank{rank}").write_text(str(os.getpid()))
     console.say(f"hello from rank {rank}")
+    if play == "blend":
+        (context.directory / "blend.json").write_text('{"splits": {"train": []}, "vocab_size": 8}')
+        return {}
     if play == "sleep":
         time.sleep(300)
     if play == "disk":
@@ -158,6 +161,27 @@ def test_a_later_stage_that_has_changed_is_refused_before_an_earlier_one_starts(
     (tmp_path / "runs" / "quickstart" / "corpus" / "complete").unlink()
     code, out, error = finish(start("stage=[corpus,teacher]", "experiment=quickstart", "teacher.steps=99"))
     assert code == 2 and out == "" and "teacher.steps: " in error and "-> 99" in error
+
+
+def test_what_an_earlier_stage_made_is_checked_before_the_next_one_starts(start: Start) -> None:
+    code, out, error = finish(start("stage=[corpus,teacher]", "experiment=quickstart", PLAY="blend"))
+    assert code == 2 and "expected the train split, which stage teacher reads" in error
+    assert out.count(" s  ") == 1 and len(error.splitlines()) == 1
+
+
+def test_a_mistake_that_only_a_child_finds_is_told_to_its_parent(start: Start, tmp_path: Path) -> None:
+    code, _, _ = finish(start("stage=verify", "verify.tolerance=-1", STILLHOUSE_EXCHANGE=str(tmp_path)))
+    told = json.loads((tmp_path / "failure-0.json").read_text())
+    assert code == told["code"] == 2 and told["user"] and "verify.tolerance" in told["message"]
+
+
+def test_ranks_of_another_launcher_say_a_mistake_once_per_machine(start: Start) -> None:
+    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    mistake = ("stage=verify", "parallel=tp2", "verify.tolerance=-1")
+    ranks = [start(*mistake, RANK=str(rank), LOCAL_RANK=str(rank), **environment) for rank in range(2)]
+    results = [finish(rank) for rank in ranks]
+    assert [code for code, _, _ in results] == [2, 2]
+    assert "verify.tolerance" in results[0][2] and results[1][2] == ""
 
 
 def test_a_given_corpus_is_not_made_again(start: Start, tmp_path: Path) -> None:
