@@ -224,6 +224,13 @@ def test_a_split_that_a_stage_reads_may_not_be_empty(stages: list[str], fraction
     validate(compose(overrides), ["corpus"])
 
 
+def test_a_file_where_the_run_is_to_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "corpus").write_text("")
+    message = refusal("corpus", *BASE, f"run.directory={tmp_path}", "run.name=mine")
+    assert f"the file {tmp_path / 'mine' / 'corpus'}" in message and "run.name" in message
+
+
 def test_a_corpus_and_a_teacher_can_be_made_whatever_the_student_shall_be(model: Path) -> None:
     larger = [*BASE, "student.hidden_size=512"]
     assert validate(compose(larger), ["corpus", "teacher"]) == []

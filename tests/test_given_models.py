@@ -246,6 +246,9 @@ def test_a_corpus_of_other_splits_or_another_vocabulary_is_refused(tmp_path: Pat
     parts = [{"prefix": "data/x", "weight": 1.0}]
     blend = {"splits": {"train": parts, "validation": [], "test": parts}, "vocab_size": 512}
     (corpus / "blend.json").write_text(json.dumps(blend))
+    (corpus / "data").mkdir()
+    for ending in (".bin", ".idx"):
+        (corpus / "data" / f"x{ending}").write_bytes(b"")
     given = overrides(model, f"data.corpus={corpus}", "student.hidden_size=16")
     assert all(part in refusal(["distil"], *given) for part in ("validation split", "train, test"))
     assert "calibration split" in refusal(["prune"], *given)
@@ -254,6 +257,23 @@ def test_a_corpus_of_other_splits_or_another_vocabulary_is_refused(tmp_path: Pat
     assert "another one of 1" in refusal(["evaluate"], *given)
     (corpus / "blend.json").write_text(json.dumps(blend | {"vocab_size": 600}))
     assert "at most the 512 ids" in refusal(["evaluate"], *given)
+
+
+def test_a_corpus_with_too_little_to_calibrate_on_or_a_missing_file_is_told_before_ranks_start(
+    tmp_path: Path, model: Path
+) -> None:
+    corpus = tmp_path / "corpus"
+    (corpus / "data").mkdir(parents=True)
+    blend = {"splits": {"calibration": [{"prefix": "data/x", "weight": 1.0}]}, "vocab_size": 512}
+    (corpus / "blend.json").write_text(json.dumps(blend))
+    (corpus / "counts.json").write_text(json.dumps({"splits": {"calibration": {"tokens": 1 + 10 * 64 + 1}}}))
+    given = overrides(model, f"data.corpus={corpus}", "student.hidden_size=16", "prune.calibration_samples=11")
+    (corpus / "data" / "x.idx").write_bytes(b"")
+    assert "the file data/x.bin" in refusal(["prune"], *given)
+    (corpus / "data" / "x.bin").write_bytes(b"")
+    assert validate(compose(given), ["prune"]) == []
+    message = refusal(["prune"], *given, "prune.calibration_samples=12")
+    assert "12 sequences of 64 tokens" in message and "found 11" in message
 
 
 # NeMo 2 checkpoints

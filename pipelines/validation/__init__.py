@@ -22,7 +22,7 @@ def validate(config: Config, stages: Collection[str]) -> list[str]:
     """stages: the names that are asked for. Returns warnings; raises UserError."""
     numbers.check(config)
     ranks = layout(config.parallel)
-    directories.check_run(config)
+    directories.check_run(config, stages)
     directories.check_given(config, stages)
     data.check_sources(config, stages)
     teacher, where = planning.teacher_shape(config), config.model.path or "model.shape"

@@ -7,6 +7,7 @@ from pathlib import Path
 from pipelines import artifacts
 from pipelines.config import Config, SourceConfig, SourceKind, TeacherMode, expect
 from pipelines.families import ModelShape
+from pipelines.files import read_object
 from pipelines.nemo_context import tokenizer_directories
 from pipelines.vocabulary import TOKENIZERS, check_vocabulary, read_blend, tokenizer_size
 
@@ -132,6 +133,36 @@ def check_splits(config: Config, stages: Collection[str], teacher: ModelShape) -
             ", or set evaluate.split." if name in ("evaluate", "export") else "."
         )
         expect(bool(splits.get(split)), str(corpus), f"the {split} split, which stage {name} reads", filled, remedy)
+        _check_files(corpus, splits[split])
+        if name == "prune":
+            _check_samples(config, corpus)
     directory = artifacts.teacher_directory(config)
     if {"teacher", "prune", "distil", "evaluate"} & set(stages) and artifacts.is_hugging_face(directory):
         check_vocabulary(corpus, directory, teacher.vocab_size)
+
+
+def _check_files(corpus: Path, parts: object) -> None:
+    """The two files of each data set of a split."""
+    remedy = "Copy the corpus again, or make it again with stage=corpus."
+    good = isinstance(parts, list) and all(isinstance(part, dict) and part.get("prefix") for part in parts)
+    expect(good, str(corpus / "blend.json"), "the prefix of each data set", "none", remedy)
+    assert isinstance(parts, list)
+    for part in parts:
+        for ending in (".bin", ".idx"):
+            file = f"{part['prefix']}{ending}"
+            expect((corpus / file).is_file(), str(corpus), f"the file {file}", "none", remedy)
+
+
+def _check_samples(config: Config, corpus: Path) -> None:
+    """Windows of the calibration split, by the tokens that the corpus has counted, against those that prune takes."""
+    if not (corpus / "counts.json").is_file():
+        return
+    counted = read_object(corpus / "counts.json").get("splits", {}).get("calibration", {}).get("tokens")
+    wanted, length = config.prune.calibration_samples, config.prune.sequence_length
+    found = -(-(counted - 1) // length) if isinstance(counted, int) else wanted
+    remedy = (
+        "Lower prune.calibration_samples or prune.sequence_length, or make a corpus with more text or a larger "
+        "data.calibration_fraction."
+    )
+    expected = f"{wanted} sequences of {length} tokens in the calibration split of {corpus}"
+    expect(found >= wanted, "prune.calibration_samples", expected, found, remedy)

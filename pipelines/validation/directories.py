@@ -14,7 +14,7 @@ NEEDS_TEACHER = frozenset({"teacher", "prune", "distil", "evaluate"})
 NEEDS_START = frozenset({"distil", "evaluate"})
 
 
-def check_run(config: Config) -> None:
+def check_run(config: Config, stages: Collection[str]) -> None:
     """Where the run is written."""
     name = config.run.name
     good = name.strip() and name not in (".", "..") and not set(name) & set("/\\\0")
@@ -22,9 +22,10 @@ def check_run(config: Config) -> None:
     size = len(name.encode())
     expect(size < 256, "run.name", "a directory name of at most 255 bytes", f"{size}", "Shorten it.")
     expect("\0" not in config.run.directory, "run.directory", "a path", repr(config.run.directory), "Change it.")
-    root = Path(config.run.directory).absolute()
-    existing = next(path for path in (root, *root.parents) if path.exists())
-    expect(existing.is_dir(), "run.directory", "a directory", f"the file {existing}", "Choose another path.")
+    for place in [artifacts.stage_directory(config, stage).absolute() for stage in stages]:
+        existing = next(path for path in (place, *place.parents) if path.exists())
+        remedy = "Choose another path, or another run.name."
+        expect(existing.is_dir(), "run.directory", "a directory", f"the file {existing}", remedy)
 
 
 def check_given(config: Config, stages: Collection[str]) -> None:
