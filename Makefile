@@ -10,7 +10,18 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: install quickstart test test-fast lint clean
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-fast lint clean
+
+# What runs here is made for CPU processes; a GPU is neither needed nor taken.
+quickstart test test-fast: export CUDA_VISIBLE_DEVICES :=
+
+help:
+	@echo "make quickstart   the whole pipeline on real text, two CPU processes; about 10 minutes with installation"
+	@echo "make test         every test but those for GPUs, about 25 minutes; make test-fast: the short ones"
+	@echo "make install      builds $(VENV) alone, which the others do where it is missing"
+	@echo "make lint         ruff and mypy;  make clean: removes what building and tests leave"
+	@echo "README.md says how to run it on your own model."
 
 install: $(STAMP)
 

@@ -272,7 +272,9 @@ def layout(parallel: ParallelConfig) -> Layout:
     """
     gpus = gpu_count()
     if parallel.device is Device.cuda and gpus == 0:
-        raise UserError("parallel.device=cuda: expected an NVIDIA GPU, found none. Use parallel.device=cpu or auto.")
+        raise UserError(
+            "parallel.device=cuda: expected an NVIDIA GPU, found none. Use parallel.device=auto, and no --gpus."
+        )
     device = "cuda" if gpus and parallel.device is not Device.cpu else "cpu"
     world = os.environ.get("WORLD_SIZE")
     default = gpus if device == "cuda" else _default_cpu_processes(parallel)

@@ -7,8 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.torch import load_file
+
+from pipelines.stages import PIPELINE
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -141,22 +145,6 @@ def test_text_becomes_a_student_and_a_report(finished: tuple[Path, str]) -> None
         assert (directory / "whole" / stage / "complete").is_file()
 
 
-def test_the_exported_nemo_checkpoint_is_a_teacher(finished: tuple[Path, str]) -> None:
-    directory, _ = finished
-    whole = directory / "whole"
-    run(
-        directory,
-        "stage=teacher",
-        "run.name=from_nemo",
-        "teacher.mode=take",
-        f"model.path={whole / 'export' / 'nemo'}",
-        f"data.corpus={whole / 'corpus'}",
-    )
-    converted = directory / "from_nemo" / "teacher" / "hf"
-    for file in ("model.safetensors", "tokenizer.json"):
-        assert (converted / file).read_bytes() == (whole / "export" / "hf" / file).read_bytes()
-
-
 def test_a_finished_stage_is_left_alone_and_a_changed_setting_is_named(finished: tuple[Path, str]) -> None:
     directory, _ = finished
     hf = directory / "whole" / "distil" / "hf" / "model.safetensors"
@@ -202,3 +190,99 @@ def test_a_run_continues_at_another_layout(finished: tuple[Path, str]) -> None:
     kill_after_checkpoint(directory, "moved", "parallel=dp2", *overrides)
     assert "continues from" in run(directory, "run.name=moved", "parallel=tp2", *overrides)
     assert losses(directory, "moved") == pytest.approx(losses(directory, "whole"), rel=2e-4)
+
+
+def run_in_one_torchrun(directory: Path, name: str, *overrides: str) -> dict[str, dict[str, Any]]:
+    """Every stage in the same two processes, as torchrun or srun start them: a few steps. Returns the models' figures.
+
+    The other tests start one torchrun per stage; this is also the quicker way.
+    """
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    short = ["teacher.steps=40", "distil.steps=10", "distil.learning_rate=3e-3", "stage=all", f"run.name={name}"]
+    done = subprocess.run(
+        [*launcher, "--nproc-per-node=2", "-m", "pipelines", *SMALL, *short, f"run.directory={directory}", *overrides],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for stage in PIPELINE:
+        assert (directory / name / stage / "complete").is_file()
+    results = json.loads((directory / name / "report" / "results.json").read_text())
+    assert results["pending"] == []
+    models: dict[str, dict[str, Any]] = results["models"]
+    assert models["student"]["kl"] < models["pruned"]["kl"] < 1
+    assert models["student"]["loss"] < models["pruned"]["loss"]
+    return models
+
+
+def tensors(directory: Path) -> dict[str, Any]:
+    (file,) = directory.glob("*.safetensors")
+    return load_file(file)
+
+
+def test_a_tied_model_in_bf16_over_two_pipeline_stages(tmp_path: Path) -> None:
+    settings = ["model.shape.tie_word_embeddings=true", "distil.precision=bf16", "teacher.precision=bf16"]
+    models = run_in_one_torchrun(tmp_path, "pp2", "parallel=pp2", *settings)
+    for place in ("teacher", "prune", "distil", "export"):
+        found = tensors(tmp_path / "pp2" / place / "hf")
+        assert "lm_head.weight" not in found and {str(t.dtype) for t in found.values()} == {"torch.bfloat16"}
+    config = json.loads((tmp_path / "pp2" / "export" / "hf" / "config.json").read_text())
+    assert config["tie_word_embeddings"] and config["torch_dtype"] == "bfloat16"
+    assert models["student"]["parameters"] == sum(t.numel() for t in found.values())
+
+
+def test_a_corrected_mistral_teacher_over_two_replicas(finished: tuple[Path, str], tmp_path: Path) -> None:
+    from pipelines.families import ModelShape
+    from pipelines.model.random_model import write_random_model
+
+    given = tmp_path / "given"
+    shape = ModelShape(
+        vocab_size=600,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=4096,
+        architecture="MistralForCausalLM",
+    )
+    write_random_model(given, shape, seed=1, tokenizer=finished[0] / "whole" / "corpus" / "tokenizer")
+    run_in_one_torchrun(
+        tmp_path,
+        "dp2",
+        "parallel=dp2",
+        "teacher.mode=correct",
+        f"model.path={given}",
+        "teacher.distributed_optimizer=true",
+        "distil.distributed_optimizer=true",
+    )
+    for place in ("teacher", "prune", "distil", "export"):
+        config = json.loads((tmp_path / "dp2" / place / "hf" / "config.json").read_text())
+        assert config["architectures"] == ["MistralForCausalLM"] and config["sliding_window"] == 4096
+    corpus, tokenizer = tmp_path / "dp2" / "corpus" / "tokenizer", "tokenizer.json"
+    assert (corpus / tokenizer).read_bytes() == (given / tokenizer).read_bytes()
+    corrected, start = tensors(tmp_path / "dp2" / "teacher" / "hf"), tensors(given)
+    assert all((corrected[name] - start[name]).abs().max() > 0 for name in start)
+
+
+def test_the_exported_nemo_checkpoint_is_a_teacher_with_sequence_parallelism(
+    finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    export = finished[0] / "whole" / "export"
+    models = run_in_one_torchrun(
+        tmp_path,
+        "sp",
+        "parallel=tp2_sp",
+        "teacher.mode=take",
+        f"model.path={export / 'nemo'}",
+        "student.hidden_size=32",
+        "student.intermediate_size=64",
+        "student.num_attention_heads=2",
+    )
+    for file in ("model.safetensors", "tokenizer.json"):  # what was exported both ways is the same
+        assert (tmp_path / "sp" / "teacher" / "hf" / file).read_bytes() == (export / "hf" / file).read_bytes()
+    assert models["student"]["parameters"] < models["teacher"]["parameters"]

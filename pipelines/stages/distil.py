@@ -29,7 +29,8 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
             f"distil: expected teacher and student to share a vocabulary, found {teacher_shape.vocab_size} ids in "
             f"{teacher_directory} and {shape.vocab_size} in {start}. Prune the student from this teacher."
         )
-    check_vocabulary(artifacts.corpus_directory(config), teacher_directory, shape.vocab_size)
+    for directory in (teacher_directory, start):
+        check_vocabulary(artifacts.corpus_directory(config), directory, shape.vocab_size)
     weights = LossWeights(settings.kd_weight, settings.ce_weight, settings.temperature, settings.temperature_squared)
     options = {"sequence_parallel": ranks.sequence_parallel, "precision": settings.precision.value}
     teacher_config = build.transformer_config(teacher_shape, **options)

@@ -38,7 +38,7 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
     directories, missing = find_models(config)
     shapes = {name: read_shape(directory) for name, directory in directories.items()}
     corpus = artifacts.corpus_directory(config)
-    _check(config, corpus, shapes)
+    _check(corpus, directories, shapes)
     parallel.initialize(ranks.tensor, ranks.pipeline, ranks.context, device=ranks.device, seed=config.run.seed)
     windows = Windows(split_prefixes(corpus, settings.split), settings.sequence_length)
     models = {name: _load(config, ranks, shapes[name], directory) for name, directory in directories.items()}
@@ -105,12 +105,13 @@ def figures(found: quality.Quality, text_bytes: float) -> dict[str, float | None
     }
 
 
-def _check(config: Config, corpus: Path, shapes: dict[str, ModelShape]) -> None:
+def _check(corpus: Path, directories: dict[str, Path], shapes: dict[str, ModelShape]) -> None:
     """Raises UserError for what cannot be evaluated, before anything is built."""
     sizes = {name: shape.vocab_size for name, shape in shapes.items()}
     if len(set(sizes.values())) > 1:
         raise UserError(f"evaluate: expected models of one vocabulary, found sizes {sizes}. Prune from this teacher.")
-    check_vocabulary(corpus, artifacts.teacher_directory(config), sizes["teacher"])
+    for name, directory in directories.items():
+        check_vocabulary(corpus, directory, sizes[name])
 
 
 def _precision(config: Config) -> str:

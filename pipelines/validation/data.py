@@ -136,8 +136,10 @@ def check_splits(config: Config, stages: Collection[str], teacher: ModelShape) -
         _check_files(corpus, splits[split])
         if name == "prune":
             _check_samples(config, corpus)
-    directory = artifacts.teacher_directory(config)
-    if {"teacher", "prune", "distil", "evaluate"} & set(stages) and artifacts.is_hugging_face(directory):
+    models = [artifacts.teacher_directory(config)] if {"teacher", "prune", "distil", "evaluate"} & set(stages) else []
+    if config.student.path and {"distil", "evaluate"} & set(stages):
+        models.append(Path(config.student.path))
+    for directory in filter(artifacts.is_hugging_face, models):
         check_vocabulary(corpus, directory, teacher.vocab_size)
 
 
