@@ -1,7 +1,8 @@
 """The loss of distillation: named weights, temperature, and the one place where masking and averaging happen.
 
-    loss = kd_weight * T^2 * KL(teacher || student, T) + ce_weight * CE(labels, student)
+    loss = kd_weight * T^2 * D(teacher, student, T) + ce_weight * CE(labels, student)
 
+with D a divergence of family.py, forward KL unless another is asked for,
 averaged over all valid tokens of the global batch (data-parallel ranks and micro batches), every term by one count.
 The T^2 keeps the gradient's size while T changes (arXiv 1503.02531, section 2) and can be switched off.
 """
@@ -12,17 +13,23 @@ import torch
 from torch import Tensor
 
 from pipelines.core.divergence import TokenTerms, token_terms
+from pipelines.core.family import FORWARD_KL, Divergence
 from pipelines.core.vocab_parallel import IGNORED_LABEL, Shard
 
 
 @dataclass(frozen=True)
 class LossWeights:
-    """kd: of the divergence from the teacher; ce: of the cross-entropy with the labels. A weight of 0 costs nothing."""
+    """kd: of the divergence from the teacher; ce: of the cross-entropy with the labels. A weight of 0 costs nothing.
+
+    top_k: the divergence over the teacher's k most likely ids and one bucket for all others; None: over all ids.
+    """
 
     kd: float = 1.0
     ce: float = 0.0
     temperature: float = 1.0
     temperature_squared: bool = True
+    divergence: Divergence = FORWARD_KL
+    top_k: int | None = None
 
     def __post_init__(self) -> None:
         if self.kd < 0 or self.ce < 0 or self.kd + self.ce == 0:
@@ -42,10 +49,9 @@ class LossWeights:
 def loss_identity(weights: LossWeights) -> str:
     """The loss in words, for the log: what is minimized, with every weight."""
     factor = "T^2 * " if weights.temperature_squared else ""
-    return (
-        f"loss = {float(weights.kd)} * {factor}KL(teacher || student, T={float(weights.temperature)})"
-        f" + {float(weights.ce)} * CE"
-    )
+    divergence = weights.divergence.words(weights.temperature)
+    buckets = f" over the teacher's top {weights.top_k} and the rest" if weights.top_k else ""
+    return f"loss = {float(weights.kd)} * {factor}{divergence}{buckets} + {float(weights.ce)} * CE"
 
 
 def distillation_terms(
@@ -63,6 +69,8 @@ def distillation_terms(
         ce_scale=weights.ce,
         temperature=weights.temperature,
         shard=shard,
+        divergence=weights.divergence,
+        top_k=weights.top_k,
     )
 
 

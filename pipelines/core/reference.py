@@ -73,18 +73,18 @@ def distillation_step(
     ce_weight: float,
     temperature: float,
     temperature_squared: bool = True,
+    divergence: str = "forward_kl",
+    divergence_parameter: float | None = None,
 ) -> ReferenceStep:
     """One step over the whole global batch: tokens, labels, mask (batch, sequence); a token counts where mask is not 0.
 
-    loss = kd_weight * T^2 * KL(teacher || student, T) + ce_weight * CE(labels, student), the mean over all that count.
+    loss = kd_weight * T^2 * D(teacher, student, T) + ce_weight * CE(labels, student), the mean over all that count.
     """
     student = {name: t.detach().double().requires_grad_() for name, t in student.items()}
     with torch.no_grad():
         teacher_logits = llama_logits({n: t.double() for n, t in teacher.items()}, teacher_shape, tokens)
     student_logits = llama_logits(student, student_shape, tokens)
-    log_p = torch.log_softmax(teacher_logits / temperature, dim=-1)
-    log_q = torch.log_softmax(student_logits / temperature, dim=-1)
-    kd = (log_p.exp() * (log_p - log_q)).sum(-1)
+    kd = divergences(teacher_logits / temperature, student_logits / temperature, divergence, divergence_parameter)
     ce = -torch.log_softmax(student_logits, dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     loss = kd_weight * (temperature * temperature if temperature_squared else 1.0) * kd + ce_weight * ce
     agreement = (teacher_logits.argmax(-1) == student_logits.argmax(-1)).double()
@@ -99,6 +99,50 @@ def distillation_step(
         "tokens": float(counted.sum().item()),
     }
     return ReferenceStep(means, dict(zip(student, gradients, strict=True)))
+
+
+def divergences(
+    teacher: Tensor, student: Tensor, name: str, parameter: float | None = None, top_k: int | None = None
+) -> Tensor:
+    """One number per token of logits (..., vocabulary) that are divided by the temperature already.
+
+    top_k: over the teacher's k most likely ids and one bucket for all others.
+    """
+    log_p, log_q = torch.log_softmax(teacher, dim=-1), torch.log_softmax(student, dim=-1)
+    if top_k is not None:
+        order = teacher.argsort(dim=-1, descending=True)
+        log_p, log_q = (
+            torch.cat([row[..., :top_k], row[..., top_k:].logsumexp(-1, keepdim=True)], dim=-1)
+            for row in (log_p.gather(-1, order), log_q.gather(-1, order))
+        )
+    p, q = log_p.exp(), log_q.exp()
+    if name == "forward_kl":
+        return (p * (log_p - log_q)).sum(-1)
+    if name == "reverse_kl":
+        return (q * (log_q - log_p)).sum(-1)
+    if name == "total_variation":
+        return (p - q).abs().sum(-1) / 2
+    if name == "skew_kl":
+        alpha = 0.1 if parameter is None else parameter
+        return (p * (log_p - (alpha * p + (1 - alpha) * q).log())).sum(-1)
+    if name == "jensen_shannon":
+        beta = 0.5 if parameter is None else parameter
+        log_m = (beta * p + (1 - beta) * q).log()
+        return beta * (p * (log_p - log_m)).sum(-1) + (1 - beta) * (q * (log_q - log_m)).sum(-1)
+    raise ValueError(f"divergence: {name} is not known here.")
+
+
+def telemetry(teacher: Tensor, student: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """What a validation watches, one number per token, by the names of the loss's own: logits (..., vocabulary)."""
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    return {
+        "overlap": torch.minimum(p, q).sum(-1),
+        "teacher_entropy": -(p * p.log()).sum(-1),
+        "student_confidence": q.max(-1).values,
+        "teacher_confidence": p.max(-1).values,
+        "student_correct": (q.argmax(-1) == labels).double(),
+        "teacher_correct": (p.argmax(-1) == labels).double(),
+    }
 
 
 def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

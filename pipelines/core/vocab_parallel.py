@@ -9,11 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, ReduceOp
+from torch.distributed import ProcessGroup
 
 IGNORED_LABEL = -100
-
-_LOW_32_BITS = (1 << 32) - 1
 
 
 @dataclass(frozen=True)
@@ -27,6 +25,11 @@ class Shard:
     start: int
     vocab_size: int
     group: ProcessGroup | None = None
+
+    @property
+    def world(self) -> int:
+        """How many ranks hold the vocabulary."""
+        return 1 if self.group is None else torch.distributed.get_world_size(self.group)
 
     def valid_width(self, width: int) -> int:
         """How many of `width` columns are vocabulary; the rest, at the end, is padding."""
@@ -45,22 +48,13 @@ class Shard:
         return cls(rank * width, vocab_size, group)
 
 
-def reduce_over_shards(values: Tensor, operation: ReduceOp.RedOpType, shard: Shard) -> Tensor:
-    """All-reduce `values` in place over the shard's group: one collective (none for a group of one)."""
-    if shard.group is not None and torch.distributed.get_world_size(shard.group) > 1:
-        torch.distributed.all_reduce(values, op=operation, group=shard.group)
-    return values
-
-
-def greatest(logits: tuple[Tensor, ...], shard: Shard) -> tuple[Tensor, Tensor]:
-    """The greatest logit of each token over the whole vocabulary and its token id, the lowest where several are equal.
-
-    logits: tensors (tokens, width), which may be of different dtypes. Returns values (n, tokens) fp32 and ids
-    (n, tokens) int64, replicated. One MAX all-reduce of n * tokens int64: value and id travel in one sortable key.
-    """
-    keys = torch.stack([_sortable_key(*_local_greatest(tensor, shard)) for tensor in logits])
-    reduce_over_shards(keys, ReduceOp.MAX, shard)
-    return _ordered_bits(keys >> 32).to(torch.int32).view(torch.float32), _LOW_32_BITS - (keys & _LOW_32_BITS)
+def gather_over_shards(values: Tensor, shard: Shard) -> Tensor:
+    """Every rank's `values`, of equal shapes, on every rank: (ranks, ...) in their order. One all-gather."""
+    if shard.world == 1:
+        return values.unsqueeze(0)
+    gathered = values.new_empty(shard.world * values.shape[0], *values.shape[1:])
+    torch.distributed.all_gather_into_tensor(gathered, values.contiguous(), group=shard.group)
+    return gathered.view(shard.world, *values.shape)
 
 
 def align_columns(logits: Tensor, width: int, vocab_size: int, group: ProcessGroup | None) -> Tensor:
@@ -92,24 +86,3 @@ def _overlap(source: int, source_width: int, target: int, target_width: int, voc
     start = max(source * source_width, target * target_width)
     stop = min((source + 1) * source_width, (target + 1) * target_width, vocab_size)
     return max(0, stop - start)
-
-
-def _local_greatest(logits: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:
-    valid = logits[:, : shard.valid_width(logits.shape[1])]
-    if valid.shape[1] == 0:
-        tokens = logits.shape[0]
-        lowest = torch.full((tokens,), -torch.inf, device=logits.device)
-        return lowest, torch.full((tokens,), shard.vocab_size, dtype=torch.int64, device=logits.device)
-    values, columns = valid.max(dim=1)
-    return values.float(), columns + shard.start
-
-
-def _ordered_bits(bits: Tensor) -> Tensor:
-    """The bits of fp32 as a signed integer that sorts as the number does; its own inverse."""
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-def _sortable_key(values: Tensor, ids: Tensor) -> Tensor:
-    """int64 keys that sort by value, then by descending id. Adding 0.0 makes -0.0 equal to 0.0."""
-    ordered = _ordered_bits((values + 0.0).view(torch.int32)).to(torch.int64)
-    return (ordered << 32) | (_LOW_32_BITS - ids)

@@ -11,7 +11,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from pipelines.core.loss import LossWeights, distillation_terms
+from pipelines.core.family import divergence_named
+from pipelines.core.linear_divergence import LinearTerms, linear_divergence
+from pipelines.core.loss import LossWeights, valid_tokens
 from pipelines.core.vocab_parallel import Shard, align_columns
 
 TERMS = ("loss", "kd", "ce", "agreement")
@@ -20,10 +22,12 @@ TERMS = ("loss", "kd", "ce", "agreement")
 class DistillationPair(MegatronModule):
     """A trained student and, for distillation, a frozen teacher. Without a teacher: plain language-model training.
 
-    forward gives, on the last pipeline stage, per-token terms {name: (batch, sequence) fp32}, names from TERMS. Only
-    "loss" carries a gradient. In training mode a term whose weight is 0 is neither computed nor returned (kd_weight 0
-    spares the teacher's forward too); in eval mode every term that the models at hand allow is. The loss is computed
-    here, not in the loss function, because Float16Module casts what the last stage returns to fp32.
+    forward gives, on the last pipeline stage, {"loss": the sum over valid tokens, a scalar; "token_loss", "kd", "ce",
+    "agreement": (batch, sequence) fp32, unmasked}. Only "loss" carries a gradient. In training mode a term whose weight
+    is 0 is neither computed nor returned (kd_weight 0 spares the teacher's forward too); in eval mode every term that
+    the models at hand allow is. Logits are never whole: the loss starts from the hidden states and the heads
+    (core/linear_divergence.py), and the gradients of both are computed with it. Under Megatron's
+    DistributedDataParallel the head's goes straight into its `main_grad`, in the forward pass.
 
     On earlier stages it gives the hidden states for the next stage, (sequence, batch, student hidden + teacher hidden),
     student's first; `config` says that size to the schedule.
@@ -46,18 +50,32 @@ class DistillationPair(MegatronModule):
         ce_weight: float = 0.0,
         temperature: float = 1.0,
         temperature_squared: bool = True,
+        divergence: str = "forward_kl",
+        divergence_parameter: float | None = None,
+        top_k: int | None = None,
     ) -> None:
         """vocab_size: token ids that both models know, without padding; columns beyond are left out of the loss.
         config: what `schedule_config` gave for these two, where a trainer needs the object before the models are built.
+        divergence, divergence_parameter: see core/family.py.
 
         Raises ValueError for weights that make no loss, or a divergence without a teacher.
         """
         if teacher is None and kd_weight:
             raise ValueError(f"kd_weight: expected 0 without a teacher, found {kd_weight}.")
         super().__init__(config or schedule_config(student.config, teacher.config if teacher is not None else None))
-        self.weights = LossWeights(kd_weight, ce_weight, temperature, temperature_squared)
+        self.weights = LossWeights(
+            kd_weight,
+            ce_weight,
+            temperature,
+            temperature_squared,
+            divergence_named(divergence, divergence_parameter),
+            top_k,
+        )
         self.vocab_size = vocab_size
         self.student, self.teacher = student, teacher
+        # t of TAID while training, a number or a tensor without dims; like `weights`, whoever schedules it sets it.
+        self.teacher_share: Tensor | float | None = None
+        self._aligned_teacher_head: Tensor | None = None
         self.model_type = ModelType.encoder_or_decoder
         if teacher is not None:
             teacher.requires_grad_(False)
@@ -67,39 +85,80 @@ class DistillationPair(MegatronModule):
         self, tokens: Tensor, position_ids: Tensor, labels: Tensor, loss_mask: Tensor | None = None
     ) -> dict[str, Tensor] | Tensor:
         """tokens, position_ids, labels: (batch, sequence) int64. labels are shifted already: labels[:, i] follows
-        tokens[:, i]; -100 where there is none. loss_mask is taken so that a whole batch can be passed; the terms
-        are unmasked.
+        tokens[:, i]; -100 where there is none. loss_mask: (batch, sequence); a token counts where it is not 0 and the
+        label is not -100; None: every token with a label does.
 
-        Collectives besides the models' own: two all-reduces over the tensor-parallel group, in the forward pass of the
-        last stage; one all-to-all more where the two vocabularies are padded differently. Replicated over that group.
+        Collectives besides the models' own, on the last stage and over the tensor-parallel group: those of
+        `linear_divergence`. Terms are replicated over that group.
         """
         teacher = None
         if self.teacher is not None and (self.weights.kd or not self.training):
             with torch.no_grad():
-                teacher = self.teacher(tokens, position_ids, None)
-        student = self.student(tokens, position_ids, None)
+                teacher = hidden_states(self.teacher, tokens, position_ids)
+        student = hidden_states(self.student, tokens, position_ids)
         if self.post_process:
-            return self._terms(student, teacher, labels)
+            return self._terms(student, teacher, labels, torch.ones_like(labels) if loss_mask is None else loss_mask)
         if self.teacher is None:
             return student
         if teacher is None:
             teacher = student.new_zeros(*student.shape[:-1], self.teacher.config.hidden_size)
         return torch.cat([student, teacher], dim=-1)
 
-    def _terms(self, student: Tensor, teacher: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
-        """student, teacher: logits (batch, sequence, padded vocabulary / tp)."""
-        group = parallel_state.get_tensor_model_parallel_group()
-        width = student.shape[-1]
-        if teacher is not None:
-            teacher = align_columns(teacher.flatten(0, 1), width, self.vocab_size, group)
-        terms = distillation_terms(
+    def _terms(self, student: Tensor, teacher: Tensor | None, labels: Tensor, loss_mask: Tensor) -> dict[str, Tensor]:
+        """student, teacher: (sequence, batch, own hidden size), or this rank's part of the sequence."""
+        head = head_weight(self.student)
+        into = self._head_gradient(head)
+        by_sequence = labels.t().reshape(-1)
+        terms = linear_divergence(
             student.flatten(0, 1),
-            teacher,
-            labels.flatten() if self.weights.ce or not self.training else None,
-            self.weights,
-            Shard.uniform(width, self.vocab_size, group),
+            head if into is None else head.detach(),
+            None if teacher is None else teacher.flatten(0, 1),
+            None if teacher is None else self._teacher_head(head.shape[0]),
+            by_sequence if self.weights.ce or not self.training else None,
+            valid_tokens(by_sequence, loss_mask.t().reshape(-1)).float(),
+            kd_scale=self.weights.kd_scale,
+            ce_scale=self.weights.ce,
+            temperature=self.weights.temperature,
+            divergence=self.weights.divergence,
+            top_k=self.weights.top_k,
+            teacher_share=self.teacher_share if self.training else None,
+            shard=self._shard(head.shape[0]),
+            sequence_parallel=self.student.config.sequence_parallel,
+            head_gradient=into,
         )
-        return {name: term.view(labels.shape) for name, term in zip(TERMS, terms, strict=True) if term is not None}
+        loss = terms.loss
+        # A tied head on the embedding's own stage gets a gradient from the embedding: autograd knows of it already.
+        if into is not None and not (self.share_embeddings_and_output_weights and self.pre_process):
+            loss = _InMainGrad.apply(loss, head)
+        return {"loss": loss} | self._by_batch(terms, labels.shape)
+
+    def _by_batch(self, terms: LinearTerms, shape: torch.Size) -> dict[str, Tensor]:
+        """The terms per token: (sequence * batch,) -> (batch, sequence)."""
+        found = {"token_loss": terms.token_loss, "kd": terms.kd, "ce": terms.ce, "agreement": terms.agreement}
+        batch, sequence = shape
+        return {n: t.view(sequence, batch).t().contiguous() for n, t in found.items() if t is not None}
+
+    def _shard(self, width: int) -> Shard:
+        return Shard.uniform(width, self.vocab_size, parallel_state.get_tensor_model_parallel_group())
+
+    def _head_gradient(self, head: Tensor) -> Tensor | None:
+        """Where the head's gradient is to be added while training under DistributedDataParallel, in fp32."""
+        main_grad = getattr(head, "main_grad", None)
+        if not self.training or not torch.is_grad_enabled() or not head.requires_grad or main_grad is None:
+            return None
+        return main_grad if main_grad.dtype == torch.float32 else None
+
+    def _teacher_head(self, width: int) -> Tensor:
+        """The teacher's head in rows of the student's shards: its own, or once and for all a copy where the padding of
+        the two vocabularies differs."""
+        assert self.teacher is not None
+        head = head_weight(self.teacher).detach()
+        if head.shape[0] == width:
+            return head
+        if self._aligned_teacher_head is None:
+            group = parallel_state.get_tensor_model_parallel_group()
+            self._aligned_teacher_head = align_columns(head.t(), width, self.vocab_size, group).t().contiguous()
+        return self._aligned_teacher_head
 
     def train(self, mode: bool = True) -> "DistillationPair":
         super().train(mode)
@@ -150,6 +209,46 @@ class DistillationPair(MegatronModule):
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, **kwargs: Any) -> Any:
         return self.student.load_state_dict(state_dict, strict=strict, **kwargs)
+
+
+def hidden_states(model: GPTModel, tokens: Tensor, position_ids: Tensor) -> Tensor:
+    """The model's forward up to its output layer: (sequence, batch, hidden), normed on the last pipeline stage.
+
+    Under sequence parallelism this rank's part of the sequence. Collectives: the layers' own.
+    """
+    last = model.post_process
+    model.post_process = False  # of the GPTModel: the output layer; its decoder still applies the final norm
+    try:
+        return model(tokens, position_ids, None)
+    finally:
+        model.post_process = last
+
+
+def head_weight(model: GPTModel) -> Tensor:
+    """The output layer's weight on the last pipeline stage, (padded vocabulary / tp, hidden): its own or the shared."""
+    if model.share_embeddings_and_output_weights:
+        return model.shared_embedding_or_output_weight()
+    return model.output_layer.weight
+
+
+class _InMainGrad(torch.autograd.Function):
+    """Tells DistributedDataParallel that a weight's gradient is in its main_grad already.
+
+    Its hook runs when the weight gets a gradient, and with overlapped reduction insists on one: backward gives a
+    stand-in, which the hook drops, or adds where Megatron's `zero_out_wgrad` says that it is to be zero.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        weight = ctx.weight
+        weight.grad_added_to_main_grad = True
+        make = torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like
+        return gradient, make(weight)
 
 
 def schedule_config(student: TransformerConfig, teacher: TransformerConfig | None) -> TransformerConfig:

@@ -4,8 +4,9 @@
 
     batch   {"tokens", "labels", "position_ids": (batch, sequence) int64, "loss_mask": (batch, sequence) float},
             labels shifted already. A token counts where its mask is not 0 and its label is not -100.
-    terms   what DistillationPair returns on the last stage: {name: (batch, sequence) fp32}; earlier stages: a tensor.
-    loss    (sum of "loss" over valid tokens, number of valid tokens int32, report). Under calculate_per_token_loss the
+    terms   what DistillationPair returns on the last stage: {"loss": the sum over valid tokens, "token_loss" and
+            others: (batch, sequence) fp32}; earlier stages: a tensor.
+    loss    (that sum, number of valid tokens int32, report). Under calculate_per_token_loss the
             schedule adds the counts of all micro batches and finalize_model_grads sums them over the data-parallel
             group and divides the gradients by the total: the mean over all valid tokens of the global batch.
     report  {name: scalar fp64 sum over the micro batch's valid tokens, for each term; "tokens": their count}.
@@ -46,9 +47,10 @@ def loss_function(batch: Batch, terms: dict[str, Tensor]) -> Loss:
     """The sums of one micro batch on one data-parallel rank; no collectives. Shapes and meaning: see the module."""
     valid = valid_tokens(batch["labels"], batch["loss_mask"])
     count = valid.sum()
-    report = {name: masked_sum(term.detach().double(), valid) for name, term in terms.items()}
+    per_token = {name: term for name, term in terms.items() if name != "loss"}
+    report = {name.removeprefix("token_"): masked_sum(term.double(), valid) for name, term in per_token.items()}
     report["tokens"] = count.double()
-    return masked_sum(terms["loss"], valid), count.to(torch.int32), report
+    return terms["loss"], count.to(torch.int32), report
 
 
 def forward_step(batches: Iterator[Batch], model: Any) -> tuple[dict[str, Tensor] | Tensor, partial[Loss]]:

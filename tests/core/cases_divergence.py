@@ -1,13 +1,33 @@
 """What runs in the ranks of test_divergence.py: torch only."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 
+from pipelines.core.divergence import Telemetry, greatest, token_terms
+from pipelines.core.family import divergence_named
 from pipelines.core.loss import LossWeights, distillation_terms
-from pipelines.core.vocab_parallel import Shard, align_columns, greatest
+from pipelines.core.vocab_parallel import Shard, align_columns
+
+
+@contextlib.contextmanager
+def counted_collectives() -> Iterator[list[tuple[str, tuple[int, ...]]]]:
+    """(name, shape of what this rank gives) of each collective, in order."""
+    calls: list[tuple[str, tuple[int, ...]]] = []
+    with contextlib.ExitStack() as stack:
+        for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"):
+            original = getattr(dist, name)
+
+            def counted(*args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
+                calls.append((name, tuple(args[0 if name == "all_reduce" else 1].shape)))
+                return original(*args, **kwargs)
+
+            stack.enter_context(mock.patch.object(dist, name, counted))
+        yield calls
 
 
 def sharded_terms(
@@ -18,6 +38,8 @@ def sharded_terms(
     starts: list[int],
     weights: dict[str, Any],
     upstream: torch.Tensor,
+    divergence: tuple[Any, ...] = ("forward_kl",),
+    telemetry: bool = False,
 ) -> dict[str, Any]:
     """Rank r holds columns starts[r] to starts[r + 1]; those from vocab_size on are padding.
 
@@ -29,28 +51,39 @@ def sharded_terms(
     shard = Shard(starts[rank], vocab_size, group if world > 1 else None)
     local = student[:, starts[rank] : stop].clone().requires_grad_()
     local_teacher = None if teacher is None else teacher[:, starts[rank] : stop]
-    calls: list[str] = []
-    original = dist.all_reduce
-
-    def counted(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None) -> Any:
-        calls.append(f"{op.name if hasattr(op, 'name') else op} {tensor.numel()}")
-        return original(tensor, op=op, group=group)
-
-    with mock.patch.object(torch.distributed, "all_reduce", counted):
-        terms = distillation_terms(local, local_teacher, labels, LossWeights(**weights), shard)
-        forward_calls, calls = list(calls), []
+    of_loss = LossWeights(divergence=divergence_named(*divergence), **weights)
+    with counted_collectives() as calls:
+        if telemetry:
+            terms = token_terms(
+                local,
+                local_teacher,
+                labels,
+                kd_scale=of_loss.kd_scale,
+                ce_scale=of_loss.ce,
+                temperature=of_loss.temperature,
+                divergence=of_loss.divergence,
+                shard=shard,
+                telemetry=True,
+            )
+        else:
+            terms = distillation_terms(local, local_teacher, labels, of_loss, shard)
+        forward_calls = list(calls)
+        calls.clear()
         (terms.loss * upstream).sum().backward()
+    named = terms._asdict()
+    seen = named.pop("telemetry")
     return {
-        "terms": {name: None if t is None else t.detach() for name, t in terms._asdict().items()},
+        "terms": {name: None if t is None else t.detach() for name, t in named.items()},
+        "telemetry": {} if seen is None else dict(zip(Telemetry._fields, seen, strict=True)),
         "gradient": local.grad,
         "collectives": forward_calls,
         "backward_collectives": calls,
     }
 
 
-def greatest_of(logits: torch.Tensor, width: int, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def greatest_of(logits: torch.Tensor, width: int, vocab_size: int) -> torch.Tensor:
     shard = Shard.uniform(width, vocab_size, dist.group.WORLD)
-    return greatest((logits[:, shard.start : shard.start + width],), shard)
+    return greatest(logits[:, shard.start : shard.start + shard.valid_width(width)], shard)
 
 
 def aligned(logits: torch.Tensor, own_width: int, width: int, vocab_size: int) -> torch.Tensor:

@@ -7,9 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipelines.core.divergence import token_terms
+from pipelines.core import reference
+from pipelines.core.divergence import greatest, token_terms
+from pipelines.core.family import FAMILY, divergence_named
 from pipelines.core.loss import LossWeights, distillation_terms, loss_identity, masked_sum, valid_tokens
-from pipelines.core.vocab_parallel import Shard, greatest
+from pipelines.core.vocab_parallel import Shard
 from tests.ranks import RankPools
 
 TERMS = "tests.core.cases_divergence:sharded_terms"
@@ -54,16 +56,18 @@ def oracle(
     ce: float,
     temperature: float = 1.0,
     temperature_squared: bool = True,
+    divergence: tuple[Any, ...] = ("forward_kl",),
+    top_k: int | None = None,
 ) -> dict[str, torch.Tensor]:
     s = student.double().requires_grad_()
     valid_s, valid_t = s[:, :vocab_size], teacher.double()[:, :vocab_size]
-    log_p, log_q = (x.div(temperature).log_softmax(1) for x in (valid_t, valid_s))
-    divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
+    name, parameter = (*divergence, None)[:2]
+    distance = reference.divergences(valid_t / temperature, valid_s / temperature, name, parameter, top_k)
     cross_entropy = F.cross_entropy(valid_s, labels, reduction="none", ignore_index=-100)
-    loss = kd * (temperature**2 if temperature_squared else 1) * divergence + ce * cross_entropy
+    loss = kd * (temperature**2 if temperature_squared else 1) * distance + ce * cross_entropy
     (gradient,) = torch.autograd.grad((loss * upstream).sum(), s)
     agreement = (valid_s.argmax(1) == valid_t.argmax(1)).double()
-    return {"loss": loss, "kd": divergence, "ce": cross_entropy, "agreement": agreement, "gradient": gradient}
+    return {"loss": loss, "kd": distance, "ce": cross_entropy, "agreement": agreement, "gradient": gradient}
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -102,25 +106,131 @@ def test_values_and_gradients(
     assert relative(torch.cat([r["gradient"] for r in found], dim=1), expected["gradient"]) < 2e-6
 
 
-def test_collectives_are_two_whatever_the_terms(ranks: RankPools) -> None:
-    student, teacher, labels = logits(seed=3)
-    for weights, with_teacher, with_labels in itertools.product(WEIGHTS.values(), (True, False), (True, False)):
-        if not (with_teacher or with_labels):
-            continue
-        for result in ranks(
-            2,
+@pytest.mark.parametrize(
+    "divergence", [("reverse_kl",), ("jensen_shannon", 0.3), ("skew_kl", 0.2), ("total_variation",)], ids=lambda d: d[0]
+)
+@pytest.mark.parametrize("world, starts, vocab_size", SHARDS.values(), ids=SHARDS)
+def test_every_divergence(
+    ranks: RankPools, world: int, starts: list[int], vocab_size: int, divergence: tuple[Any, ...]
+) -> None:
+    student, teacher, labels = logits(seed=10 + world)
+    upstream = torch.rand(TOKENS, generator=torch.Generator().manual_seed(2)) - 0.3
+    for weights in ({"kd": 1.0, "ce": 0.0}, {"kd": 0.7, "ce": 0.3, "temperature": 2.5}):
+        for top_k in (None, 5):
+            expected = oracle(
+                student, teacher, labels, vocab_size, upstream, divergence=divergence, top_k=top_k, **weights
+            )
+            found = ranks(
+                world,
+                TERMS,
+                student=student,
+                teacher=teacher,
+                labels=labels,
+                vocab_size=vocab_size,
+                starts=starts,
+                weights=weights | {"top_k": top_k},
+                upstream=upstream,
+                divergence=divergence,
+            )
+            for result in found:
+                for name in ("loss", "kd", "ce", "agreement"):
+                    assert relative(result["terms"][name], expected[name]) < 3e-6, name
+                    assert torch.equal(result["terms"][name], found[0]["terms"][name])
+            assert relative(torch.cat([r["gradient"] for r in found], dim=1), expected["gradient"]) < 5e-6
+
+
+@pytest.mark.parametrize("top_k", [1, 8, 28])
+@pytest.mark.parametrize("world, starts, vocab_size", SHARDS.values(), ids=SHARDS)
+def test_top_k_with_the_rest_as_one_bucket(
+    ranks: RankPools, world: int, starts: list[int], vocab_size: int, top_k: int
+) -> None:
+    """k = 28 of 29 ids leaves one in the tail, k = 8 is more than one of the ranks holds."""
+    student, teacher, labels = logits(seed=20 + world)
+    student[3, :vocab_size] += 60 * torch.eye(vocab_size)[teacher[3, :vocab_size].argmax()]  # a tail of exp(-60)
+    upstream = torch.ones(TOKENS)
+    for weights in ({"kd": 1.0, "ce": 0.0}, {"kd": 0.7, "ce": 0.3, "temperature": 2.5}):
+        expected = oracle(student, teacher, labels, vocab_size, upstream, top_k=top_k, **weights)
+        found = ranks(
+            world,
             TERMS,
             student=student,
-            teacher=teacher if with_teacher else None,
-            labels=labels if with_labels else None,
-            vocab_size=VOCABULARY,
-            starts=[0, 11],
-            weights=weights,
+            teacher=teacher,
+            labels=labels,
+            vocab_size=vocab_size,
+            starts=starts,
+            weights=weights | {"top_k": top_k},
+            upstream=upstream,
+        )
+        for result in found:
+            assert relative(result["terms"]["kd"], expected["kd"]) < 2e-6
+        assert relative(torch.cat([r["gradient"] for r in found], dim=1), expected["gradient"]) < 5e-6
+
+
+def test_top_k_of_equal_logits_keeps_them_all() -> None:
+    """Ids as likely as the k-th are in buckets of their own; with no id left the tail's bucket is empty."""
+    student, _, _ = logits(seed=21)
+    teacher = torch.zeros_like(student)
+    weights = LossWeights(top_k=3)
+    own = student.clone().requires_grad_()
+    terms = distillation_terms(own, teacher, None, weights, Shard(0, VOCABULARY))
+    terms.loss.sum().backward()
+    expected = oracle(student, teacher, torch.zeros(TOKENS).long(), VOCABULARY, torch.ones(TOKENS), kd=1, ce=0)
+    assert own.grad is not None
+    assert relative(terms.kd, expected["kd"]) < 2e-6 and relative(own.grad, expected["gradient"]) < 2e-6
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("world, starts, vocab_size", SHARDS.values(), ids=SHARDS)
+def test_telemetry(ranks: RankPools, world: int, starts: list[int], vocab_size: int, temperature: float) -> None:
+    student, teacher, labels = logits(seed=30 + world)
+    labels[:4] = teacher[:4, :vocab_size].argmax(1)
+    valid = student[:, :vocab_size].double(), teacher[:, :vocab_size].double()
+    expected = reference.telemetry(valid[1], valid[0], labels)
+    for divergence in ("forward_kl", "jensen_shannon"):
+        for result in ranks(
+            world,
+            TERMS,
+            student=student,
+            teacher=teacher,
+            labels=labels,
+            vocab_size=vocab_size,
+            starts=starts,
+            weights={"kd": 1.0, "temperature": temperature},
             upstream=torch.ones(TOKENS),
+            divergence=(divergence,),
+            telemetry=True,
         ):
-            first, second = (call.split() for call in result["collectives"])
-            assert "MAX" in first[0] and int(first[1]) <= 2 * TOKENS
-            assert "SUM" in second[0] and int(second[1]) <= 5 * TOKENS
+            assert set(result["telemetry"]) == set(expected)
+            for name, values in expected.items():
+                assert relative(result["telemetry"][name], values) < 5e-6, name
+            distance = reference.divergences(valid[1] / temperature, valid[0] / temperature, divergence)
+            assert relative(result["terms"]["kd"], distance) < 3e-6
+
+
+def test_a_constant_number_of_exchanges_whatever_the_terms(ranks: RankPools) -> None:
+    """(numbers per token, tokens) of each all-gather: one for the two KLs and cross-entropy, two for the others."""
+    student, teacher, labels = logits(seed=3)
+    for weights, with_teacher, with_labels in itertools.product(WEIGHTS.values(), (True, False), (True, False)):
+        for name in FAMILY if with_teacher else ("forward_kl",):
+            if not (with_teacher or with_labels):
+                continue
+            expected = [(10 if with_teacher else 5, TOKENS)]
+            if name not in ("forward_kl", "reverse_kl"):
+                expected.append((2, TOKENS))
+            for result in ranks(
+                2,
+                TERMS,
+                student=student,
+                teacher=teacher if with_teacher else None,
+                labels=labels if with_labels else None,
+                vocab_size=VOCABULARY,
+                starts=[0, 11],
+                weights=weights,
+                upstream=torch.ones(TOKENS),
+                divergence=(name,),
+            ):
+                assert result["collectives"] == [("all_gather_into_tensor", shape) for shape in expected]
+                assert result["backward_collectives"] == []
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -196,7 +306,7 @@ def test_label_on_each_shard(ranks: RankPools, label_on: int) -> None:
 
 def test_equal_logits_have_a_divergence_of_exactly_zero(ranks: RankPools) -> None:
     student, _, _ = logits(seed=7)
-    for temperature, vocab_size in itertools.product((1.0, 0.3, 5.0), (VOCABULARY, 31)):
+    for temperature, vocab_size, name in itertools.product((1.0, 0.3, 5.0), (VOCABULARY, 31), FAMILY):
         for result in ranks(
             2,
             TERMS,
@@ -207,6 +317,7 @@ def test_equal_logits_have_a_divergence_of_exactly_zero(ranks: RankPools) -> Non
             starts=[0, 20],
             weights={"kd": 1.0, "temperature": temperature},
             upstream=torch.ones(TOKENS),
+            divergence=(name,),
         ):
             assert torch.count_nonzero(result["terms"]["kd"]) == 0
             assert result["gradient"].abs().max() < 1e-6
@@ -280,6 +391,16 @@ def test_identity_in_words() -> None:
     assert loss_identity(LossWeights()) == "loss = 1.0 * T^2 * KL(teacher || student, T=1.0) + 0.0 * CE"
     without = LossWeights(0.5, 0.25, 4.0, temperature_squared=False)
     assert loss_identity(without) == "loss = 0.5 * KL(teacher || student, T=4.0) + 0.25 * CE"
+    words = {
+        ("reverse_kl",): "KL(student || teacher, T=1.0)",
+        ("jensen_shannon", 0.3): "JSD(teacher, student, beta=0.3, T=1.0)",
+        ("skew_kl", 0.1): "KL(teacher || 0.1 * teacher + 0.9 * student, T=1.0)",
+        ("total_variation",): "TV(teacher, student, T=1.0)",
+    }
+    for (name, *parameter), expected in words.items():
+        weights = LossWeights(divergence=divergence_named(name, *parameter))
+        assert loss_identity(weights) == f"loss = 1.0 * T^2 * {expected} + 0.0 * CE"
+    assert "T=1.0) over the teacher's top 256 and the rest + 0.0" in loss_identity(LossWeights(top_k=256))
 
 
 @pytest.mark.parametrize(
@@ -310,15 +431,10 @@ def test_greatest_breaks_ties_by_the_lowest_id(ranks: RankPools) -> None:
             [-torch.inf, -3e38, -torch.inf, -2e38, -torch.inf, -torch.inf, -torch.inf, 9.0],
         ]
     )
-    expected_values, expected_ids = [7.0, 0.0, -2.0, -2e38], [1, 0, 5, 3]
     for world in (1, 2, 4):
-        for values, ids in ranks(
-            world, "tests.core.cases_divergence:greatest_of", logits=rows, width=8 // world, vocab_size=7
-        ):
-            assert ids[0].tolist() == expected_ids
-            assert values[0].tolist() == pytest.approx(expected_values)
-    values, _ = greatest((torch.full((1, 4), torch.nan),), Shard(0, 4))
-    assert values.isnan().all(), "a NaN is not lost on the way"
+        for ids in ranks(world, "tests.core.cases_divergence:greatest_of", logits=rows, width=8 // world, vocab_size=7):
+            assert ids.tolist() == [1, 0, 5, 3]
+    assert greatest(torch.full((1, 4), torch.nan), Shard(0, 4)).isinf().all(), "no id where nothing is greatest"
 
 
 @pytest.mark.parametrize("own_width, width", [(10, 8), (8, 10), (16, 8), (8, 8), (20, 8)])

@@ -185,7 +185,9 @@ def terms_returned(directory: Path) -> dict[str, list[str]]:
         for mode in ("train", "eval"):
             getattr(pair, mode)()
             terms = pair(**batch)
-            assert all(t.dtype == torch.float32 and t.shape == batch["labels"].shape for t in terms.values())
-            found[f"{kd_weight} {ce_weight} {mode}"] = [*terms, f"teacher ran {len(runs)}"]
+            assert all(t.dtype == torch.float32 for t in terms.values())
+            assert terms["loss"].shape == () and terms["loss"].requires_grad
+            per_token = [n for n, t in terms.items() if t.shape == batch["labels"].shape and not t.requires_grad]
+            found[f"{kd_weight} {ce_weight} {mode}"] = [*per_token, f"teacher ran {len(runs)}"]
             runs.clear()
     return found

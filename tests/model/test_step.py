@@ -71,13 +71,13 @@ def test_teacher_stays_as_it_was(ranks: RankPools, tmp_path: Path) -> None:
 
 
 def test_weights_of_zero_cost_nothing_in_training(ranks: RankPools, tmp_path: Path) -> None:
-    everything = ["loss", "kd", "ce", "agreement", "teacher ran 1"]
+    everything = ["token_loss", "kd", "ce", "agreement", "teacher ran 1"]
     for result in ranks(2, f"{CASES}:terms_returned", directory=tmp_path):
         assert result == {
-            "1.0 0.0 train": ["loss", "kd", "agreement", "teacher ran 1"],
+            "1.0 0.0 train": ["token_loss", "kd", "agreement", "teacher ran 1"],
             "1.0 0.0 eval": everything,
             "0.5 0.5 train": everything,
             "0.5 0.5 eval": everything,
-            "0.0 1.0 train": ["loss", "ce", "teacher ran 0"],
+            "0.0 1.0 train": ["token_loss", "ce", "teacher ran 0"],
             "0.0 1.0 eval": everything,
         }

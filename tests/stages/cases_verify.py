@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipelines import artifacts
 from pipelines.config import Config, ParallelConfig, UserError
-from pipelines.core import divergence, loss, vocab_parallel
+from pipelines.core import linear_divergence, loss, vocab_parallel
 from pipelines.model import pair, step
 from pipelines.stages import verify
 
@@ -42,12 +42,13 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 def gradients_times_tp() -> contextlib.AbstractContextManager[None]:
     """What autograd through an all-reduce of an already replicated loss does."""
-    backward = divergence._TokenTerms.backward
+    backward = linear_divergence._LinearDivergence.backward
 
-    def scaled(ctx: Any, loss_gradient: Tensor, *others: Any) -> Any:
-        return backward(ctx, 2 * loss_gradient, *others)
+    def scaled(ctx: Any, *upstream: Any) -> Any:
+        hidden, *others = backward(ctx, *upstream)
+        return 2 * hidden, *others
 
-    return _replaced(divergence._TokenTerms, "backward", staticmethod(scaled))
+    return _replaced(linear_divergence._LinearDivergence, "backward", staticmethod(scaled))
 
 
 def missing_temperature_squared() -> contextlib.AbstractContextManager[None]:
@@ -73,8 +74,8 @@ def shifted_label() -> contextlib.AbstractContextManager[None]:
     """The next-token shift made once more inside the model."""
     terms = pair.DistillationPair._terms
 
-    def shifted(self: Any, student: Tensor, teacher: Tensor | None, labels: Tensor) -> Any:
-        return terms(self, student, teacher, labels.roll(-1, dims=1))
+    def shifted(self: Any, student: Tensor, teacher: Tensor | None, labels: Tensor, loss_mask: Tensor) -> Any:
+        return terms(self, student, teacher, labels.roll(-1, dims=1), loss_mask)
 
     return _replaced(pair.DistillationPair, "_terms", shifted)
 
@@ -89,12 +90,12 @@ def unreduced_gradients() -> contextlib.AbstractContextManager[None]:
 
 
 def nan_gradient() -> contextlib.AbstractContextManager[None]:
-    backward = divergence._TokenTerms.backward
+    backward = linear_divergence._LinearDivergence.backward
 
-    def spoiled(ctx: Any, loss_gradient: Tensor, *others: Any) -> Any:
-        return backward(ctx, loss_gradient * torch.nan, *others)
+    def spoiled(ctx: Any, upstream: Tensor, *others: Any) -> Any:
+        return backward(ctx, upstream * torch.nan, *others)
 
-    return _replaced(divergence._TokenTerms, "backward", staticmethod(spoiled))
+    return _replaced(linear_divergence._LinearDivergence, "backward", staticmethod(spoiled))
 
 
 DEFECTS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
