@@ -50,6 +50,16 @@ class DepthMethod(Enum):
     block_influence = "block_influence"
 
 
+class Divergence(Enum):
+    """The distance from teacher to student (core/family.py); with a parameter: beta and alpha."""
+
+    forward_kl = "forward_kl"
+    reverse_kl = "reverse_kl"
+    jensen_shannon = "jensen_shannon"  # divergence_parameter: the teacher's share of the mixture, 0.5
+    skew_kl = "skew_kl"  # divergence_parameter: the same, 0.1
+    total_variation = "total_variation"
+
+
 class Precision(Enum):
     fp32 = "fp32"
     bf16 = "bf16"
@@ -181,12 +191,15 @@ class PruneConfig:
 
 @dataclass
 class DistilConfig(TrainingConfig):
-    """loss = kd_weight * T^2 * KL(teacher || student, T) + ce_weight * CE(labels, student)."""
+    """loss = kd_weight * T^2 * divergence(teacher, student, T) + ce_weight * CE(labels, student)."""
 
     kd_weight: float = 1.0
     ce_weight: float = 0.0
     temperature: float = 1.0
     temperature_squared: bool = True  # multiply KD by T^2
+    divergence: Divergence = Divergence.forward_kl
+    divergence_parameter: float | None = None  # above 0 and below 1; None: the divergence's own
+    top_k: int | None = None  # the teacher's most likely ids, all others as one; None: every id by itself
 
 
 @dataclass
@@ -215,6 +228,9 @@ class VerifyConfig:
     kd_weight: float = 0.7
     ce_weight: float = 0.3
     temperature: float = 2.0
+    divergence: Divergence = Divergence.forward_kl
+    divergence_parameter: float | None = None
+    top_k: int | None = None
 
 
 @dataclass

@@ -75,6 +75,7 @@ def distillation_step(
     temperature_squared: bool = True,
     divergence: str = "forward_kl",
     divergence_parameter: float | None = None,
+    top_k: int | None = None,
 ) -> ReferenceStep:
     """One step over the whole global batch: tokens, labels, mask (batch, sequence); a token counts where mask is not 0.
 
@@ -84,7 +85,8 @@ def distillation_step(
     with torch.no_grad():
         teacher_logits = llama_logits({n: t.double() for n, t in teacher.items()}, teacher_shape, tokens)
     student_logits = llama_logits(student, student_shape, tokens)
-    kd = divergences(teacher_logits / temperature, student_logits / temperature, divergence, divergence_parameter)
+    softened = teacher_logits / temperature, student_logits / temperature
+    kd = divergences(*softened, divergence, divergence_parameter, top_k)
     ce = -torch.log_softmax(student_logits, dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     loss = kd_weight * (temperature * temperature if temperature_squared else 1.0) * kd + ce_weight * ce
     agreement = (teacher_logits.argmax(-1) == student_logits.argmax(-1)).double()

@@ -8,6 +8,7 @@ from megatron.core.models.gpt import GPTModel
 
 from pipelines import artifacts, console
 from pipelines.config import UserError, layout
+from pipelines.core.family import divergence_named
 from pipelines.core.loss import LossWeights, loss_identity
 from pipelines.families import ModelShape, read_shape
 from pipelines.model import build, parallel, step, windows
@@ -31,7 +32,14 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
         )
     for directory in (teacher_directory, start):
         check_vocabulary(artifacts.corpus_directory(config), directory, shape.vocab_size)
-    weights = LossWeights(settings.kd_weight, settings.ce_weight, settings.temperature, settings.temperature_squared)
+    weights = LossWeights(
+        settings.kd_weight,
+        settings.ce_weight,
+        settings.temperature,
+        settings.temperature_squared,
+        divergence_named(settings.divergence.value, settings.divergence_parameter),
+        settings.top_k,
+    )
     options = {"sequence_parallel": ranks.sequence_parallel, "precision": settings.precision.value}
     teacher_config = build.transformer_config(teacher_shape, **options)
     student_config = build.transformer_config(shape, recompute=settings.recompute, **options)
@@ -52,6 +60,9 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
             ce_weight=weights.ce,
             temperature=weights.temperature,
             temperature_squared=weights.temperature_squared,
+            divergence=settings.divergence.value,
+            divergence_parameter=settings.divergence_parameter,
+            top_k=settings.top_k,
         )
 
     console.say(

@@ -139,6 +139,9 @@ def verify_case(
         "kd_weight": settings.kd_weight,
         "ce_weight": settings.ce_weight,
         "temperature": settings.temperature,
+        "divergence": settings.divergence.value,
+        "divergence_parameter": settings.divergence_parameter,
+        "top_k": settings.top_k,
     }
     pair = DistillationPair(models["student"], models["teacher"], vocab_size=case.student.vocab_size, **loss)
     model = wrap(pair, distributed_optimizer=distributed_optimizer)
@@ -301,4 +304,10 @@ def _check(settings: VerifyConfig, ranks: Layout) -> None:
         raise UserError(
             f"verify: expected parallel.context=1, found {ranks.context}. Context parallelism cuts the sequences, "
             "which the reference does not follow. Verify the same layout without it."
+        )
+    smallest = min(case.student.vocab_size for case in cases(ranks.tensor, ranks.pipeline))
+    if settings.top_k and settings.top_k >= smallest:
+        raise UserError(
+            f"verify.top_k: expected fewer than the {smallest} ids of the smallest model, found {settings.top_k}. "
+            "Lower it, or leave it out."
         )

@@ -40,7 +40,7 @@ def validate(config: Config, stages: Collection[str]) -> list[str]:
     layouts.check_context(ranks, stages)
     for name, length in layouts.lengths(config, stages):
         layouts.check_length(name, length, ranks, teacher)
-    training.check(config, stages, ranks)
+    training.check(config, stages, ranks, teacher.vocab_size)
     data.check_tokenizer(config, stages, teacher, where)
     data.check_splits(config, stages, teacher)
     directories.check_weights(config, stages)

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from pipelines import artifacts, planning
-from pipelines.config import Config, DepthMethod, Format, Layout, SourceKind, TeacherMode
+from pipelines.config import Config, DepthMethod, Divergence, Format, Layout, SourceKind, TeacherMode
 from pipelines.families import ModelShape, read_shape
 from pipelines.nemo_context import is_nemo_checkpoint
 from pipelines.validation.data import given_tokenizer, makes_corpus
@@ -47,6 +47,10 @@ def _loss(config: Config, stages: Collection[str]) -> Iterator[str]:
             yield "distil.temperature has no effect with distil.kd_weight=0"
         if not config.distil.temperature_squared:
             yield "distil.temperature_squared has no effect with distil.kd_weight=0"
+        if config.distil.divergence is not Divergence.forward_kl:
+            yield "distil.divergence has no effect with distil.kd_weight=0"
+        if config.distil.top_k:
+            yield "distil.top_k has no effect with distil.kd_weight=0"
     elif "distil" in stages and config.distil.temperature == 1 and not config.distil.temperature_squared:
         yield "distil.temperature_squared=false has no effect with distil.temperature=1"
 

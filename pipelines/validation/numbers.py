@@ -24,13 +24,14 @@ class Range:
         if self.high == MANY:
             return f"less than {MANY:,}" if MANY <= value < math.inf else f"{self.low:g} or more"
         if self.high < math.inf:
-            return f"a number from {self.low:,g} to below {self.high:,.0f}"
+            start = f"above {self.low:g} and" if self.above else f"from {self.low:,g} to"
+            return f"a number {start} below {self.high:,.0f}"
         return f"a number above {self.low:g}" if self.above else f"{self.low:g} or more"
 
 
 MANY = 10**15  # of anything that is counted
 POSITIVE, NOT_NEGATIVE, ONE_OR_MORE = Range(0, above=True), Range(0), Range(1, MANY)
-BELOW_ONE = Range(0, 1)
+BELOW_ONE, BETWEEN_0_AND_1 = Range(0, 1), Range(0, 1, above=True)
 SEED = Range(1, 2**31)  # Megatron takes none below 1
 
 RANGES: dict[str, Range] = {
@@ -45,8 +46,9 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("max_position_embeddings", "sequence_length", "batches", "micro_batches"), ONE_OR_MORE),
     **dict.fromkeys(("micro_batch_size", "global_batch_size", "steps", "validation_interval"), ONE_OR_MORE),
     **dict.fromkeys(("validation_batches", "checkpoint_interval", "keep_checkpoints", "log_interval"), ONE_OR_MORE),
-    **dict.fromkeys(("calibration_samples", "new_tokens", "tokenizer_sample_bytes"), ONE_OR_MORE),
+    **dict.fromkeys(("calibration_samples", "new_tokens", "tokenizer_sample_bytes", "top_k"), ONE_OR_MORE),
     **dict.fromkeys(("limit_bytes", "document_bytes", "tokenizer_vocab_size"), ONE_OR_MORE),
+    "divergence_parameter": BETWEEN_0_AND_1,
     "seed": SEED,
 }
 

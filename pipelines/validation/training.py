@@ -2,15 +2,43 @@
 
 from collections.abc import Collection, Iterator
 
-from pipelines.config import Config, Layout, TeacherMode, TrainingConfig, expect
+from pipelines.config import (
+    Config,
+    DistilConfig,
+    Divergence,
+    Layout,
+    TeacherMode,
+    TrainingConfig,
+    VerifyConfig,
+    expect,
+)
 
 
-def check(config: Config, stages: Collection[str], ranks: Layout) -> None:
+def check(config: Config, stages: Collection[str], ranks: Layout, vocab_size: int) -> None:
+    """vocab_size: of teacher and student."""
     for name, training in trainings(config, stages):
         _check_run(name, training, ranks)
     for name, loss in (("distil", config.distil), ("verify", config.verify)):
         weighted = name not in stages or loss.kd_weight > 0 or loss.ce_weight > 0
         expect(weighted, name, "kd_weight or ce_weight above 0", "both 0", "Set one of them.")
+        if name in stages:
+            _check_divergence(name, loss)
+    if "distil" in stages and config.distil.top_k:
+        below = f"fewer than the vocabulary's {vocab_size} ids"
+        expect(
+            config.distil.top_k < vocab_size, "distil.top_k", below, config.distil.top_k, "Lower it, or leave it out."
+        )
+
+
+WITH_PARAMETER = (Divergence.jensen_shannon, Divergence.skew_kl)
+
+
+def _check_divergence(name: str, loss: DistilConfig | VerifyConfig) -> None:
+    parameter, setting = loss.divergence_parameter, f"{name}.divergence_parameter"
+    if parameter is None:
+        return
+    which = f"with {name}.divergence={loss.divergence.value}"
+    expect(loss.divergence in WITH_PARAMETER, setting, f"none {which}", parameter, "Leave it out.")
 
 
 def trainings(config: Config, stages: Collection[str]) -> Iterator[tuple[str, TrainingConfig]]:

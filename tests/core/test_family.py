@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from pipelines.config import Divergence as Setting
 from pipelines.core.family import FAMILY, Divergence, divergence_named
+from pipelines.validation.training import WITH_PARAMETER
 
 MEMBERS = [
     *FAMILY.values(),
@@ -75,6 +77,12 @@ def test_probabilities_that_underflow(member: Divergence) -> None:
     slope = member.slope(log_p, log_q, member.parameter)
     assert value.isfinite().all() and slope.isfinite().all()
     assert slope.abs().max() <= 3000
+
+
+def test_the_settings_name_the_whole_family() -> None:
+    assert {setting.value for setting in Setting} == set(FAMILY)
+    with_parameter = {setting.value for setting in WITH_PARAMETER}
+    assert with_parameter == {name for name, member in FAMILY.items() if member.parameter}
 
 
 def test_refuses_what_is_not_there() -> None:

@@ -10,17 +10,25 @@ import torch
 from torch import Tensor
 
 from pipelines import artifacts
-from pipelines.config import Config, ParallelConfig, UserError
+from pipelines.config import Config, Divergence, ParallelConfig, UserError
 from pipelines.core import linear_divergence, loss, vocab_parallel
 from pipelines.model import pair, step
 from pipelines.stages import verify
 
 
-def run(directory: str, defect: str = "", distributed_optimizer: bool = False, **layout: Any) -> dict[str, Any]:
+def run(
+    directory: str,
+    defect: str = "",
+    distributed_optimizer: bool = False,
+    loss: dict[str, Any] | None = None,
+    **layout: Any,
+) -> dict[str, Any]:
     """{"figures", "printed", "error"}: what the stage returned, printed on this rank, and its UserError if any."""
     config = Config(stage="verify", parallel=ParallelConfig(**layout))
     config.distil.distributed_optimizer = distributed_optimizer
     config.verify.sequence_length = 16
+    for name, value in (loss or {}).items():
+        setattr(config.verify, name, Divergence(value) if name == "divergence" else value)
     printed, figures, error = io.StringIO(), {}, ""
     with contextlib.redirect_stdout(printed), DEFECTS[defect]():
         try:

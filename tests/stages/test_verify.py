@@ -39,6 +39,23 @@ def test_passes_and_compares_every_group(ranks: RankPools, tmp_path: Path, layou
     assert not list(tmp_path.iterdir()), "the random models are removed again"
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"divergence": "reverse_kl"},
+        {"divergence": "jensen_shannon", "divergence_parameter": 0.3},
+        {"divergence": "skew_kl"},
+        {"divergence": "total_variation"},
+        {"top_k": 9},
+    ],
+    ids=lambda loss: "-".join(str(value) for value in loss.values()),
+)
+def test_passes_for_every_divergence(ranks: RankPools, tmp_path: Path, loss: dict[str, Any]) -> None:
+    first, _ = ranks(2, RUN, directory=str(tmp_path), tensor=2, sequence_parallel=True, loss=loss)
+    assert first["error"] == "" and "within tolerance" in first["printed"]
+    assert all(0 < first["figures"][case.name]["fc1"]["gradients"] <= 1e-5 for case in cases(2, 1))
+
+
 DEFECTS = {
     "gradients_times_tp": ({"tensor": 2}, "width: gradient model.layers.0.mlp.down_proj.weight: 1.0e+00"),
     "missing_temperature_squared": ({"tensor": 2}, "width: term loss"),
@@ -72,6 +89,11 @@ def test_command_line_fails_above_tolerance(tmp_path: Path) -> None:
 def test_refuses_context_parallelism_by_name(ranks: RankPools, tmp_path: Path) -> None:
     first, _ = ranks(2, RUN, directory=str(tmp_path), tensor=1, context=2)
     assert "parallel.context=1" in first["error"]
+
+
+def test_refuses_more_ids_than_there_are(ranks: RankPools, tmp_path: Path) -> None:
+    first, _ = ranks(2, RUN, directory=str(tmp_path), tensor=2, loss={"top_k": 200})
+    assert "verify.top_k: expected fewer than the 97 ids" in first["error"]
 
 
 def test_shapes_are_awkward() -> None:
