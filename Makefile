@@ -1,4 +1,4 @@
-# Everything from a git clone: `make quickstart` and `make test`. Both build .venv first where it is missing or outdated.
+# Everything from a git clone: `make quickstart`, `make test`, `make benchmark`. Each builds .venv where it is missing.
 
 USABLE := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3 python; do \
@@ -11,14 +11,15 @@ export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-fast lint clean
+.PHONY: help install quickstart test test-fast lint benchmark clean
 
 # What runs here is made for CPU processes; a GPU is neither needed nor taken.
-quickstart test test-fast: export CUDA_VISIBLE_DEVICES :=
+quickstart test test-fast benchmark: export CUDA_VISIBLE_DEVICES :=
 
 help:
 	@echo "make quickstart   the whole pipeline on real text, two CPU processes; about 10 minutes with installation"
 	@echo "make test         every test but those for GPUs, about 25 minutes; make test-fast: the short ones"
+	@echo "make benchmark    loss and training step beside NeMo's, ModelOpt's and torch's; about 20 minutes"
 	@echo "make install      builds $(VENV) alone, which the others do where it is missing"
 	@echo "make lint         ruff and mypy;  make clean: removes what building and tests leave"
 	@echo "README.md says how to run it on your own model."
@@ -50,6 +51,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+benchmark: $(STAMP)
+	$(BIN)/python -m pipelines stage=benchmark parallel=tp1 benchmark.docs=docs/benchmark experiment=benchmark
+	$(BIN)/python -m pipelines stage=benchmark parallel=tp2 benchmark.docs=docs/benchmark experiment=benchmark
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

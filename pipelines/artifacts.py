@@ -57,11 +57,12 @@ def run_directory(config: Config) -> Path:
 
 
 def stage_directory(config: Config, stage: str) -> Path:
-    return run_directory(config) / stage
+    return (Path(config.run.directory) if STAGES[stage].of_machine else run_directory(config)) / stage
 
 
 def log_file(config: Config, stage: str) -> Path:
-    return run_directory(config) / "logs" / f"{stage}.log"
+    home = stage_directory(config, stage) if STAGES[stage].of_machine else run_directory(config)
+    return home / "logs" / f"{stage}.log"
 
 
 def corpus_directory(config: Config) -> Path:

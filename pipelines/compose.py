@@ -11,7 +11,7 @@ from typing import Any
 from pipelines import config as configuration
 from pipelines.config import Config, UserError
 
-GROUPS = ("experiment", "model", "student", "parallel", "data", "teacher", "distil")
+GROUPS = ("experiment", "model", "student", "parallel", "data", "teacher", "distil", "benchmark")
 
 
 def conf_directory() -> Path:

@@ -65,6 +65,17 @@ class Precision(Enum):
     bf16 = "bf16"
 
 
+class Contender(Enum):
+    """Whose heads and loss the benchmark measures, by the names in its results."""
+
+    stillhouse = "stillhouse"
+    nemo = "nemo"  # NeMo 2's LogitsKLLoss
+    modelopt = "modelopt"  # ModelOpt's LogitsKLLoss for Megatron, which Megatron-Bridge trains with
+    torch = "torch"  # torch's kl_div on whole logits
+    torch_compile = "torch.compile"  # the same, compiled
+    liger = "liger"  # Liger's fused-linear JSD, on one GPU
+
+
 class Format(Enum):
     text = "text"
     json = "json"
@@ -234,6 +245,24 @@ class VerifyConfig:
 
 
 @dataclass
+class BenchmarkConfig:
+    """Two heads and the loss, for every pair of tokens and vocabulary; then whole steps of model= and student=."""
+
+    contenders: list[Contender] = field(default_factory=lambda: list(Contender))
+    tokens: list[int] = field(default_factory=list)  # empty: no heads
+    vocabularies: list[int] = field(default_factory=list)  # token ids; multiples of parallel.tensor
+    student_hidden: int = 768
+    teacher_hidden: int = 1024
+    micro_batch_sizes: list[int] = field(default_factory=list)  # sequences; empty: no whole steps
+    micro_batches: int = 1  # per step
+    sequence_length: int = 256  # tokens, of the whole steps
+    precision: Precision = Precision.fp32
+    warmup: int = 1  # rounds in which each contender runs without being timed
+    rounds: int = 5  # timed; the median counts
+    docs: str | None = None  # a directory that gets the table and the plots too
+
+
+@dataclass
 class Config:
     stage: Any = "plan"  # a name, a list of names, or "all": corpus to report
     overwrite: bool = False  # start a stage again whose settings or inputs changed; its checkpoints are moved aside
@@ -249,6 +278,7 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
+    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ NeMo's own needs are in trainer/cpu_runtime.py.
 """
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
 _installed = False
+_is_initialized = torch.cuda.is_initialized
 
 
 def install() -> None:
@@ -47,6 +49,18 @@ def install() -> None:
 
 def is_installed() -> bool:
     return _installed
+
+
+@contextlib.contextmanager
+def suspended() -> Iterator[None]:
+    """For code that names no device and is timed or compiled: no work at each call, torch's own word on GPUs."""
+    installed = torch.cuda.is_initialized
+    torch.cuda.is_initialized = _is_initialized
+    try:
+        with torch._C.DisableTorchFunction():
+            yield
+    finally:
+        torch.cuda.is_initialized = installed
 
 
 def _names_cuda(device: Any) -> bool:

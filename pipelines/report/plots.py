@@ -5,7 +5,7 @@ serves light, dark and print. Text stays text. No torch.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
@@ -229,4 +229,26 @@ def quality_against_size(models: dict[str, dict[str, Any]], name: str, directory
         axes.set(xlabel="parameters, millions", ylabel="loss, nats/token")
         axes.margins(0.22)
         axes.set_xlim(left=0)
+        return _write(figure, name, directory)
+
+
+def lines(
+    series: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str, name: str, directory: Path
+) -> str:
+    """One line per name over x, both axes logarithmic; the first in the accent colour."""
+    with _figure() as (figure, axes):
+        styles = ("-", "--", ":", "-.")
+        for number, (label, points) in enumerate(series.items()):
+            colour = ACCENT if number == 0 else (INK, MUTED, FAINT)[(number - 1) % 3]
+            style = styles[number % len(styles)]
+            axes.plot(
+                *zip(*points, strict=True), color=colour, linestyle=style, marker="o", markersize=3.2, label=label
+            )
+        _log_scale(axes)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted({x for points in series.values() for x, _ in points}))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        figure.legend(loc="outside upper right", ncols=3, columnspacing=1.4)
         return _write(figure, name, directory)

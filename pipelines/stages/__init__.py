@@ -18,6 +18,7 @@ class Stage:
         those of FREE, which change the speed or the log and not the result.
     kept: writes a directory with a manifest and a `complete` marker, and is not run twice.
     derived: only shows what other stages wrote; made anew where that has changed, without asking for overwrite.
+    of_machine: belongs to no run, but to the machine: its directory is <run.directory>/<name>/, whatever run.name says.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Stage:
     may_read: tuple[str, ...] = ()
     kept: bool = True
     derived: bool = False
+    of_machine: bool = False
 
 
 FREE = frozenset(
@@ -99,6 +101,13 @@ _TABLE = (
     ),
     Stage("plan", "parameters, FLOPs and bytes per device, before anything is started", ranks=False, kept=False),
     Stage("verify", "prove values and gradients of the sharded step on this machine", ranks=True, kept=False),
+    Stage(
+        "benchmark",
+        "memory, speed and error of loss and step beside NeMo's, ModelOpt's, torch's and Liger's",
+        ranks=True,
+        kept=False,
+        of_machine=True,
+    ),
 )
 
 STAGES: dict[str, Stage] = {stage.name: stage for stage in _TABLE}

@@ -11,9 +11,10 @@ from pipelines import artifacts, planning
 from pipelines.config import Config, layout
 from pipelines.families import ModelShape, read_shape
 from pipelines.stages import STAGES
-from pipelines.validation import data, directories, effects, layouts, numbers, shapes, training
+from pipelines.validation import benchmark, data, directories, effects, layouts, numbers, shapes, training
 
-RANKED = frozenset(name for name, stage in STAGES.items() if stage.ranks and name != "verify")  # on ranks, on a model
+# On ranks, on the run's models; verify makes shapes to fit the layout, and the benchmark has models of its own.
+RANKED = frozenset(name for name, stage in STAGES.items() if stage.ranks) - {"verify", "benchmark"}
 
 WITH_STUDENT = frozenset({"plan", "prune", "distil", "evaluate", "export"})
 
@@ -41,6 +42,7 @@ def validate(config: Config, stages: Collection[str]) -> list[str]:
     for name, length in layouts.lengths(config, stages):
         layouts.check_length(name, length, ranks, teacher)
     training.check(config, stages, ranks, teacher.vocab_size)
+    benchmark.check(config, stages, ranks)
     data.check_tokenizer(config, stages, teacher, where)
     data.check_splits(config, stages, teacher)
     directories.check_weights(config, stages)

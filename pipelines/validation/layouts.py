@@ -46,7 +46,7 @@ def check_context(ranks: Layout, stages: Collection[str]) -> None:
 
 def lengths(config: Config, stages: Collection[str]) -> Iterator[tuple[str, int]]:
     """(stage, sequence length) of the stages that are asked for."""
-    for name in ("teacher", "prune", "distil", "evaluate", "verify"):
+    for name in ("teacher", "prune", "distil", "evaluate", "verify", "benchmark"):
         if name in stages and not (name == "teacher" and config.teacher.mode is TeacherMode.take):
             yield name, getattr(config, name).sequence_length
 

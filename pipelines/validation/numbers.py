@@ -47,6 +47,9 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("micro_batch_size", "global_batch_size", "steps", "validation_interval"), ONE_OR_MORE),
     **dict.fromkeys(("validation_batches", "checkpoint_interval", "keep_checkpoints", "log_interval"), ONE_OR_MORE),
     **dict.fromkeys(("calibration_samples", "new_tokens", "tokenizer_sample_bytes", "top_k"), ONE_OR_MORE),
+    **dict.fromkeys(("student_hidden", "teacher_hidden", "rounds", "tokens", "vocabularies"), ONE_OR_MORE),
+    **dict.fromkeys(("micro_batch_sizes",), ONE_OR_MORE),
+    "warmup": NOT_NEGATIVE,
     **dict.fromkeys(("limit_bytes", "document_bytes", "tokenizer_vocab_size"), ONE_OR_MORE),
     "divergence_parameter": BETWEEN_0_AND_1,
     "seed": SEED,
@@ -76,5 +79,7 @@ def numbers(settings: Any, path: str = "") -> Iterator[tuple[str, float]]:
             for place, entry in enumerate(value):
                 if is_dataclass(entry):
                     yield from numbers(entry, f"{path}{name}[{place}].")
+                elif isinstance(entry, int | float) and not isinstance(entry, bool):
+                    yield path + name, entry
         elif isinstance(value, int | float) and not isinstance(value, bool):
             yield path + name, value

@@ -1,0 +1,98 @@
+"""Seconds and bytes of a piece of work: by the slowest rank's clock, and of the rank that holds most."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+Work = Callable[[], object]
+Result = TypeVar("Result")
+
+
+class Unavailable(Exception):
+    """Why something cannot be measured here."""
+
+
+def seconds(work: Work, device: torch.device) -> float:
+    """Seconds of `work()` on the slowest rank, on every rank. One barrier and one all-reduce of one number."""
+    dist.barrier()
+    synchronize(device)
+    start = time.perf_counter()
+    work()
+    synchronize(device)
+    return greatest(time.perf_counter() - start, device)
+
+
+def seconds_in_turns(
+    works: Mapping[str, Work],
+    device: torch.device,
+    *,
+    rounds: int,
+    warmup: int = 1,
+    before: Callable[[str], object] = lambda name: None,
+) -> dict[str, list[float]]:
+    """`seconds` of each work, `rounds` times after `warmup` times that do not count; before(name): not timed.
+
+    The works take turns, so that whatever else the machine does meets all alike.
+    """
+    found: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(warmup + rounds):
+        for name, work in works.items():
+            before(name)
+            elapsed = seconds(work, device)
+            if turn >= warmup:
+                found[name].append(elapsed)
+    return found
+
+
+def peak_bytes(work: Callable[[], Result], device: torch.device) -> tuple[int, Result]:
+    """The most bytes of tensors that `work()` holds at a time beyond those that were there before it, and its result.
+
+    On a GPU by the caching allocator's own count; on a CPU from the profiler's record of every allocation. The
+    largest rank's number, on every rank: one all-reduce of one number.
+    """
+    if device.type == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = work()
+        synchronize(device)
+        return int(greatest(torch.cuda.max_memory_allocated(device) - before, device)), result
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = work()
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return int(greatest(peak, device)), result
+
+
+def greatest(value: float, device: torch.device) -> float:
+    """The largest of the ranks' values, on every rank."""
+    number = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(number, op=dist.ReduceOp.MAX)
+    return float(number)
+
+
+def fits(work: Work, device: torch.device) -> bool:
+    """Whether `work()` fits into the memory of every rank's GPU: one all-reduce of one number.
+
+    All ranks hold as much and run out at the same point: one that ran out alone would leave the others waiting.
+    """
+    failed = 0.0
+    try:
+        work()
+    except torch.OutOfMemoryError:
+        failed = 1.0
+    if failed and device.type == "cuda":
+        torch.cuda.empty_cache()
+    return greatest(failed, device) == 0.0
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
