@@ -13,11 +13,9 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from pipelines.processes import rank
+
 _terminal: TextIO | None = None
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
 
 
 def terminal() -> Console:

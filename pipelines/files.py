@@ -4,8 +4,9 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
@@ -17,6 +18,7 @@ from pipelines.config import UserError
 SMALL = 1 << 20  # bytes: below, a file is hashed at every look and needs no sidecar
 LARGE = 1 << 30  # bytes: above, hashing takes seconds and is told
 COMPLETE, MANIFEST = "complete", "manifest.json"
+_NO_ROOM = re.compile(r"(No space left on device|Disk quota exceeded|File too large)(: '[^'\n]*')?")
 BOOKKEEPING = (COMPLETE, MANIFEST, "config.yaml", "lock", "checkpoints", "tensorboard", "data_index", "logs")
 
 
@@ -64,6 +66,17 @@ def write_json(path: str | Path, data: Any) -> None:
     write_atomic(path, json.dumps(data, indent=2, default=plain) + "\n")
 
 
+def sync_files(paths: Iterable[Path]) -> None:
+    """Make files, and their names in their directories, survive a power cut. They may have been written elsewhere."""
+    directories = set()
+    for path in paths:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        directories.add(path.parent)
+    for directory in sorted(directories):
+        sync_directory(directory)
+
+
 def sync_directory(path: Path) -> None:
     """Make renames and new names in a directory survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -85,10 +98,7 @@ def new_directory(path: str | Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        for file in content(partial):
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-        sync_directory(partial)
+        sync_files(content(partial))
         shutil.rmtree(old, ignore_errors=True)
         if path.exists():
             os.rename(path, old)
@@ -161,6 +171,18 @@ def fingerprint(path: Path, sidecars: Path) -> dict[str, str]:
 
 def is_disk_error(error: BaseException) -> bool:
     """Whether an error says that nothing more can be written: disk full, quota, file size limit."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return True
-    return any(text in str(error) for text in ("No space left on device", "Disk quota exceeded", "File too large"))
+    return bool(disk_error(error))
+
+
+def disk_error(error: BaseException | None) -> str:
+    """What an error, or what it came from, says of a disk that takes nothing more, in a few words; empty for others."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return str(error)
+        if told := _NO_ROOM.search(str(error)):
+            return told[0]
+        if "inline_container" in str(error) and "unexpected pos" in str(error):
+            # torch's writer of archives, which keeps the system's own words to itself
+            return "a file could not be written to its end"
+        error = error.__cause__ or error.__context__
+    return ""

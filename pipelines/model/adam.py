@@ -1,4 +1,4 @@
-"""AdamW for Megatron's optimizers where neither Transformer Engine nor Apex is installed.
+"""AdamW for Megatron's optimizers on the CPU, and where neither Transformer Engine nor Apex is installed.
 
 Megatron falls back to torch.optim.AdamW there, which keeps the step count as a tensor per parameter. Megatron's
 distributed optimizer trains with that and then cannot save it. Here, as in the fused optimizers of Transformer Engine
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
+
+from pipelines.model import cpu_runtime
 
 
 class Adam(torch.optim.Optimizer):
@@ -61,11 +63,17 @@ class Adam(torch.optim.Optimizer):
 
 
 def install() -> str:
-    """Give Megatron this Adam where it has no fused one. Returns the name of the optimizer in use."""
+    """Give Megatron this Adam where it has no fused one, or one for GPUs alone. Returns the name of the one in use."""
     import megatron.core.optimizer as optimizer
-    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
 
-    if optimizer.Adam is not Adam and not optimizer.USING_PYTORCH_OPTIMIZER:
+    if cpu_runtime.is_installed():
+        # Transformer Engine's and Apex's, where they are installed, are CUDA kernels.
+        clip_grads.multi_tensor_applier = utils.local_multi_tensor_applier
+        clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
+        clip_grads.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+    elif optimizer.Adam is not Adam and not optimizer.USING_PYTORCH_OPTIMIZER:
         return f"{optimizer.Adam.__module__}.{optimizer.Adam.__name__}"
     optimizer.Adam = distrib_optimizer.Adam = Adam
     optimizer.USING_PYTORCH_OPTIMIZER = False

@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from pipelines.config import UserError
 from pipelines.families import ModelShape
 from pipelines.model import cpu_runtime
-from pipelines.model.layers import HAVE_TRANSFORMER_ENGINE, layer_spec
+from pipelines.model.layers import layer_spec, uses_transformer_engine
 from pipelines.model.rope import inverse_frequencies
 
 
@@ -64,11 +64,11 @@ def transformer_config(
         "use_cpu_initialization": cpu_runtime.is_installed(),
         "calculate_per_token_loss": True,
         "gradient_accumulation_fusion": False,
-        "apply_rope_fusion": HAVE_TRANSFORMER_ENGINE,
+        "apply_rope_fusion": uses_transformer_engine(),
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
-        "window_size": (shape.sliding_window - 1, 0) if shape.sliding_window and HAVE_TRANSFORMER_ENGINE else None,
+        "window_size": (shape.sliding_window - 1, 0) if shape.sliding_window and uses_transformer_engine() else None,
     }
     if recompute:
         settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -90,7 +90,7 @@ def build_model(
     sequence_length: the longest sequence it will see; a sliding window shorter than it needs Transformer Engine.
     """
     length = sequence_length or shape.max_position_embeddings
-    if shape.sliding_window and shape.sliding_window < length and not HAVE_TRANSFORMER_ENGINE:
+    if shape.sliding_window and shape.sliding_window < length and not uses_transformer_engine():
         raise UserError(
             f"sliding window: expected at least the sequence length {length} without Transformer Engine, found "
             f"{shape.sliding_window}. Shorten the sequence or install Transformer Engine."

@@ -11,6 +11,7 @@ from megatron.core.models.gpt import GPTModel
 
 from pipelines.config import UserError
 from pipelines.families import ModelShape, Tensor
+from pipelines.model import parallel
 from pipelines.model.hub_files import write_hub_files
 from pipelines.model.safetensors_stream import Writer
 from pipelines.model.weights import named_parameters, shard_length, shard_view
@@ -36,7 +37,7 @@ def save_hugging_face(
 
     model: a bare GPTModel. dtype: of the files; None: the parameters'. tokenizer: a directory to copy the tokenizer's
     files from. parameter: what to write for a parameter, such as its fp32 master copy; in the parameter's layout.
-    Collective over all ranks: the gathers of `gather_hugging_face` and one broadcast over the world, after which every
+    Collective over all ranks: the gathers of `gather_hugging_face` and one barrier over the world, after which every
     rank may read the directory. Every rank raises rank 0's UserError when it cannot write.
     """
     dtype = dtype or parameter(next(model.parameters())).dtype
@@ -48,12 +49,7 @@ def save_hugging_face(
         if tensor is not None:
             saving.attempt(partial(saving.write, name, tensor))
         del tensor  # before the next one is gathered
-    if dist.get_rank() == 0:
-        saving.attempt(saving.close)
-    message = [saving.failure]
-    dist.broadcast_object_list(message, src=0)
-    if message[0] is not None:
-        raise UserError(message[0])
+    parallel.on_first_rank(saving.finish)
 
 
 class _Saving:
@@ -88,7 +84,12 @@ class _Saving:
         assert self.writer is not None
         self.writer.write(name, tensor)
 
-    def close(self) -> None:
+    def finish(self) -> None:
+        self.attempt(self._close)
+        if self.failure is not None:
+            raise UserError(self.failure)
+
+    def _close(self) -> None:
         assert self.writer is not None
         self.writer.close()
 

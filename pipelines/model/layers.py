@@ -1,4 +1,4 @@
-"""Transformer layers for Megatron's GPTModel: Transformer Engine's where it is installed, plain torch elsewhere.
+"""Transformer layers for Megatron's GPTModel: Transformer Engine's on GPUs that have it, plain torch elsewhere.
 
 The plain layers carry Transformer Engine's parameter names: `linear_qkv` and `linear_fc1` own the weight of the RMSNorm
 before them as `layer_norm_weight`. So weights, checkpoints and hooks address one set of names on every machine. They do
@@ -23,7 +23,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
-HAVE_TRANSFORMER_ENGINE: bool = gpt_layer_specs.HAVE_TE
+from pipelines.model import cpu_runtime
+
+
+def uses_transformer_engine() -> bool:
+    """Whether models are built of Transformer Engine's layers: where it is installed, but not on the CPU."""
+    return bool(gpt_layer_specs.HAVE_TE) and not cpu_runtime.is_installed()
 
 
 class CausalAttention(MegatronModule):
@@ -97,7 +102,7 @@ class NormColumnParallelLinear(ColumnParallelLinear):
 
 def layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
     """What GPTModel takes as `transformer_layer_spec` on this machine."""
-    if HAVE_TRANSFORMER_ENGINE:
+    if uses_transformer_engine():
         return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec()
     return torch_layer_spec(config)
 

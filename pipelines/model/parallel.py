@@ -1,25 +1,41 @@
 """Process groups: torch.distributed and Megatron's tensor x pipeline x context x data layout."""
 
 import datetime
+import itertools
+import json
 import os
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from pipelines import processes
 from pipelines.config import UserError
 from pipelines.model import cpu_runtime
 
+T = TypeVar("T")
+_turns = itertools.count()
+
 
 def initialize_distributed(device: str) -> None:
-    """torch.distributed over the processes of torchrun: gloo for "cpu", nccl for "cuda". Idempotent.
+    """torch.distributed over the processes of torchrun or srun: gloo for "cpu", nccl for "cuda". Idempotent.
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+    Reads RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT and what `processes` reads. Raises UserError where one is missing.
     """
+    local = processes.local_rank()
+    processes.local_world_size()  # which a training asks for later
+    if missing := [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UserError(
+            f"{', '.join(missing)}: expected in the environment of every rank, found nothing. Start the ranks with "
+            "torchrun, or set them from SLURM's own variables under srun."
+        )
     if device == "cpu":
         cpu_runtime.install()
     else:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(local)
     if not torch.distributed.is_initialized():
         backend = "gloo" if device == "cpu" else "nccl"
         torch.distributed.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
@@ -62,6 +78,33 @@ def _destroy() -> None:
     for group in groups:
         if group in torch.distributed.distributed_c10d._world.pg_map:
             torch.distributed.destroy_process_group(group)
+
+
+def on_first_rank(action: Callable[[], T]) -> T:
+    """Run on global rank 0 while the others wait, however long it takes. Every rank gets what it returned, as JSON.
+
+    To slice, reload or remove a large model on a slow disk can outlast the timeout of any collective. So the others are
+    in none while they wait: they look into the store of the process group. Every rank calls it; one barrier over all
+    ranks at the end. Where it fails on rank 0 it fails on every rank: UserError as UserError, all else as RuntimeError.
+    """
+    store: Any = torch.distributed.distributed_c10d._get_default_store()
+    key = f"on_first_rank-{next(_turns)}"
+    if torch.distributed.get_rank() == 0:
+        try:
+            result = action()
+            store.set(key, json.dumps({"result": result}))
+        except BaseException as error:
+            store.set(key, json.dumps({"error": str(error), "user": isinstance(error, UserError)}))
+            raise
+        torch.distributed.barrier()
+        return result
+    while not store.check([key]):
+        time.sleep(0.05)
+    word = json.loads(store.get(key))
+    if "error" in word:
+        raise UserError(word["error"]) if word["user"] else RuntimeError(f"rank 0: {word['error']}")
+    torch.distributed.barrier()
+    return word["result"]
 
 
 def torch_device(device: str) -> torch.device:

@@ -32,28 +32,31 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
     if console.rank() == 0:
         check_hashes(config, source)
     tokens, reference = _reference_logits(config, source, shape)
-    found: dict[str, Any] = {}
-    if torch.distributed.get_rank() == 0:
-        with files.new_directory(target) as partial:
-            console.say(f"export  copying {source}")
-            shutil.copytree(source, partial, dirs_exist_ok=True)
-            files.write_atomic(partial / "README.md", _card(config, source))
-            model = reload(partial)
-            found = compare(partial, model, tokens, reference, tolerance=config.export.tolerance)
-            found["generated"] = generate(partial, model, config.export.prompt, config.export.new_tokens)
-        found["bytes"] = sum(file.stat().st_size for file in target.iterdir())
-        console.say(
-            f"export  {target}: {found['bytes']:,} bytes; logits in transformers differ by "
-            f"{found['relative_difference']:.1e} (largest {found['largest_difference']:.1e})\n"
-            f"export  generated: {found['generated']!r}"
-        )
-    torch.distributed.barrier()
+    found = parallel.on_first_rank(lambda: _copy(config, source, target, tokens, reference))
+    console.say(
+        f"export  {target}: {found['bytes']:,} bytes; logits in transformers differ by "
+        f"{found['relative_difference']:.1e} (largest {found['largest_difference']:.1e})\n"
+        f"export  generated: {found['generated']!r}"
+    )
     if config.export.nemo:
         from pipelines.trainer.nemo_checkpoint import save_nemo_checkpoint
 
         save_nemo_checkpoint(target, context.directory / "nemo", artifacts.corpus_directory(config) / "tokenizer")
         console.say(f"export  {context.directory / 'nemo'}: NeMo 2 checkpoint")
     return {"model": str(target)} | found
+
+
+def _copy(config: Config, source: Path, target: Path, tokens: torch.Tensor, reference: torch.Tensor) -> dict[str, Any]:
+    """The directory with its model card, reloaded and compared before it gets its name; what was found. On one rank."""
+    found: dict[str, Any] = {}
+    with files.new_directory(target) as partial:
+        console.say(f"export  copying {source}")
+        shutil.copytree(source, partial, dirs_exist_ok=True)
+        files.write_atomic(partial / "README.md", _card(config, source))
+        model = reload(partial)
+        found |= compare(partial, model, tokens, reference, tolerance=config.export.tolerance)
+        found["generated"] = generate(partial, model, config.export.prompt, config.export.new_tokens)
+    return found | {"bytes": sum(file.stat().st_size for file in target.iterdir())}
 
 
 def _reference_logits(config: Config, source: Path, shape: ModelShape) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,13 +6,12 @@ block_influence; layers count from 1). Where nothing has to be ranked nothing is
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from safetensors import safe_open
 from safetensors.torch import save
@@ -56,7 +55,7 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
         console.say("prune  nothing has to be ranked: no scoring, the prune.* calibration settings have no effect")
     kept = _select(scores, config.student, teacher)
     student = sliced_shape(teacher, kept)
-    _on_first_rank(lambda: _write(context, directory, teacher, kept, scores))
+    parallel.on_first_rank(lambda: _write(context, directory, teacher, kept, scores))
     before = teacher.parameters()
     console.say(
         f"prune  {before:,} -> {student.parameters():,} parameters ({student.parameters() / before:.1%}); hidden "
@@ -249,16 +248,3 @@ def _read_scores(context: artifacts.StageContext, teacher: ModelShape) -> Scores
             samples=provenance["samples"],
             tokens=provenance["tokens"],
         )
-
-
-def _on_first_rank(action: Callable[[], None]) -> None:
-    """Run on rank 0 while the others wait. One broadcast over all ranks; every rank raises rank 0's UserError."""
-    failure: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            action()
-        except UserError as error:
-            failure = [str(error)]
-    dist.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise UserError(failure[0])

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pipelines import artifacts, console
 from pipelines.config import Config, Layout, TeacherMode, UserError, layout
 from pipelines.families import ModelShape, read_shape
@@ -25,9 +23,8 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
         return _take(context)
     if config.teacher.mode is TeacherMode.pretrain:
         start, shape = context.directory / "start", shape_from_config(config.model.shape)
-        if torch.distributed.get_rank() == 0 and not artifacts.is_hugging_face(start):
-            write_random_model(start, shape, config.run.seed)
-        torch.distributed.barrier()
+        if not artifacts.is_hugging_face(start):
+            parallel.on_first_rank(lambda: write_random_model(start, shape, config.run.seed))
     else:
         start = _as_hugging_face(context, context.directory / "start")
         shape = read_shape(start)

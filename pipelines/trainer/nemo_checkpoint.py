@@ -16,9 +16,9 @@ from megatron.core.models.gpt import GPTModel
 from pipelines import files
 from pipelines.config import UserError
 from pipelines.families import EMBEDDING, ModelShape, read_shape
-from pipelines.model import build
+from pipelines.model import build, parallel
 from pipelines.model.export import save_hugging_face
-from pipelines.model.layers import HAVE_TRANSFORMER_ENGINE
+from pipelines.model.layers import uses_transformer_engine
 from pipelines.model.safetensors_stream import Tensors
 from pipelines.model.weights import load_hugging_face
 from pipelines.nemo_context import CONTEXT, FIELDS, WEIGHTS, is_nemo_checkpoint, read_nemo_shape
@@ -71,19 +71,22 @@ def save_nemo_checkpoint(hugging_face: Path, output: Path, tokenizer: Path) -> N
         )
     model = build.build_model(shape, precision=_precision(Tensors(hugging_face).dtype(EMBEDDING)))
     load_hugging_face(model, hugging_face, shape)
-    rank = torch.distributed.get_rank()
     partial = output.with_name(output.name + ".partial")
-    if rank == 0:
+
+    def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         (partial / WEIGHTS).mkdir(parents=True)
-    torch.distributed.barrier()
-    dist_checkpointing.save({"state_dict": model.sharded_state_dict(prefix=_PREFIX)}, str(partial / WEIGHTS))
-    if rank == 0:
+
+    def finish() -> None:
         _write_context(partial / CONTEXT, shape, tokenizer)
+        files.sync_files(path for path in partial.rglob("*") if path.is_file())
         shutil.rmtree(output, ignore_errors=True)
         partial.rename(output)
         files.sync_directory(output.parent)
-    torch.distributed.barrier()
+
+    parallel.on_first_rank(begin)
+    dist_checkpointing.save({"state_dict": model.sharded_state_dict(prefix=_PREFIX)}, str(partial / WEIGHTS))
+    parallel.on_first_rank(finish)
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -120,7 +123,7 @@ def _write_context(directory: Path, shape: ModelShape, tokenizer: Path) -> None:
         "kv_channels": shape.head_dim,
         "vocab_size": shape.vocab_size,
         # NeMo's default, True, cannot even be constructed without Transformer Engine.
-        "apply_rope_fusion": HAVE_TRANSFORMER_ENGINE,
+        "apply_rope_fusion": uses_transformer_engine(),
     }
     scaling = shape.rope_scaling or {}
     if scaling.get("rope_type") == "llama3":

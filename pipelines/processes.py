@@ -1,0 +1,59 @@
+"""Who this process is among those that torchrun or srun started. Imports no torch.
+
+torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE. Under srun the launcher sets the first two, and SLURM
+itself knows the last two under other names.
+"""
+
+import os
+import re
+
+from pipelines.config import UserError
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """This process among those of its machine: LOCAL_RANK, or SLURM_LOCALID. Raises UserError where neither is set."""
+    if world_size() == 1 and "LOCAL_RANK" not in os.environ:
+        return 0
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        if name in os.environ:
+            return int(os.environ[name])
+    raise UserError(
+        f"LOCAL_RANK: expected this process's number on its machine, of the {world_size()} processes in all, found "
+        "neither LOCAL_RANK nor SLURM_LOCALID. Start the ranks with torchrun or srun, or set LOCAL_RANK."
+    )
+
+
+def local_world_size() -> int:
+    """Processes on each machine: LOCAL_WORLD_SIZE, SLURM_STEP_TASKS_PER_NODE such as 4(x2), or SLURM_NTASKS_PER_NODE.
+
+    Raises UserError where none is set, or where the machines run different numbers of processes.
+    """
+    if world_size() == 1:
+        return 1
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE"):
+        if name in os.environ:
+            return _each(name, os.environ[name])
+    raise UserError(
+        f"LOCAL_WORLD_SIZE: expected how many of the {world_size()} processes run on each machine, found neither it "
+        "nor SLURM_STEP_TASKS_PER_NODE. Start the ranks with torchrun or srun, or set LOCAL_WORLD_SIZE."
+    )
+
+
+def _each(name: str, text: str) -> int:
+    """4, 4(x2) and 4,4 are 4; the numbers of machines are not read."""
+    counts = {int(count) for count in re.sub(r"\(x\d+\)", "", text).split(",")}
+    size = counts.pop()
+    if counts or world_size() % size:
+        raise UserError(
+            f"{name}={text}: expected the same number of processes on every machine, {world_size()} in all, found "
+            "different ones. Give srun --ntasks-per-node."
+        )
+    return size
