@@ -25,7 +25,7 @@ from typing import Any
 
 from pipelines import artifacts, console
 from pipelines.config import Config, UserError, layout
-from pipelines.files import is_disk_error
+from pipelines.files import disk_error
 from pipelines.stages import STAGES
 
 EXCHANGE = "STILLHOUSE_EXCHANGE"  # the directory where parent and ranks leave each other word
@@ -247,8 +247,8 @@ def describe_failure(error: BaseException) -> dict[str, Any]:
         return failure | {"code": code, "message": "" if isinstance(error.code, int) else str(error.code)}
     if isinstance(error, UserError):
         return failure
-    if is_disk_error(error):
-        message = f"{error}: expected room to write. Free some space and start the same command again; it continues."
+    if found := disk_error(error):
+        message = f"{found}: expected room to write. Free some space and start the same command again; it continues."
         return failure | {"message": message}
     text = "".join(traceback.format_exception(error))
     return failure | {"user": False, "code": 1, "message": text}

@@ -1,49 +1,50 @@
-"""What happens beside the training step: figures, progress, checkpoints, and stopping where numbers are not finite."""
+"""What happens beside the training step: figures, progress, and stopping where numbers are not finite."""
 
 import json
 import math
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.callbacks import Callback
 
 from pipelines import console, files
-from pipelines.config import UserError
 from pipelines.model.step import reduce_reports
-
-CHECKPOINT = "step-{:07d}"
-_PARTIAL = "partial-"
-_SIZES = "sizes.json"
+from pipelines.trainer.finite import refuse_non_finite
 
 
 class Metrics(Callback):
     """Writes metrics.jsonl and TensorBoard events on rank 0 and moves the progress bar.
 
-    Rows: step, split, every averaged loss term, and for train learning_rate, gradient_norm, tokens_per_second, time
-    (seconds since the stage first started, over resumes). After a resume, rows past the checkpoint are taken back.
+    Rows: step, split, every averaged loss term, and for train learning_rate, gradient_norm (before clipping),
+    tokens_per_second, time (seconds since the stage first started, over resumes). Rows past start, the step of the
+    checkpoint that the run continues from, are taken back.
     """
 
     def __init__(
-        self, directory: Path, *, description: str, steps: int, tokens_per_step: int, log_interval: int
+        self, directory: Path, *, description: str, start: int, steps: int, tokens_per_step: int, log_interval: int
     ) -> None:
-        self.directory, self.description, self.steps = directory, description, steps
+        self.directory, self.description, self.start, self.steps = directory, description, start, steps
         self.tokens_per_step, self.log_interval = tokens_per_step, log_interval
         self.elapsed = 0.0
+        self.gradient_norm = 0.0
         self.means: dict[str, float] = {}
         self.validation = _Sums()
         self.last_validation: dict[str, float] = {}
 
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        # Here and not at the first step: a run that continues from its last step takes none.
+        if console.rank() == 0:
+            self.elapsed = _take_back_rows(self.directory / "metrics.jsonl", self.start)
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        assert trainer.global_step == self.start, "the checkpoint's name tells its step"
         self._started = self._previous = time.monotonic()
         self._previous_step = trainer.global_step
         if console.rank() == 0:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.elapsed = _take_back_rows(self.directory / "metrics.jsonl", trainer.global_step)
             self._file = open(self.directory / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 open for the whole run
             self._events = SummaryWriter(str(self.directory / "tensorboard"), purge_step=trainer.global_step + 1)
         self._bar = console.progress(self.description, self.steps, "steps").__enter__()
@@ -59,16 +60,20 @@ class Metrics(Callback):
         # At the step's end the schedule has moved on already.
         self._learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
 
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """The norm of the whole gradient, and an end on every rank where it or the loss is not finite.
+
+        Before the step, so that the weights stay as they were; by itself, because Megatron leaves the norm out where
+        nothing is to be clipped. One more pass over the gradients and one all-reduce beside that of the norm.
+        """
+        megatron = optimizer.mcore_optimizer
+        megatron.prepare_grads()  # its own step begins with it; a second time changes nothing
+        self.gradient_norm = float(megatron.get_grad_norm())
+        finite = {"loss": math.isfinite(self.means["loss"]), "gradient norm": math.isfinite(self.gradient_norm)}
+        refuse_non_finite(finite, trainer.global_step + 1)
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         step, means = trainer.global_step, self.means
-        norm = trainer.callback_metrics.get("grad_norm")
-        norm = float(norm) if norm is not None else None
-        for what, value in (("loss", means["loss"]), ("gradient norm", norm)):
-            if value is not None and not math.isfinite(value):
-                raise UserError(
-                    f"training: expected a finite {what}, found {value} at step {step}. No checkpoint was written "
-                    "after it. Start the stage again with a lower learning rate and overwrite=true."
-                )
         if step % self.log_interval and step != self.steps:
             return
         now = time.monotonic()
@@ -76,7 +81,7 @@ class Metrics(Callback):
         self._previous, self._previous_step = now, step
         row = means | {
             "learning_rate": self._learning_rate,
-            "gradient_norm": norm,
+            "gradient_norm": self.gradient_norm,
             "tokens_per_second": tokens_per_second,
             "time": self.elapsed + now - self._started,
         }
@@ -89,6 +94,7 @@ class Metrics(Callback):
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         self.last_validation = self.validation.means()
+        refuse_non_finite({"validation loss": math.isfinite(self.last_validation["loss"])}, trainer.global_step)
         self._write(trainer.global_step, "validation", self.last_validation)
         # The time of a validation is not the next step's.
         self._previous = time.monotonic()
@@ -97,7 +103,13 @@ class Metrics(Callback):
         self._close()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        self._close()
+        if not files.is_disk_error(exception):  # TensorBoard would wait for what it cannot write
+            self._close()
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        # The rows before a checkpoint survive what the checkpoint survives.
+        if console.rank() == 0:
+            os.fsync(self._file.fileno())
 
     def state_dict(self) -> dict[str, Any]:
         return {"last_validation": self.last_validation}
@@ -108,7 +120,6 @@ class Metrics(Callback):
     def _write(self, step: int, split: str, figures: dict[str, Any]) -> None:
         if console.rank() != 0:
             return
-        figures = {name: value for name, value in figures.items() if value is not None}
         self._file.write(json.dumps({"step": step, "split": split, **figures}) + "\n")
         for name, value in figures.items():
             self._events.add_scalar(f"{split}/{name}", value, step)
@@ -119,73 +130,6 @@ class Metrics(Callback):
         if hasattr(self, "_file"):
             self._file.close()
             self._events.close()
-
-
-class Checkpoints(Checkpoint):
-    """Saves every `interval` steps and at the end into `directory`/step-NNNNNNN, and keeps the last `keep`.
-
-    A checkpoint is written under another name and renamed when it is whole, so that every step-NNNNNNN can be loaded.
-    It holds weights, optimizer, schedule and position in the data as NeMo distributed checkpoints, which load at any
-    other layout; no classes are stored.
-    """
-
-    def __init__(self, directory: Path, *, interval: int, keep: int, steps: int) -> None:
-        self.directory, self.interval, self.keep, self.steps = directory, interval, keep, steps
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        # Lightning counts a step as completed after `on_train_batch_end`: resumed from a checkpoint that was written
-        # there, it would be one step behind, and so would every validation.
-        progress = trainer.fit_loop.epoch_loop.batch_progress
-        progress.current.completed = progress.total.completed = trainer.global_step
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        # Where a validation follows, its figures belong to the checkpoint: a resumed run does not repeat it.
-        if trainer.global_step % trainer.val_check_interval:
-            self._save(trainer)
-
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        self._save(trainer)
-
-    def _save(self, trainer: Any) -> None:
-        """Three barriers over all ranks beside Megatron's own collectives."""
-        step = trainer.global_step
-        if step % self.interval and step != self.steps:
-            return
-        partial = self.directory / (_PARTIAL + CHECKPOINT.format(step))
-        if console.rank() == 0:
-            for left_over in self.directory.glob(_PARTIAL + "*"):
-                shutil.rmtree(left_over)
-        torch.distributed.barrier()
-        trainer.save_checkpoint(partial)
-        torch.distributed.barrier()
-        if console.rank() == 0:
-            files.write_json(partial / _SIZES, _sizes(partial))
-            target = self.directory / CHECKPOINT.format(step)
-            if target.exists():  # a damaged one that this run did not continue from
-                shutil.rmtree(target)
-            os.replace(partial, target)
-            for old in whole_checkpoints(self.directory)[: -self.keep]:
-                shutil.rmtree(old)
-        torch.distributed.barrier()
-
-
-def whole_checkpoints(directory: Path) -> list[Path]:
-    """The checkpoints that can be loaded, oldest first: those whose files have the sizes they were written with."""
-    return [path for path in sorted(directory.glob("step-*")) if _is_whole(path)]
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    recorded = checkpoint / _SIZES
-    try:
-        return json.loads(recorded.read_text()) == _sizes(checkpoint)
-    except (OSError, json.JSONDecodeError):
-        return False
-
-
-def _sizes(checkpoint: Path) -> dict[str, int]:
-    """{relative path: bytes} of a checkpoint's files, without the record of them."""
-    found = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != _SIZES)
-    return {str(path.relative_to(checkpoint)): path.stat().st_size for path in found}
 
 
 def _take_back_rows(path: Path, step: int) -> float:

@@ -1,12 +1,12 @@
 """One training run with NeMo's Trainer and MegatronStrategy, continued from its last checkpoint where there is one."""
 
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch.callbacks import Callback
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
@@ -18,11 +18,13 @@ from nemo.collections.common.tokenizers import AutoTokenizer
 from nemo.collections.llm.gpt.data.pre_training import PreTrainingDataModule
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
 from nemo.lightning.pytorch.plugins import MegatronMixedPrecision
-from nemo.lightning.pytorch.trainer import configure_no_restart_validation_training_loop
 
-from pipelines import console
+from pipelines import console, processes
 from pipelines.model import adam, parallel
-from pipelines.trainer.callbacks import Checkpoints, Metrics, whole_checkpoints
+from pipelines.trainer import checkpoints
+from pipelines.trainer.callbacks import Metrics
+from pipelines.trainer.data_index import DataIndex
+from pipelines.trainer.loop import TrainingLoop
 from pipelines.trainer.module import TrainedModel, unwrap
 
 
@@ -50,6 +52,36 @@ class Schedule:
     log_interval: int
 
 
+class Ranks(ClusterEnvironment):
+    """The ranks that are running already, as `processes` knows them: Lightning starts none and asks SLURM nothing."""
+
+    creates_processes_externally = True
+    main_address = property(lambda self: os.environ["MASTER_ADDR"])
+    main_port = property(lambda self: int(os.environ["MASTER_PORT"]))
+
+    @staticmethod
+    def detect() -> bool:
+        return True
+
+    def world_size(self) -> int:
+        return processes.world_size()
+
+    def global_rank(self) -> int:
+        return processes.rank()
+
+    def local_rank(self) -> int:
+        return processes.local_rank()
+
+    def node_rank(self) -> int:
+        return processes.rank() // processes.local_world_size()
+
+    def set_world_size(self, size: int) -> None:
+        assert size == self.world_size()
+
+    def set_global_rank(self, rank: int) -> None:
+        assert rank == self.global_rank()
+
+
 def fit(
     *,
     description: str,
@@ -63,40 +95,37 @@ def fit(
     device: str,
     callbacks: list[Callback],
 ) -> tuple[MegatronModule, dict[str, float]]:
-    """Train to schedule.steps. Returns the trained module, unwrapped, and the figures of the last validation.
+    """Train to schedule.steps. Returns the trained module, unwrapped, and the figures of its validation.
 
     config, build: see TrainedModel. blend: for "train" and "validation" Megatron's list of weights and
     prefixes. Writes checkpoints/, metrics.jsonl, tensorboard/ and data_index/ under directory. Every rank calls it.
     """
     console.say(f"{description}  optimizer: {adam.install()}")
-    checkpoints, data_index = directory / "checkpoints", directory / "data_index"
-    found = whole_checkpoints(checkpoints)
-    for damaged in sorted(set(checkpoints.glob("step-*")) - set(found)):
-        console.say(f"{description}  leaves out {damaged}: its files are not of the sizes they were written with")
-    if found:
-        console.say(f"{description}  continues from {found[-1]}")
-    elif console.rank() == 0:
-        # Megatron writes its index in place and would take one that a kill cut short for whole.
-        shutil.rmtree(data_index, ignore_errors=True)
+    checkpoint = checkpoints.newest(directory / "checkpoints", description)
+    if checkpoint:
+        console.say(f"{description}  continues from {checkpoint}")
+    data_index = DataIndex(directory / "data_index")
+    parallel.on_first_rank(data_index.discard_unfinished)
     # NeMo takes one training run per process for granted.
     unset_num_microbatches_calculator()
     metrics = Metrics(
         directory,
         description=description,
+        start=checkpoints.step_of(checkpoint),
         steps=schedule.steps,
         tokens_per_step=schedule.global_batch_size * schedule.sequence_length,
         log_interval=schedule.log_interval,
     )
-    saving = Checkpoints(
-        checkpoints,
+    saving = checkpoints.Checkpoints(
+        directory / "checkpoints",
         interval=schedule.checkpoint_interval,
         keep=schedule.keep_checkpoints,
         steps=schedule.steps,
     )
     model = TrainedModel(config, build, _optimizer(schedule))
-    trainer = _trainer(schedule, config, device, [metrics, *callbacks, saving])
-    data = _data(schedule, blend, tokenizer, data_index, seed)
-    trainer.fit(model, data, ckpt_path=str(found[-1]) if found else None)
+    trainer = _trainer(schedule, config, device, [metrics, data_index, *callbacks, saving])
+    data = _data(schedule, blend, tokenizer, data_index.directory, seed)
+    trainer.fit(model, data, ckpt_path=str(checkpoint) if checkpoint else None)
     # Lightning moves what it has trained to the CPU, where nccl cannot gather it.
     return unwrap(model.module).to(parallel.torch_device(device)), metrics.last_validation
 
@@ -137,7 +166,7 @@ def _trainer(schedule: Schedule, config: TransformerConfig, device: str, callbac
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=on_gpu,
             overlap_param_gather=on_gpu and schedule.distributed_optimizer,
-            # Megatron's check ends the process without a word to the user; ours is in callbacks.Metrics.
+            # Megatron's check ends one process with an assertion; ours is in callbacks.Metrics.
             check_for_nan_in_grad=False,
         ),
         ckpt_async_save=False,
@@ -145,13 +174,16 @@ def _trainer(schedule: Schedule, config: TransformerConfig, device: str, callbac
         # NeMo's progress printer makes a collective on rank 0 alone: the run hangs at the next checkpoint.
         replace_progress_bar=False,
     )
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local = processes.local_world_size()
+    plugins: list[Any] = [Ranks()]
+    if schedule.precision == "bf16":
+        plugins.append(MegatronMixedPrecision("bf16-mixed"))
     trainer = nl.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
         devices=local,
-        num_nodes=int(os.environ.get("WORLD_SIZE", "1")) // local,
+        num_nodes=processes.world_size() // local,
         strategy=strategy,
-        plugins=[MegatronMixedPrecision("bf16-mixed")] if schedule.precision == "bf16" else None,
+        plugins=plugins,
         max_steps=schedule.steps,
         val_check_interval=min(schedule.validation_interval, schedule.steps),
         limit_val_batches=schedule.validation_batches,
@@ -164,8 +196,7 @@ def _trainer(schedule: Schedule, config: TransformerConfig, device: str, callbac
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    # Lightning's own loop would begin a resumed run with the validation that its checkpoint has behind it.
-    configure_no_restart_validation_training_loop(trainer)
+    trainer.fit_loop.epoch_loop = TrainingLoop(trainer, trainer.min_steps, trainer.max_steps)
     # After construction: NeMo's Trainer makes deep copies of its arguments.
     trainer.callbacks.extend(callbacks)
     return trainer
@@ -174,7 +205,6 @@ def _trainer(schedule: Schedule, config: TransformerConfig, device: str, callbac
 def _data(
     schedule: Schedule, blend: dict[str, list[str]], tokenizer: Path, index_directory: Path, seed: int
 ) -> PreTrainingDataModule:
-    index_directory.mkdir(parents=True, exist_ok=True)
     data: Any = PreTrainingDataModule(
         # A test split must be named; it is not read.
         paths={"train": blend["train"], "validation": blend["validation"], "test": blend["validation"]},

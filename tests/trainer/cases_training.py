@@ -1,6 +1,5 @@
 """Run in ranks: NeMo's trainer against the plain step, and what the distil stage refuses."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,6 @@ SEQUENCE, MICRO, GLOBAL = 32, 2, 8
 
 
 def nemo_on_cpu() -> None:
-    """As under torchrun, by whose variable Lightning knows that the ranks are started already."""
-    os.environ["TORCHELASTIC_RUN_ID"] = "tests"
     from pipelines.trainer import cpu_runtime
 
     cpu_runtime.install()
@@ -28,43 +25,34 @@ def nemo_on_cpu() -> None:
     unset_num_microbatches_calculator()
 
 
-def fit_shortly(
-    run: Path,
-    corpus: str,
-    config: Any,
-    built: Any,
-    callbacks: list[Any],
-    *,
-    distributed_optimizer: bool,
-    **settings: int,
-) -> None:
+def fit_shortly(run: Path, corpus: str, config: Any, built: Any, callbacks: list[Any], **settings: Any) -> Any:
+    """What `fit` returns; settings: those of the Schedule that are not the usual ones here."""
     from pipelines.trainer.fit import Schedule, fit
 
-    schedule = Schedule(
-        sequence_length=SEQUENCE,
-        micro_batch_size=MICRO,
-        global_batch_size=GLOBAL,
-        warmup_steps=0,
-        learning_rate=1e-3,
-        min_learning_rate=1e-4,
-        weight_decay=0.1,
-        adam_beta1=0.9,
-        adam_beta2=0.95,
-        gradient_clip=1.0,
-        precision="fp32",
-        distributed_optimizer=distributed_optimizer,
-        validation_batches=1,
-        keep_checkpoints=1,
-        log_interval=1,
-        **settings,
-    )
+    usual = {
+        "sequence_length": SEQUENCE,
+        "micro_batch_size": MICRO,
+        "global_batch_size": GLOBAL,
+        "warmup_steps": 0,
+        "learning_rate": 1e-3,
+        "min_learning_rate": 1e-4,
+        "weight_decay": 0.1,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.95,
+        "gradient_clip": 1.0,
+        "precision": "fp32",
+        "distributed_optimizer": False,
+        "validation_batches": 1,
+        "keep_checkpoints": 1,
+        "log_interval": 1,
+    }
     prefix = str(next(Path(corpus).glob("data/train/*.idx")).with_suffix(""))
-    fit(
+    return fit(
         description="test",
         directory=run,
         config=config,
         build=built,
-        schedule=schedule,
+        schedule=Schedule(**(usual | settings)),
         blend={"train": ["1", prefix], "validation": ["1", prefix]},
         tokenizer=Path(corpus) / "tokenizer",
         seed=1,
@@ -139,60 +127,6 @@ def first_step(directory: str, corpus: str, tensor: int, distributed_optimizer: 
     row = (run / "metrics.jsonl").read_text().splitlines()[0]
     parallel_state.destroy_model_parallel()
     return {"differences": differences, "means": means, "row": row, "data": (rank, ranks)}
-
-
-def stopped_and_continued(directory: str, corpus: str) -> dict[str, Any]:
-    """A run without interruption, and one that ends after a checkpoint between two validations and is continued."""
-    from pipelines.model import parallel
-
-    parallel.initialize(1)
-    nemo_on_cpu()
-    import torch
-    from lightning.pytorch.callbacks import Callback
-    from megatron.core import parallel_state
-
-    from pipelines.families import ModelShape
-    from pipelines.model import build
-    from pipelines.model.pair import DistillationPair
-    from pipelines.model.random_model import write_random_model
-    from pipelines.model.weights import load_hugging_face
-
-    shape, root = ModelShape(**SHAPE), Path(directory)
-    if torch.distributed.get_rank() == 0:
-        write_random_model(root / "start", shape, seed=1)
-    torch.distributed.barrier()
-
-    class Stop(Callback):
-        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-            if trainer.global_step == 5:
-                raise KeyError("stop")
-
-    def run(name: str, callbacks: list[Any]) -> None:
-        config = build.transformer_config(shape)
-
-        def built() -> DistillationPair:
-            model = build.build_model(shape, config=config, sequence_length=SEQUENCE)
-            load_hugging_face(model, root / "start", shape)
-            return DistillationPair(model, vocab_size=shape.vocab_size, kd_weight=0.0, ce_weight=1.0)
-
-        settings = {"steps": 10, "validation_interval": 4, "checkpoint_interval": 3}
-        fit_shortly(root / name, corpus, config, built, callbacks, distributed_optimizer=False, **settings)
-
-    run("whole", [])
-    (root / "stopped" / "checkpoints" / "partial-step-0000007").mkdir(parents=True, exist_ok=True)
-    try:
-        run("stopped", [Stop()])
-    except KeyError:
-        run("stopped", [])
-    torch.distributed.barrier()
-    parallel_state.destroy_model_parallel()
-    return {
-        name: {
-            "rows": (root / name / "metrics.jsonl").read_text().splitlines(),
-            "checkpoints": sorted(path.name for path in (root / name / "checkpoints").iterdir()),
-        }
-        for name in ("whole", "stopped")
-    }
 
 
 def distil_from_random_teacher(directory: str, corpus: str) -> str:

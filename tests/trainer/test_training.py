@@ -52,19 +52,6 @@ def test_gradient_norm_counts_every_shard_once(ranks: RankPools, tmp_path: Path,
 
 
 @pytest.mark.slow
-def test_a_run_continues_from_a_checkpoint_between_two_validations(
-    ranks: RankPools, tmp_path: Path, made: Path
-) -> None:
-    found = ranks(2, f"{CASES}:stopped_and_continued", directory=str(tmp_path), corpus=str(made))[0]
-    rows = {name: [json.loads(row) for row in found[name]["rows"]] for name in found}
-    for row in rows["whole"] + rows["stopped"]:
-        row.pop("time", None), row.pop("tokens_per_second", None)
-    assert [row["step"] for row in rows["whole"] if row["split"] == "validation"] == [4, 8]
-    assert rows["stopped"] == rows["whole"]
-    assert found["stopped"]["checkpoints"] == found["whole"]["checkpoints"] == ["step-0000010"]
-
-
-@pytest.mark.slow
 def test_a_teacher_of_random_weights_stops_the_run(ranks: RankPools, tmp_path: Path, made: Path) -> None:
     messages = ranks(2, f"{CASES}:distil_from_random_teacher", directory=str(tmp_path), corpus=str(made))
     bound = 0.9 * math.log(600)

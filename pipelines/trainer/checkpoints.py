@@ -1,0 +1,218 @@
+"""Training checkpoints: written whole or not at all, and only continued from when they are what was written.
+
+checkpoints/step-NNNNNNN   a NeMo distributed checkpoint with sizes.json and checksums.json of its files
+checkpoints/partial-...    one that a kill or a full disk cut short; removed by the next save
+checkpoints/damaged-...    one whose files have changed since; moved aside, never read again, left to the user
+"""
+
+import json
+import os
+import re
+import shutil
+import zlib
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+
+from pipelines import console, files
+from pipelines.config import UserError
+from pipelines.model import parallel
+from pipelines.trainer.finite import refuse_non_finite
+
+CHECKPOINT = "step-{:07d}"
+_PARTIAL, _DAMAGED = "partial-", "damaged-"
+_SIZES, _CHECKSUMS = "sizes.json", "checksums.json"
+_RECORDS = (_SIZES, _CHECKSUMS)
+_BLOCK = 1 << 24  # bytes read at a time
+
+
+class Checkpoints(Checkpoint):
+    """Saves every `interval` steps and at the end into `directory`/step-NNNNNNN, and keeps the last `keep`.
+
+    A checkpoint is written under another name, synced to disk, and renamed when it is whole, so that every step-NNNNNNN
+    can be loaded. It holds weights, optimizer, schedule and position in the data as NeMo distributed checkpoints, which
+    load at any other layout; no classes are stored.
+    """
+
+    def __init__(self, directory: Path, *, interval: int, keep: int, steps: int) -> None:
+        self.directory, self.interval, self.keep, self.steps = directory, interval, keep, steps
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        # Lightning counts a step as completed after `on_train_batch_end`: resumed from a checkpoint that was written
+        # there, its count of batches would be one behind.
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        progress.current.completed = progress.total.completed = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        # Where a validation follows, its figures belong to the checkpoint: a resumed run does not repeat it.
+        if not trainer.fit_loop.epoch_loop.validates():
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: Any) -> None:
+        """Four barriers, one all-reduce and one all-gather over all ranks beside Megatron's own collectives."""
+        step = trainer.global_step
+        if step % self.interval and step != self.steps:
+            return
+        weights = trainer.lightning_module.parameters()
+        whole = all(bool(torch.isfinite(weight).all()) for weight in weights if weight.requires_grad)
+        refuse_non_finite({"weight": whole}, step)
+        try:
+            self._write(trainer, self.directory / (_PARTIAL + CHECKPOINT.format(step)), step)
+        except BaseException as error:  # which torch's CheckpointException is
+            if console.rank() == 0:
+                with suppress(OSError):
+                    self._clear()  # the room it took is wanted
+            if found := files.disk_error(error):
+                raise UserError(
+                    f"{self.directory}: expected room for a checkpoint, found: {found}. Free some space and start the "
+                    "same command again; it continues from the last checkpoint."
+                ) from error
+            raise
+
+    def _write(self, trainer: Any, partial: Path, step: int) -> None:
+        parallel.on_first_rank(self._clear)
+        trainer.save_checkpoint(partial)
+        torch.distributed.barrier()
+        checksums = _seal(partial)
+        parallel.on_first_rank(lambda: self._finish(partial, step, checksums))
+
+    def _clear(self) -> None:
+        for left_over in self.directory.glob(_PARTIAL + "*"):
+            shutil.rmtree(left_over)
+
+    def _finish(self, partial: Path, step: int, checksums: dict[str, int]) -> None:
+        files.write_json(partial / _CHECKSUMS, checksums)
+        files.write_json(partial / _SIZES, sizes(partial))
+        os.replace(partial, self.directory / CHECKPOINT.format(step))
+        files.sync_directory(self.directory)
+        for old in whole_checkpoints(self.directory)[: -self.keep]:
+            # A kill in the middle of a removal leaves nothing that looks damaged.
+            shutil.rmtree(old.rename(old.with_name(_PARTIAL + old.name)))
+
+
+def newest(directory: Path, description: str) -> Path | None:
+    """The checkpoint to continue from, whose files are byte by byte those that were written; None for a new run.
+
+    Damaged ones are moved aside with a line that says so. Raises UserError where there are none but damaged ones: a run
+    never begins again at step 0 by itself. Collective: one barrier and one all-gather over all ranks per checkpoint
+    that is looked into; each rank reads its share of the files once.
+    """
+    while True:
+        name = parallel.on_first_rank(lambda: _newest_whole(directory, description))
+        if name is None:
+            return None
+        checkpoint = directory / name
+        if not (changed := _changed(checkpoint)):
+            return checkpoint
+        reason = f"{', '.join(changed)} is not as it was written"
+        parallel.on_first_rank(lambda path=checkpoint, why=reason: _set_aside(path, description, why))  # type: ignore[misc]
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """The step after which a checkpoint was written; 0 for none."""
+    return int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
+
+
+def whole_checkpoints(directory: Path) -> list[Path]:
+    """Those whose files have the sizes they were written with, oldest first."""
+    return [path for path in sorted(directory.glob("step-*")) if _has_its_sizes(path)]
+
+
+def _newest_whole(directory: Path, description: str) -> str | None:
+    """The name of the newest one by sizes, after the others were moved aside. On one rank."""
+    found = whole_checkpoints(directory)
+    for path in sorted(set(directory.glob("step-*")) - set(found)):
+        _set_aside(path, description, "its files are not of the sizes they were written with")
+    if found:
+        return found[-1].name
+    if damaged := sorted(path.name for path in directory.glob(_DAMAGED + "*")):
+        raise UserError(
+            f"{directory}: expected a checkpoint that can be loaded, found only {', '.join(damaged)}. Restore one from "
+            "a copy, named step-NNNNNNN, or remove the directory to begin again at step 0."
+        )
+    return None
+
+
+def _set_aside(checkpoint: Path, description: str, reason: str) -> None:
+    target, number = checkpoint.with_name(_DAMAGED + checkpoint.name), 1
+    while target.exists():
+        target, number = checkpoint.with_name(f"{_DAMAGED}{checkpoint.name}.{number}"), number + 1
+    checkpoint.rename(target)
+    files.sync_directory(checkpoint.parent)
+    console.say(f"{description}  leaves out {checkpoint}: {reason}. It was moved to {target.name}")
+
+
+# What a checkpoint's files are
+
+
+def sizes(directory: Path) -> dict[str, int]:
+    """{relative path: bytes} of the files in a directory, without the records of them."""
+    found = sorted(path for path in directory.rglob("*") if path.is_file() and path.name not in _RECORDS)
+    return {str(path.relative_to(directory)): path.stat().st_size for path in found}
+
+
+def _has_its_sizes(checkpoint: Path) -> bool:
+    try:
+        return bool(json.loads((checkpoint / _SIZES).read_text()) == sizes(checkpoint))
+    except (OSError, json.JSONDecodeError):
+        return False
+
+
+def _seal(checkpoint: Path) -> dict[str, int]:
+    """Sync every file to disk and return {relative path: CRC-32}, the same on every rank. One all-gather.
+
+    Each rank takes the files it wrote, which its page cache still holds: Megatron names them __<rank>_<number>.distcp.
+    """
+    rank = torch.distributed.get_rank()
+    own = []
+    for name in sizes(checkpoint):
+        writer = re.match(r"__(\d+)_", Path(name).name)
+        if (int(writer[1]) if writer else 0) == rank:
+            own.append(name)
+    files.sync_files(checkpoint / name for name in own)
+    return _gathered({name: _crc32(checkpoint / name) for name in own})
+
+
+def _changed(checkpoint: Path) -> list[str]:
+    """Names of files whose CRC-32 is not the recorded one, the same on every rank. One all-gather.
+
+    Neither Megatron nor torch compares checksums: a flipped bit in a weight would be trained on without a word.
+    """
+    record = checkpoint / _CHECKSUMS
+    try:
+        recorded = json.loads(record.read_text())
+    except FileNotFoundError:
+        return []  # written before checksums were
+    except json.JSONDecodeError:
+        return [record.name]
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    own = sorted(recorded)[rank::ranks]
+    found = _gathered({name: _crc32(checkpoint / name) for name in own})
+    return [name for name in sorted(recorded) if found[name] != recorded[name]]
+
+
+def _gathered(own: dict[str, int]) -> dict[str, int]:
+    everyone: list[dict[str, int]] = [{}] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, own)
+    return {name: value for part in everyone for name, value in part.items()}
+
+
+def _crc32(path: Path) -> int:
+    """Some 3 GB/s, three times as fast as SHA-256: made for accidents, which is what damages a checkpoint."""
+    value = 0
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(_BLOCK):
+                value = zlib.crc32(block, value)
+    except OSError as error:
+        raise UserError(
+            f"{path}: expected a file of the checkpoint that can be read, found: {error}. Mend the disk; or rename the "
+            "checkpoint to begin with damaged-, and the same command continues from the one before."
+        ) from None
+    return value

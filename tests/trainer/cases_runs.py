@@ -1,0 +1,136 @@
+"""Run in ranks: short distillations through NeMo's trainer, at any layout, some of which go wrong on purpose."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from tests.trainer.cases_training import SEQUENCE, SHAPE, fit_shortly, nemo_on_cpu
+
+STUDENT = {"hidden_size": 32, "intermediate_size": 48}
+
+
+def trained(
+    directory: str,
+    corpus: str,
+    name: str,
+    *,
+    tensor: int = 1,
+    pipeline: int = 1,
+    sequence_parallel: bool = False,
+    precision: str = "fp32",
+    fault: str = "",
+    at: int = 0,
+    **settings: Any,
+) -> dict[str, Any]:
+    """A run in directory/name, continued where it has a checkpoint. fault: a function below, at a step.
+
+    What it left: message (of a UserError, else empty), figures, finite (the weights), rows, checkpoints (names).
+    """
+    from pipelines.model import parallel
+
+    nemo_on_cpu()
+    parallel.initialize(tensor, pipeline)
+    import torch
+
+    from pipelines.config import UserError
+    from pipelines.families import ModelShape
+    from pipelines.model import build
+    from pipelines.model.pair import DistillationPair, schedule_config
+    from pipelines.model.weights import load_hugging_face
+
+    root, teacher_shape = Path(directory), ModelShape(**SHAPE)
+    shape = teacher_shape.replace(**STUDENT)
+    parallel.on_first_rank(lambda: _write_models(root, teacher_shape, shape))
+    options = {"sequence_parallel": sequence_parallel, "precision": precision}
+    teacher_config, student_config = (build.transformer_config(s, **options) for s in (teacher_shape, shape))
+    config = schedule_config(student_config, teacher_config)
+    pairs = []
+
+    def built() -> DistillationPair:
+        teacher = build.build_model(teacher_shape, config=teacher_config, sequence_length=SEQUENCE)
+        load_hugging_face(teacher, root / "teacher", teacher_shape)
+        student = build.build_model(shape, config=student_config, sequence_length=SEQUENCE)
+        load_hugging_face(student, root / "student", shape)
+        pairs.append(DistillationPair(student, teacher, config=config, vocab_size=shape.vocab_size, kd_weight=1.0))
+        return pairs[0]
+
+    message, figures = "", {}
+    try:
+        callbacks = [_fault(fault, at)] if fault else []
+        _, figures = fit_shortly(root / name, corpus, config, built, callbacks, precision=precision, **settings)
+    except (UserError, Stopped) as error:
+        message = str(error)
+    torch.distributed.barrier()
+    finite = all(bool(torch.isfinite(p).all()) for p in pairs[0].student.parameters()) if pairs else None
+    parallel_state_gone()
+    metrics, checkpoints = root / name / "metrics.jsonl", root / name / "checkpoints"
+    return {
+        "message": message,
+        "figures": figures,
+        "finite": finite,
+        "rows": metrics.read_text().splitlines() if metrics.exists() else [],
+        "checkpoints": sorted(path.name for path in checkpoints.iterdir()) if checkpoints.exists() else [],
+    }
+
+
+def parallel_state_gone() -> None:
+    from pipelines.model import parallel
+
+    parallel._destroy()
+
+
+def _write_models(root: Path, teacher: Any, student: Any) -> None:
+    from pipelines.model.random_model import write_random_model
+
+    if not (root / "teacher").exists():
+        write_random_model(root / "teacher", teacher, seed=1, std=0.2)
+        write_random_model(root / "student", student, seed=2, std=0.2)
+
+
+class Stopped(Exception):
+    """A run that ends here without a word of its own."""
+
+
+def _fault(name: str, at: int) -> Any:
+    """A callback that does something once, in step `at` (counted from 1), in the second rank or in both."""
+    import torch
+    from lightning.pytorch.callbacks import Callback
+
+    second = torch.distributed.get_rank() == 1
+
+    class Fault(Callback):
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            self.trainer, self.weights = trainer, [p for p in pl_module.parameters() if p.requires_grad]
+
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step + 1 != at:
+                return
+            if name == "stop":
+                raise Stopped
+            if name == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if name == "weight before the step" and second:
+                self.weights[0].data.fill_(float("nan"))
+
+        def on_megatron_step_end(self, step: Any, microbatch_outputs: Any, reduced: Any = None) -> None:
+            training = not step.forward_only and self.trainer.global_step + 1 == at
+            if name == "gradient" and training and second:
+                self.weights[-1].main_grad.view(-1)[0] = float("nan")
+
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if name == "weight after the step" and trainer.global_step == at and second:
+                self.weights[0].data.view(-1)[0] = float("inf")
+
+    return Fault()
+
+
+def newest_checkpoint(directory: str) -> str:
+    """What a run in this directory would continue from: a name, nothing, or the message that refuses."""
+    from pipelines.config import UserError
+    from pipelines.trainer import checkpoints
+
+    try:
+        return str(getattr(checkpoints.newest(Path(directory), "test"), "name", ""))
+    except UserError as error:
+        return str(error)

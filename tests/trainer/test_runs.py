@@ -1,0 +1,164 @@
+"""Training runs that are cut off, continued, laid out differently, or go wrong."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ranks import RankPool, RankPools
+
+CASE = "tests.trainer.cases_runs:trained"
+SHORT = {"steps": 10, "validation_interval": 4, "checkpoint_interval": 3, "keep_checkpoints": 2}
+
+pytestmark = pytest.mark.slow
+Run = Callable[..., list[dict[str, Any]]]
+
+
+@pytest.fixture
+def run(ranks: RankPools, tmp_path: Path, made: Path) -> Run:
+    """A run of that name in tmp_path on two ranks; what each rank left."""
+    return lambda name, **settings: ranks(
+        2, CASE, directory=str(tmp_path), corpus=str(made), name=name, **(SHORT | settings)
+    )
+
+
+def rows(result: dict[str, Any]) -> list[dict[str, float]]:
+    """metrics.jsonl without what a clock decides."""
+    parsed = [json.loads(row) for row in result["rows"]]
+    return [{k: v for k, v in row.items() if k not in ("time", "tokens_per_second")} for row in parsed]
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def largest(directory: Path, pattern: str) -> Path:
+    return max(directory.rglob(pattern), key=lambda file: file.stat().st_size)
+
+
+def test_a_run_continues_from_a_checkpoint_between_two_validations(run: Run, tmp_path: Path) -> None:
+    (whole, _) = run("whole")
+    (tmp_path / "cut" / "checkpoints" / "partial-step-0000007").mkdir(parents=True)
+    run("cut", fault="stop", at=6)
+    with open(tmp_path / "cut" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "split": "tr')  # a row that a kill cut in two
+    (cut, _) = run("cut")
+    assert rows(cut) == rows(whole)
+    assert cut["figures"] == whole["figures"]
+    assert cut["checkpoints"] == whole["checkpoints"] == ["step-0000009", "step-0000010"]
+
+
+def test_the_figures_of_a_run_are_those_of_its_last_step(run: Run) -> None:
+    (first, _) = run("whole")
+    validations = [row for row in rows(first) if row["split"] == "validation"]
+    assert [row["step"] for row in validations] == [4, 8, 10]
+    assert {name: validations[-1][name] for name in first["figures"]} == first["figures"]
+    (again, _) = run("whole")  # as after a kill between the last checkpoint and the end of the stage
+    assert again == first
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_killed_with_nine_continues_bit_by_bit(
+    ranks: RankPools, run: Run, tmp_path: Path, made: Path, precision: str
+) -> None:
+    layout = {"tensor": 2, "precision": precision}
+    (whole, _) = run("whole", **layout)
+    doomed = RankPool(2)
+    with pytest.raises(RuntimeError, match="died"):
+        arguments = {"directory": str(tmp_path), "corpus": str(made), "name": "killed", "fault": "kill", "at": 6}
+        doomed(CASE, arguments | layout | SHORT, timeout=300)
+    (continued, _) = run("killed", **layout)
+    assert rows(continued) == rows(whole)
+    assert all(math.isfinite(row["loss"]) for row in rows(whole))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_layout_gives_the_same_losses(run: Run, precision: str) -> None:
+    layouts = {
+        "dp2": {},
+        "dp2 with the distributed optimizer": {"distributed_optimizer": True},
+        "tp2": {"tensor": 2},
+        "tp2 with sequence parallelism": {"tensor": 2, "sequence_parallel": True},
+        "pp2": {"pipeline": 2},
+    }
+    found = {name: rows(run(name, precision=precision, **layout)[0]) for name, layout in layouts.items()}
+    tolerance = {"fp32": 1e-5, "bf16": 2e-2}[precision]
+    for name, curve in found.items():
+        for row, expected in zip(curve, found["dp2"], strict=True):
+            names = row.keys() - {"split"}
+            assert row["split"] == expected["split"] and names == expected.keys() - {"split"}
+            found_, wanted = ({key: side[key] for key in names} for side in (row, expected))
+            assert found_ == pytest.approx(wanted, rel=tolerance), name
+
+
+def test_without_clipping_the_norm_is_known_all_the_same(run: Run) -> None:
+    unclipped = {tensor: rows(run(f"0-{tensor}", gradient_clip=0.0, tensor=tensor)[0]) for tensor in (1, 2)}
+    never_clipped = rows(run("1e9", gradient_clip=1e9)[0])
+    assert unclipped[1] == never_clipped
+    norms = {
+        tensor: [row["gradient_norm"] for row in found if row["split"] == "train"]
+        for tensor, found in unclipped.items()
+    }
+    assert len(norms[1]) == 10 and min(norms[1]) > 0
+    assert norms[2] == pytest.approx(norms[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize(
+    ("fault", "what", "step"),
+    [("gradient", "gradient norm", 5), ("weight before the step", "loss", 5), ("weight after the step", "weight", 6)],
+)
+def test_a_number_that_is_not_finite_on_one_rank_stops_every_rank(
+    run: Run, tensor: int, fault: str, what: str, step: int
+) -> None:
+    results = run("spoiled", tensor=tensor, fault=fault, at=step)
+    assert len({result["message"] for result in results}) == 1
+    assert what in results[0]["message"] and f"at step {step}" in results[0]["message"]
+    assert results[0]["checkpoints"] == ["step-0000003"]
+    if fault == "gradient":
+        assert all(result["finite"] for result in results)  # the step was not taken
+
+
+def test_a_checkpoint_with_one_flipped_bit_is_moved_aside(run: Run, tmp_path: Path) -> None:
+    (whole, _) = run("whole")
+    run("cut", fault="stop", at=8)
+    checkpoints = tmp_path / "cut" / "checkpoints"
+    flip_a_bit(largest(checkpoints / "step-0000006", "*.distcp"))
+    (continued, _) = run("cut")
+    assert rows(continued) == rows(whole)
+    assert continued["checkpoints"] == ["damaged-step-0000006", "step-0000009", "step-0000010"]
+
+
+def test_a_run_with_none_but_damaged_checkpoints_does_not_begin_again(
+    ranks: RankPools, run: Run, tmp_path: Path
+) -> None:
+    run("cut", fault="stop", at=8)
+    checkpoints = tmp_path / "cut" / "checkpoints"
+    flip_a_bit(largest(checkpoints / "step-0000006", "*.distcp"))
+    next((checkpoints / "step-0000003").rglob("common.pt")).unlink()
+    for _ in range(2):  # the second time too, when both are aside already
+        for message in ranks(2, "tests.trainer.cases_runs:newest_checkpoint", directory=str(checkpoints)):
+            assert "damaged-step-0000003, damaged-step-0000006" in message
+            assert "begin again at step 0" in message
+    flip_a_bit(largest(checkpoints / "damaged-step-0000006", "*.distcp"))  # as from a copy
+    (checkpoints / "damaged-step-0000006").rename(checkpoints / "step-0000006")
+    found = ranks(2, "tests.trainer.cases_runs:newest_checkpoint", directory=str(checkpoints))
+    assert found == ["step-0000006"] * 2
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_an_index_of_samples_that_was_cut_short_is_rebuilt(run: Run, tmp_path: Path, recorded: bool) -> None:
+    (whole, _) = run("whole")
+    run("cut", fault="stop", at=8)
+    index = tmp_path / "cut" / "data_index"
+    shuffled = largest(index, "*train-shuffle_index.npy")
+    shuffled.write_bytes(shuffled.read_bytes()[:-8])
+    if not recorded:  # a kill before the index was whole
+        (index / "whole.json").unlink()
+    (continued, _) = run("cut")
+    assert rows(continued) == rows(whole)
