@@ -11,7 +11,7 @@ from typing import Any
 from pipelines import config as configuration
 from pipelines.config import Config, UserError
 
-GROUPS = ("experiment", "model", "student", "parallel", "data", "teacher", "distil", "benchmark")
+GROUPS = ("experiment", "model", "student", "parallel", "data", "teacher", "distil", "signals", "benchmark")
 
 
 def conf_directory() -> Path:
@@ -34,6 +34,7 @@ def compose(overrides: list[str]) -> Config:
     from omegaconf.errors import OmegaConfBaseException
 
     ConfigStore.instance().store(name="schema", node=Config)
+    OmegaConf.register_new_resolver("one_minus", lambda a: round(1 - a, 12), replace=True)  # conf/signals
     overrides = [_expand_home(o.lstrip("+")) for o in overrides]  # every key exists: +key=value means key=value
     for override in overrides:
         group, equals, option = override.partition("=")

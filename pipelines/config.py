@@ -12,6 +12,8 @@ from enum import Enum
 from importlib import metadata
 from typing import Any
 
+from pipelines.signals import AttentionLossConfig, HiddenLossConfig, SchedulesConfig, TaidConfig
+
 
 class UserError(ValueError):
     """A user's mistake: one message without a traceback: what was expected, what was found, what to do."""
@@ -202,8 +204,10 @@ class PruneConfig:
 
 @dataclass
 class DistilConfig(TrainingConfig):
-    """loss = kd_weight * T^2 * divergence(teacher, student, T) + ce_weight * CE(labels, student)."""
+    """loss = kd_weight * T^2 * divergence(teacher, student, T) + ce_weight * CE(labels, student)
+    + the weighted losses of hidden and attention."""
 
+    alpha: float = 0.5  # what the options of conf/signals that name it make both weights of
     kd_weight: float = 1.0
     ce_weight: float = 0.0
     temperature: float = 1.0
@@ -211,6 +215,10 @@ class DistilConfig(TrainingConfig):
     divergence: Divergence = Divergence.forward_kl
     divergence_parameter: float | None = None  # above 0 and below 1; None: the divergence's own
     top_k: int | None = None  # the teacher's most likely ids, all others as one; None: every id by itself
+    hidden: list[HiddenLossConfig] = field(default_factory=list)
+    attention: list[AttentionLossConfig] = field(default_factory=list)
+    schedules: SchedulesConfig = field(default_factory=SchedulesConfig)
+    taid: TaidConfig = field(default_factory=TaidConfig)
 
 
 @dataclass

@@ -266,7 +266,8 @@ def test_every_number_of_the_schema_has_a_range() -> None:
                 names.add(entry.name)
         return names
 
-    assert leaves(Config) | leaves(configuration.SourceConfig) == RANGES.keys()
+    entries = (configuration.SourceConfig, configuration.HiddenLossConfig, configuration.AttentionLossConfig)
+    assert leaves(Config).union(*map(leaves, entries)) == RANGES.keys()
 
 
 def test_context_parallelism_is_refused_by_name_where_a_stage_cannot_cut_its_windows(

@@ -42,20 +42,35 @@ class ReferenceStep(NamedTuple):
     gradients: Tensors
 
 
-def llama_logits(tensors: Tensors, shape: Shape, tokens: Tensor) -> Tensor:
-    """tokens: (batch, sequence) int64 -> logits (batch, sequence, vocabulary), in the dtype of the tensors."""
+class States(NamedTuple):
+    """What lies inside a model: hidden[n] (batch, sequence, hidden) after layer n, hidden[0] the embedding's output;
+    queries[n], keys[n] (batch, sequence, heads or KV groups, head_dim) of layer n + 1, after rotary embedding."""
+
+    hidden: list[Tensor]
+    queries: list[Tensor]
+    keys: list[Tensor]
+
+
+def llama_logits(tensors: Tensors, shape: Shape, tokens: Tensor, states: States | None = None) -> Tensor:
+    """tokens: (batch, sequence) int64 -> logits (batch, sequence, vocabulary), in the dtype of the tensors.
+
+    states: lists to which the model's are appended.
+    """
+    states = states or States([], [], [])
     embedding = tensors["model.embed_tokens.weight"]
     x = embedding[tokens]
+    states.hidden.append(x)
     cosine, sine = _rope_tables(shape, tokens.shape[1])
     for layer in range(shape.num_hidden_layers):
         prefix = f"model.layers.{layer}."
         weights = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         normed = _rms_norm(x, weights["input_layernorm.weight"], shape.rms_norm_eps)
-        x = x + _attention(normed, weights, shape, cosine, sine)
+        x = x + _attention(normed, weights, shape, cosine, sine, states)
         normed = _rms_norm(x, weights["post_attention_layernorm.weight"], shape.rms_norm_eps)
         gate = normed @ weights["mlp.gate_proj.weight"].T
         up = normed @ weights["mlp.up_proj.weight"].T
         x = x + (gate * torch.sigmoid(gate) * up) @ weights["mlp.down_proj.weight"].T
+        states.hidden.append(x)
     x = _rms_norm(x, tensors["model.norm.weight"], shape.rms_norm_eps)
     return x @ (embedding if shape.tie_word_embeddings else tensors["lm_head.weight"]).T
 
@@ -151,7 +166,7 @@ def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return x / torch.sqrt((x * x).mean(-1, keepdim=True) + epsilon) * weight
 
 
-def _attention(x: Tensor, weights: Tensors, shape: Shape, cosine: Tensor, sine: Tensor) -> Tensor:
+def _attention(x: Tensor, weights: Tensors, shape: Shape, cosine: Tensor, sine: Tensor, states: States) -> Tensor:
     """Causal grouped-query attention; x: (batch, sequence, hidden) -> the same."""
     batch, sequence, _ = x.shape
     heads, groups, head_dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
@@ -159,6 +174,8 @@ def _attention(x: Tensor, weights: Tensors, shape: Shape, cosine: Tensor, sine: 
     key = (x @ weights["self_attn.k_proj.weight"].T).view(batch, sequence, groups, head_dim)
     value = (x @ weights["self_attn.v_proj.weight"].T).view(batch, sequence, groups, head_dim)
     query, key = _rotate(query, cosine, sine), _rotate(key, cosine, sine)
+    states.queries.append(query)
+    states.keys.append(key)
     key, value = (t.repeat_interleave(heads // groups, dim=2) for t in (key, value))
     scores = torch.einsum("bihd,bjhd->bhij", query, key) / math.sqrt(head_dim)
     future = torch.ones(sequence, sequence, dtype=torch.bool, device=x.device).triu(1)

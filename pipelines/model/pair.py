@@ -1,6 +1,7 @@
 """Teacher and student as shards in the same process groups, seen by Megatron's schedules as one model with one loss."""
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,8 +16,11 @@ from pipelines.core.family import divergence_named
 from pipelines.core.linear_divergence import LinearTerms, linear_divergence
 from pipelines.core.loss import LossWeights, valid_tokens
 from pipelines.core.vocab_parallel import Shard, align_columns
+from pipelines.model.projections import sharded_state_dict
+from pipelines.model.signals import FeatureLosses
 
 TERMS = ("loss", "kd", "ce", "agreement")
+PROJECTIONS = "projections."  # before the names of what is trained beside the student
 
 
 class DistillationPair(MegatronModule):
@@ -35,8 +39,12 @@ class DistillationPair(MegatronModule):
     .config is the object that Megatron's schedule reads: the student's own without pipeline parallelism, a copy of
     another hidden_size with it. So finalize_model_grads_func and the like must be set on `pair.config`.
 
+    features: losses between layers of the two models, which enter the backward pass on their own pipeline stage and are
+    in none of the terms; see model/signals.py.
+
     The teacher has no gradients, stays in eval mode under .train(), and is in no state dict: state_dict,
-    load_state_dict and sharded_state_dict are the student's, with the student's names.
+    load_state_dict and sharded_state_dict are the student's, with the student's names. The last two hold the
+    projections of `features` besides.
     """
 
     def __init__(
@@ -53,6 +61,7 @@ class DistillationPair(MegatronModule):
         divergence: str = "forward_kl",
         divergence_parameter: float | None = None,
         top_k: int | None = None,
+        features: FeatureLosses | None = None,
     ) -> None:
         """vocab_size: token ids that both models know, without padding; columns beyond are left out of the loss.
         config: what `schedule_config` gave for these two, where a trainer needs the object before the models are built.
@@ -72,7 +81,7 @@ class DistillationPair(MegatronModule):
             top_k,
         )
         self.vocab_size = vocab_size
-        self.student, self.teacher = student, teacher
+        self.student, self.teacher, self.features = student, teacher, features
         # t of TAID while training, a number or a tensor without dims; like `weights`, whoever schedules it sets it.
         self.teacher_share: Tensor | float | None = None
         self._aligned_teacher_head: Tensor | None = None
@@ -92,12 +101,17 @@ class DistillationPair(MegatronModule):
         `linear_divergence`. Terms are replicated over that group.
         """
         teacher = None
-        if self.teacher is not None and (self.weights.kd or not self.training):
-            with torch.no_grad():
-                teacher = hidden_states(self.teacher, tokens, position_ids)
-        student = hidden_states(self.student, tokens, position_ids)
+        followed = bool(self.weights.kd) or not self.training  # at the head
+        loss_mask = torch.ones_like(labels) if loss_mask is None else loss_mask
+        with nullcontext() if self.features is None else self.features.taking():
+            if self.teacher is not None and (followed or self.features is not None):
+                with torch.no_grad():
+                    teacher = hidden_states(self.teacher, tokens, position_ids)
+            student = hidden_states(self.student, tokens, position_ids)
+        if self.features is not None:
+            student = self.features.carry(student, self.features.losses_of(valid_tokens(labels, loss_mask)))
         if self.post_process:
-            return self._terms(student, teacher, labels, torch.ones_like(labels) if loss_mask is None else loss_mask)
+            return self._terms(student, teacher if followed else None, labels, loss_mask)
         if self.teacher is None:
             return student
         if teacher is None:
@@ -204,11 +218,19 @@ class DistillationPair(MegatronModule):
     def state_dict_for_save_checkpoint(self, prefix: str = "", keep_vars: bool = False) -> Any:
         return self.student.state_dict_for_save_checkpoint(prefix=prefix, keep_vars=keep_vars)
 
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        return self.student.sharded_state_dict(*args, **kwargs)
+    def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> Any:
+        state = self.student.sharded_state_dict(prefix, *args, **kwargs)
+        if self.features is not None:
+            state |= sharded_state_dict(self.features.projections, f"{prefix}{PROJECTIONS}")
+        return state
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, **kwargs: Any) -> Any:
-        return self.student.load_state_dict(state_dict, strict=strict, **kwargs)
+        own = {name: value for name, value in state_dict.items() if name.startswith(PROJECTIONS)}
+        if self.features is not None:
+            named = {name.removeprefix(PROJECTIONS): value for name, value in own.items()}
+            self.features.projections.load_state_dict(named, strict=strict)
+        rest = {name: value for name, value in state_dict.items() if name not in own}
+        return self.student.load_state_dict(rest, strict=strict, **kwargs)
 
 
 def hidden_states(model: GPTModel, tokens: Tensor, position_ids: Tensor) -> Tensor:

@@ -22,11 +22,12 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
-from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config
+from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_model_config
 from torch import Tensor
 
 from pipelines.core.loss import masked_sum, valid_tokens
 from pipelines.model.pair import TERMS, DistillationPair
+from pipelines.model.signals import FeatureLosses
 
 Batch = dict[str, Tensor]
 Report = dict[str, Tensor]
@@ -61,11 +62,13 @@ def forward_step(batches: Iterator[Batch], model: Any) -> tuple[dict[str, Tensor
     return forward(model, batch), partial(loss_function, batch)
 
 
-def reduce_reports(reports: Sequence[Report]) -> dict[str, float]:
+def reduce_reports(reports: Sequence[Report], features: FeatureLosses | None = None) -> dict[str, float]:
     """Means over valid tokens of each term that was computed, and "tokens", their number, over micro batches and ranks.
 
-    reports: those of this rank's micro batches; empty on every pipeline stage but the last. One SUM all-reduce over the
-    data-parallel group (with context), one broadcast over the pipeline group; the result is the same on every rank.
+    reports: those of this rank's micro batches; empty on every pipeline stage but the last. features: the pair's; their
+    means come by their names, and "loss" holds their weighted sum then. One SUM all-reduce over the data-parallel group
+    (with context), one broadcast over the pipeline group, and with features those of `take_sums` and two all-reduces
+    more; the result is the same on every rank.
     """
     names = (*TERMS, "tokens")
     sums = torch.zeros(2, len(names), dtype=torch.float64, device=torch.cuda.current_device())
@@ -74,13 +77,21 @@ def reduce_reports(reports: Sequence[Report]) -> dict[str, float]:
             if name in report:
                 sums[0, index] += report[name]
                 sums[1, index] += 1
-    torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    torch.distributed.all_reduce(sums, group=data_group)
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         last = parallel_state.get_pipeline_model_parallel_last_rank()
         torch.distributed.broadcast(sums, src=last, group=parallel_state.get_pipeline_model_parallel_group())
     totals, present = (dict(zip(names, row, strict=True)) for row in sums.tolist())
     tokens = totals.pop("tokens")
     means = {name: total / tokens if tokens else float("nan") for name, total in totals.items() if present[name]}
+    if features is not None:
+        found = features.take_sums()
+        torch.distributed.all_reduce(found, group=data_group)
+        torch.distributed.all_reduce(found, group=parallel_state.get_pipeline_model_parallel_group())
+        for name, total in zip(features.names, found.tolist(), strict=True):
+            means[name] = total / tokens if tokens else float("nan")
+            means["loss"] += features.factor * features.weights[name] * means[name]
     return means | {"tokens": tokens}
 
 
@@ -134,7 +145,7 @@ def _run_schedule(model: Any, batches: Sequence[Batch], *, forward_only: bool) -
     )
     if not forward_only:
         assert get_model_config(model).finalize_model_grads_func is not None, "gradients were not reduced"
-    return reduce_reports(reports)
+    return reduce_reports(reports, get_attr_wrapped_model(model, "features"))
 
 
 def gather_gradients(model: DistributedDataParallel) -> None:

@@ -7,14 +7,18 @@ from typing import Any
 from megatron.core.models.gpt import GPTModel
 
 from pipelines import artifacts, console
-from pipelines.config import UserError, layout
+from pipelines.config import DistilConfig, UserError, layout
 from pipelines.core.family import divergence_named
 from pipelines.core.loss import LossWeights, loss_identity
+from pipelines.core.schedules import AdaptiveInterpolation, Schedule
 from pipelines.families import ModelShape, read_shape
 from pipelines.model import build, parallel, step, windows
+from pipelines.model.course import Course
 from pipelines.model.export import save_hugging_face
 from pipelines.model.pair import DistillationPair, schedule_config
+from pipelines.model.signals import FeatureLosses
 from pipelines.model.weights import load_hugging_face
+from pipelines.signals import feature_losses, in_words
 from pipelines.vocabulary import check_vocabulary
 
 
@@ -40,6 +44,9 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
         divergence_named(settings.divergence.value, settings.divergence_parameter),
         settings.top_k,
     )
+    identity = loss_identity(weights) + in_words(settings.hidden, settings.attention, settings.schedules, settings.taid)
+    depths = {"student_layers": shape.num_hidden_layers, "teacher_layers": teacher_shape.num_hidden_layers}
+    losses = feature_losses(settings.hidden, settings.attention, **depths)
     options = {"sequence_parallel": ranks.sequence_parallel, "precision": settings.precision.value}
     teacher_config = build.transformer_config(teacher_shape, **options)
     student_config = build.transformer_config(shape, recompute=settings.recompute, **options)
@@ -63,24 +70,41 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
             divergence=settings.divergence.value,
             divergence_parameter=settings.divergence_parameter,
             top_k=settings.top_k,
+            features=FeatureLosses(losses, student, teacher, seed=config.run.seed) if losses else None,
         )
 
     console.say(
         f"distil  {shape.parameters():,} of {teacher_shape.parameters():,} parameters, {settings.steps} steps\n"
-        f"distil  {loss_identity(weights)}"
+        f"distil  {identity}"
     )
-    pair, validation = train(context, settings, ranks, description="distil", model_config=pair_config, built=built)
+    course = _course(settings, weights)
+    pair, validation = train(
+        context, settings, ranks, description="distil", model_config=pair_config, built=built, course=course
+    )
     tokenizer = artifacts.corpus_directory(config) / "tokenizer"
     save_hugging_face(pair.student, context.directory / "hf", shape, tokenizer=tokenizer)
     return {
         "model": str(context.directory / "hf"),
-        "loss": loss_identity(weights),
+        "loss": identity,
         "parameters": shape.parameters(),
         "teacher_parameters": teacher_shape.parameters(),
         "steps": settings.steps,
         "tokens": settings.steps * settings.global_batch_size * settings.sequence_length,
         "validation": validation,
     }
+
+
+def _course(settings: DistilConfig, weights: LossWeights) -> Course:
+    """Schedules without steps of their own reach their end in the last step of training."""
+    starts = {"kd": weights.kd, "ce": weights.ce, "temperature": weights.temperature, "features": 1.0}
+    schedules = {}
+    for name, given in vars(settings.schedules).items():
+        if given.end is not None:
+            steps = given.steps or max(1, settings.steps - 1 - given.first_step)
+            schedules[name] = Schedule(starts[name], given.end, steps, given.shape.value, given.first_step)
+    taid = settings.taid
+    adaptive = AdaptiveInterpolation(settings.steps, taid.start, taid.end, taid.alpha, taid.momentum)
+    return Course(weights, **schedules, taid=adaptive if taid.enabled else None)
 
 
 def _check_teacher(context: artifacts.StageContext, teacher: GPTModel, shape: ModelShape, directory: Path) -> None:

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from pipelines import console, files
 from pipelines.model.step import reduce_reports
 from pipelines.trainer.finite import refuse_non_finite
+from pipelines.trainer.module import unwrap
 
 
 class Metrics(Callback):
@@ -40,6 +41,7 @@ class Metrics(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         assert trainer.global_step == self.start, "the checkpoint's name tells its step"
+        self._features = unwrap(pl_module.module).features
         self._started = self._previous = time.monotonic()
         self._previous_step = trainer.global_step
         if console.rank() == 0:
@@ -52,7 +54,7 @@ class Metrics(Callback):
 
     def on_megatron_step_end(self, step: Any, microbatch_outputs: Any, reduced: Any = None) -> None:
         """NeMo calls it on every rank, once per global batch. Collectives: those of `reduce_reports`."""
-        self.means = reduce_reports(microbatch_outputs)
+        self.means = reduce_reports(microbatch_outputs, self._features)
         if step.forward_only:
             self.validation.add(self.means)
 

@@ -8,6 +8,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from pipelines import artifacts
 from pipelines.config import Layout, TrainingConfig, UserError
+from pipelines.model.course import Course
 from pipelines.model.pair import DistillationPair
 
 
@@ -19,12 +20,15 @@ def train(
     description: str,
     model_config: TransformerConfig,
     built: Callable[[], DistillationPair],
+    course: Course | None = None,
 ) -> tuple[DistillationPair, dict[str, float]]:
-    """Train what `built` returns on the run's corpus. Returns it with the figures of the last validation."""
+    """Train what `built` returns on the run's corpus; `course` changes the loss on the way. Returns it with the figures
+    of the last validation."""
     if ranks.device == "cpu":
         from pipelines.trainer import cpu_runtime
 
         cpu_runtime.install()
+    from pipelines.trainer.course import CourseCallback
     from pipelines.trainer.fit import Schedule, fit
 
     corpus = artifacts.corpus_directory(context.config)
@@ -39,7 +43,7 @@ def train(
         tokenizer=corpus / "tokenizer",
         seed=context.config.run.seed,
         device=ranks.device,
-        callbacks=[],
+        callbacks=[] if course is None else [CourseCallback(course)],
     )
     assert isinstance(pair, DistillationPair)
     return pair, validation

@@ -11,7 +11,7 @@ from pipelines import artifacts, planning
 from pipelines.config import Config, layout
 from pipelines.families import ModelShape, read_shape
 from pipelines.stages import STAGES
-from pipelines.validation import benchmark, data, directories, effects, layouts, numbers, shapes, training
+from pipelines.validation import benchmark, data, directories, effects, layouts, numbers, shapes, signals, training
 
 # On ranks, on the run's models; verify makes shapes to fit the layout, and the benchmark has models of its own.
 RANKED = frozenset(name for name, stage in STAGES.items() if stage.ranks) - {"verify", "benchmark"}
@@ -43,6 +43,7 @@ def validate(config: Config, stages: Collection[str]) -> list[str]:
         layouts.check_length(name, length, ranks, teacher)
     training.check(config, stages, ranks, teacher.vocab_size)
     benchmark.check(config, stages, ranks)
+    signals.check(config, stages, ranks, teacher, student)
     data.check_tokenizer(config, stages, teacher, where)
     data.check_splits(config, stages, teacher)
     directories.check_weights(config, stages)

@@ -7,6 +7,7 @@ from pipelines import artifacts, planning
 from pipelines.config import Config, DepthMethod, Divergence, Format, Layout, SourceKind, TeacherMode
 from pipelines.families import ModelShape, read_shape
 from pipelines.nemo_context import is_nemo_checkpoint
+from pipelines.validation import signals
 from pipelines.validation.data import given_tokenizer, makes_corpus
 from pipelines.validation.training import trainings
 
@@ -26,6 +27,8 @@ def warnings(
         if training.distributed_optimizer and ranks.data == 1:
             yield f"{name}.distributed_optimizer=true has no effect with one data-parallel rank"
     yield from _loss(config, stages)
+    if "distil" in stages:
+        yield from signals.warnings(config)
     if makes_corpus(config, stages):
         yield from _corpus(config)
     if config.model.path and config.teacher.mode is TeacherMode.pretrain:

@@ -37,8 +37,9 @@ SEED = Range(1, 2**31)  # Megatron takes none below 1
 RANGES: dict[str, Range] = {
     **dict.fromkeys(("learning_rate", "temperature", "tolerance", "rms_norm_eps", "rope_theta", "weight"), POSITIVE),
     **dict.fromkeys(("warmup_steps", "weight_decay", "gradient_clip", "min_learning_rate"), NOT_NEGATIVE),
-    **dict.fromkeys(("kd_weight", "ce_weight"), NOT_NEGATIVE),
-    **dict.fromkeys(("adam_beta1", "adam_beta2"), BELOW_ONE),
+    **dict.fromkeys(("kd_weight", "ce_weight", "alpha", "first_step", "start", "end"), NOT_NEGATIVE),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "momentum"), BELOW_ONE),
+    **dict.fromkeys(("student_layer", "teacher_layer"), Range(-math.inf)),  # validation/signals.py knows the models
     **dict.fromkeys(("validation_fraction", "test_fraction", "calibration_fraction"), BELOW_ONE),
     **dict.fromkeys(("processes", "tensor", "pipeline", "context", "workers"), ONE_OR_MORE),
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "head_dim"), ONE_OR_MORE),
@@ -50,7 +51,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("student_hidden", "teacher_hidden", "rounds", "tokens", "vocabularies"), ONE_OR_MORE),
     **dict.fromkeys(("micro_batch_sizes",), ONE_OR_MORE),
     "warmup": NOT_NEGATIVE,
-    **dict.fromkeys(("limit_bytes", "document_bytes", "tokenizer_vocab_size"), ONE_OR_MORE),
+    **dict.fromkeys(("limit_bytes", "document_bytes", "tokenizer_vocab_size", "rank"), ONE_OR_MORE),
     "divergence_parameter": BETWEEN_0_AND_1,
     "seed": SEED,
 }

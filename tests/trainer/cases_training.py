@@ -1,5 +1,6 @@
 """Run in ranks: NeMo's trainer against the plain step, and what the distil stage refuses."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +155,93 @@ def distil_from_random_teacher(directory: str, corpus: str) -> str:
     except UserError as error:
         return str(error)
     return "accepted"
+
+
+def course_stopped_and_continued(directory: str, corpus: str, tensor: int, pipeline: int) -> dict[str, Any]:
+    """TAID, schedules and projections: a run without interruption, and one that is stopped and continued."""
+    from pipelines.model import parallel
+
+    parallel.initialize(tensor, pipeline)
+    nemo_on_cpu()
+    import torch
+    from lightning.pytorch.callbacks import Callback
+    from megatron.core import parallel_state
+
+    from pipelines.core.loss import LossWeights
+    from pipelines.core.schedules import AdaptiveInterpolation, Schedule
+    from pipelines.families import ModelShape
+    from pipelines.model import build
+    from pipelines.model.course import Course
+    from pipelines.model.pair import DistillationPair, schedule_config
+    from pipelines.model.random_model import write_random_model
+    from pipelines.model.signals import FeatureLosses
+    from pipelines.model.weights import load_hugging_face
+    from pipelines.signals import HiddenKind, HiddenLossConfig, feature_losses
+    from pipelines.trainer.course import CourseCallback
+
+    teacher_shape, root = ModelShape(**SHAPE), Path(directory)
+    shape = teacher_shape.replace(hidden_size=32, intermediate_size=48)
+    if torch.distributed.get_rank() == 0:
+        write_random_model(root / "teacher", teacher_shape, seed=1, std=0.2)
+        write_random_model(root / "student", shape, seed=2, std=0.2)
+    torch.distributed.barrier()
+    hidden = [HiddenLossConfig(), HiddenLossConfig(-1, -1, kind=HiddenKind.cosine, rank=4)]
+    losses = feature_losses(hidden, [], student_layers=2, teacher_layers=2)
+    weights = LossWeights(0.9, 0.1, 2.0)
+
+    class Stop(Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 5:
+                raise KeyError("stop")
+
+    class Projections(Callback):
+        drawn: list[torch.Tensor]
+
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            from pipelines.trainer.module import unwrap
+
+            self.trained = [p.clone() for p in unwrap(pl_module.module).features.parameters()]  # type: ignore
+
+    def run(name: str, callbacks: list[Any]) -> list[torch.Tensor]:
+        student_config, teacher_config = build.transformer_config(shape), build.transformer_config(teacher_shape)
+        config = schedule_config(student_config, teacher_config)
+        kept: list[torch.Tensor] = []
+
+        def built() -> DistillationPair:
+            teacher = build.build_model(teacher_shape, config=teacher_config, sequence_length=SEQUENCE)
+            load_hugging_face(teacher, root / "teacher", teacher_shape)
+            student = build.build_model(shape, config=student_config, sequence_length=SEQUENCE)
+            load_hugging_face(student, root / "student", shape)
+            features = FeatureLosses(losses, student, teacher, seed=5)
+            kept[:] = [p.detach().clone() for p in features.parameters()]
+            return DistillationPair(
+                student, teacher, config=config, vocab_size=shape.vocab_size, features=features, **vars_of(weights)
+            )
+
+        course = Course(
+            weights,
+            ce=Schedule(0.1, 0.5, steps=6),
+            features=Schedule(1.0, 0.5, steps=9, shape="cosine"),
+            taid=AdaptiveInterpolation(steps=80, alpha=0.05, beta=0.5),
+        )
+        projections = Projections()
+        settings = {"steps": 10, "validation_interval": 4, "checkpoint_interval": 3}
+        everything = [CourseCallback(course), projections, *callbacks]
+        fit_shortly(root / name, corpus, config, built, everything, distributed_optimizer=False, **settings)
+        assert all(not torch.equal(a, b) for a, b in zip(kept, projections.trained, strict=True)), "they are trained"
+        return projections.trained
+
+    whole = run("whole", [])
+    with contextlib.suppress(KeyError):
+        run("stopped", [Stop()])
+    again = run("stopped", [])
+    torch.distributed.barrier()
+    parallel_state.destroy_model_parallel()
+    return {
+        "equal": all(torch.equal(a, b) for a, b in zip(whole, again, strict=True)),
+        **{name: (root / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "stopped")},
+    }
+
+
+def vars_of(weights: Any) -> dict[str, float]:
+    return {"kd_weight": weights.kd, "ce_weight": weights.ce, "temperature": weights.temperature}

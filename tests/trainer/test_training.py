@@ -56,3 +56,27 @@ def test_a_teacher_of_random_weights_stops_the_run(ranks: RankPools, tmp_path: P
     messages = ranks(2, f"{CASES}:distil_from_random_teacher", directory=str(tmp_path), corpus=str(made))
     bound = 0.9 * math.log(600)
     assert all(f"{bound:.3f}" in message and "random" in message for message in messages), messages
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [{"tensor": 1, "pipeline": 1}, {"tensor": 1, "pipeline": 2}], ids=["dp2", "pp2"])
+def test_projections_schedules_and_taid_continue_where_they_were(
+    ranks: RankPools, tmp_path: Path, made: Path, layout: dict[str, int]
+) -> None:
+    found = ranks(2, f"{CASES}:course_stopped_and_continued", directory=str(tmp_path), corpus=str(made), **layout)
+    rows = {name: [json.loads(row) for row in found[0][name]] for name in ("whole", "stopped")}
+    for row in rows["whole"] + rows["stopped"]:
+        row.pop("time", None), row.pop("tokens_per_second", None)
+    assert rows["stopped"] == rows["whole"]
+    assert all(result["equal"] for result in found)
+    train = [row for row in rows["whole"] if row["split"] == "train"]
+    assert [round(row["ce_weight"], 12) for row in train[:3]] == [0.1, 0.166666666667, 0.233333333333]
+    assert train[0]["features_factor"] == 1 and train[-1]["features_factor"] == 0.5
+    shares = [row["taid_t"] for row in train]
+    assert shares[:2] == pytest.approx([0.4, 0.4075], rel=1e-12), "after the first step there is no change of the loss"
+    assert shares == sorted(shares) and shares[-1] > 0.4 + 0.6 * 9 / 80 + 0.01, "above the line"
+    for row in train:
+        total = 0.9 * 4 * row["kd"] + row["ce_weight"] * row["ce"]
+        hidden = sum(row[f"hidden_mse_{layer}_{layer}"] for layer in (0, 1, 2)) / 3 + row["hidden_cosine_2_2"]
+        assert row["loss"] == pytest.approx(total + row["features_factor"] * hidden, rel=1e-5)
+    assert any("hidden_cosine_2_2" in row for row in rows["whole"] if row["split"] == "validation")

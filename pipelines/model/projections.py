@@ -1,0 +1,51 @@
+"""Learned projections from a student's hidden states into its teacher's, one for each loss that needs one.
+
+They are trained and saved with the student and are no part of it: no export knows them. Replicated over the
+tensor-parallel group, and drawn from a seed and the loss's name alone, so that no layout changes them.
+"""
+
+import math
+import zlib
+from collections.abc import Sequence
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+from pipelines.signals import FeatureLoss
+
+
+class Projection(torch.nn.Module):
+    """y = x @ factors[0].T (@ factors[1].T): one factor (teacher width, student width), or two of rank r."""
+
+    def __init__(self, config: TransformerConfig, sizes: Sequence[tuple[int, int]], generator: torch.Generator) -> None:
+        """sizes: (out, in) of each factor; entries are drawn with variance 1 / in, which keeps the states' size."""
+        super().__init__()
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        self.factors = torch.nn.ParameterList()
+        for out_width, in_width in sizes:
+            drawn = torch.randn(out_width, in_width, generator=generator) / math.sqrt(in_width)
+            factor = torch.nn.Parameter(drawn.to(device=device, dtype=config.params_dtype))
+            # Under sequence parallelism each rank sees its part of the tokens: Megatron sums these gradients over TP.
+            factor.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+            self.factors.append(factor)
+
+
+def build_projections(
+    config: TransformerConfig, losses: Sequence[FeatureLoss], *, teacher_width: int, seed: int
+) -> torch.nn.ModuleDict:
+    """{loss name: Projection} for the losses on hidden states that need one. config: the student's."""
+    width = config.hidden_size
+    projections = torch.nn.ModuleDict()
+    for loss in losses:
+        if loss.heads is not None or loss.kind == "relational" or (loss.rank is None and width == teacher_width):
+            continue
+        sizes = [(teacher_width, width)] if loss.rank is None else [(loss.rank, width), (teacher_width, loss.rank)]
+        generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(loss.name.encode()))
+        projections[loss.name] = Projection(config, sizes, generator)
+    return projections
+
+
+def sharded_state_dict(projections: torch.nn.ModuleDict, prefix: str) -> dict[str, object]:
+    """For Megatron's distributed checkpoints: the same tensor on every rank that has it."""
+    return dict(make_sharded_tensors_for_checkpoint(dict(projections.named_parameters()), prefix))
