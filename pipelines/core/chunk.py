@@ -44,7 +44,7 @@ SUMS = (
     "entropy",  # of -p log p, at T = 1
 )
 
-_BLOCK_BYTES = {"cpu": 1 << 19}
+_BLOCK_BYTES = {"cpu": 1 << 20}
 _BLOCK_BYTES_ELSEWHERE = 1 << 26
 
 

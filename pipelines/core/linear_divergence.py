@@ -33,7 +33,7 @@ from pipelines.core.streams import Gradients, Rows
 from pipelines.core.vocab_parallel import Shard
 
 # Of one buffer of logits, fp32: what a processor's cache and a GPU's matrix units like.
-CHUNK_BYTES = {"cpu": 8 << 20}
+CHUNK_BYTES = {"cpu": 32 << 20}
 CHUNK_BYTES_ELSEWHERE = 256 << 20
 
 

@@ -49,7 +49,7 @@ def evaluate(
         may hold different numbers of batches and batches of different sizes, none included.
     advance: called after each batch with its valid tokens.
 
-    Collectives, besides those of the forward passes: two all-reduces per model and batch over the tensor-parallel group
+    Collectives, besides those of the forward passes: one all-gather per model and batch over the tensor-parallel group
     (`core.divergence`); after each rank's first batch and at the end one all-reduce of all sums over the data-parallel
     group and one broadcast over the pipeline. The result is the same on every rank.
     Raises UserError on every rank, naming the model, when a loss is NaN or infinite; ValueError without a valid token.
