@@ -1,6 +1,7 @@
 """Shared fixtures: the pool of ranks, and a home without network."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,8 @@ from tests.ranks import RankPools
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell starts background jobs with Ctrl-C ignored, and so would be whatever the tests start in their turn.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
