@@ -36,7 +36,14 @@ REQUIREMENTS = [
     "rich==15.0.0",
     "PyYAML==6.0.3",
 ]
-TEST = ["pytest==9.2.0", "ruff==0.17.6", "mypy==2.4.1"]
+TEST = [
+    "pytest==9.2.0",
+    "ruff==0.17.6",
+    "mypy==2.4.1",
+    # To try the GPU's kernels in its interpreter and its compiler. Not among the requirements: a CUDA build of torch
+    # brings its own. This is the one that those of the torch above ask for, so that pip can install both.
+    "triton==3.7.1; platform_system == 'Linux'",
+]
 
 setup(
     name="stillhouse",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 
-def _worker(rank: int, world: int, port: int, pipe: Connection, log: str) -> None:
+def _worker(rank: int, world: int, port: int, pipe: Connection, log: str, environment: dict[str, str]) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -25,6 +25,7 @@ def _worker(rank: int, world: int, port: int, pipe: Connection, log: str) -> Non
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
+        **environment,
     }
     import torch
 
@@ -46,7 +47,7 @@ def _worker(rank: int, world: int, port: int, pipe: Connection, log: str) -> Non
 class RankPool:
     """`world` processes in one gloo group. A call runs `package.module:function(**arguments)` on all of them."""
 
-    def __init__(self, world: int) -> None:
+    def __init__(self, world: int, environment: dict[str, str] | None = None) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -55,7 +56,9 @@ class RankPool:
         self.pipes, self.processes = [], []
         for rank in range(world):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_worker, args=(rank, world, port, theirs, str(self.log)))
+            process = context.Process(
+                target=_worker, args=(rank, world, port, theirs, str(self.log), environment or {})
+            )
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -98,13 +101,14 @@ class RankPool:
 
 
 class RankPools:
-    """Pools by world size, started when first asked for and again after a failure."""
+    """Pools by world size, started when first asked for and again after a failure; `environment` is added to theirs."""
 
-    def __init__(self) -> None:
+    def __init__(self, environment: dict[str, str] | None = None) -> None:
+        self.environment = environment
         self.pools: dict[int, RankPool] = {}
 
     def __call__(self, world: int, target: str, timeout: float = 300, **arguments: Any) -> list[Any]:
-        pool = self.pools.get(world) or self.pools.setdefault(world, RankPool(world))
+        pool = self.pools.get(world) or self.pools.setdefault(world, RankPool(world, self.environment))
         try:
             return pool(target, arguments, timeout)
         except RuntimeError:

@@ -22,7 +22,7 @@ HEAVY = {"torch", "megatron", "nemo", "lightning", "pytorch_lightning", "transfo
 # room: (packages outside Python's own that it may import, rooms of ours that it may import)
 LAW: dict[str, tuple[set[str], set[str]]] = {
     "validation": (set(), {"validation"}),
-    "core": ({"torch"}, {"core"}),
+    "core": ({"torch", "triton"}, {"core"}),
     "model": ({"torch", "megatron", "safetensors", "transformer_engine", "numpy"}, {"core", "model", "text"}),
     "trainer": ({"torch", "megatron", "nemo", "lightning", "transformer_engine", "yaml"}, {"core", "model", "trainer"}),
     "text": ({"numpy", "tokenizers", "datasets", "pyarrow", "transformers"}, {"text"}),

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pipelines.core import chunk as plain_torch
 from pipelines.core.chunk import STATISTICS, Chunk, Kernels, Normalizers
 from pipelines.core.family import FORWARD_KL, Divergence
+from pipelines.core.kernels import kernels_for
 from pipelines.core.vocab_parallel import IGNORED_LABEL, Shard, gather_over_shards
 
 
@@ -63,6 +63,7 @@ def token_terms(
     divergence: Divergence = FORWARD_KL,
     top_k: int | None = None,
     telemetry: bool = False,
+    kernels: Kernels | None = None,
 ) -> TokenTerms:
     """Per-token divergence, cross-entropy, agreement and their weighted sum.
 
@@ -71,7 +72,7 @@ def token_terms(
     labels: (tokens,) int64 token ids or -100; None: ce is not computed. A scale of 0 costs no gradient work.
     top_k: the divergence of k + 1 buckets: the ids of the teacher's k greatest logits over the whole vocabulary (with
     those that equal the k-th), and the rest as one, whose mass is summed in logarithms over the rest itself.
-    telemetry: needs teacher and labels.
+    telemetry: needs teacher and labels. kernels: None: kernels.kernels_for the logits' device.
 
     Collectives over shard.group: forward one all-gather of at most 12 * tokens fp32 per rank; one more of at most
     4 * tokens for divergences other than the two KLs, top_k or telemetry, one more of top_k * tokens; backward none.
@@ -87,8 +88,9 @@ def token_terms(
     student, teacher = (None if t is None else t.detach()[:, :width] for t in (student_logits, teacher_logits))
     assert student is not None
     chunk = make_chunk(student, teacher, labels, shard, temperature, divergence, top_k, telemetry)
+    kernels = kernels or kernels_for(student.device)[0]
     return TokenTerms(
-        *_TokenTerms.apply(student_logits, chunk, labels, kd_scale, ce_scale, shard, torch.is_grad_enabled())
+        *_TokenTerms.apply(student_logits, chunk, labels, kd_scale, ce_scale, shard, kernels, torch.is_grad_enabled())
     )
 
 
@@ -129,10 +131,6 @@ def make_chunk(
     return Chunk(student, teacher, columns, here, shard.start, temperature, divergence, threshold, telemetry)
 
 
-def kernels_for(device: torch.device) -> Kernels:
-    return plain_torch
-
-
 class Measured(NamedTuple):
     """What `measure` finds, (tokens,) fp32 each; see TokenTerms. greatest: the student's most likely token id."""
 
@@ -143,13 +141,12 @@ class Measured(NamedTuple):
     greatest: Tensor
 
 
-def measure(chunk: Chunk, labels: Tensor | None, shard: Shard) -> tuple[Measured, Normalizers]:
+def measure(chunk: Chunk, labels: Tensor | None, shard: Shard, kernels: Kernels) -> tuple[Measured, Normalizers]:
     """Every number per token, and what `Kernels.gradient` needs. No gradients.
 
     One all-gather over the shard's group, of `statistics`, and a second, of `sums`, where the chunk asks for more than
     the first gives.
     """
-    kernels = kernels_for(chunk.student.device)
     rows = gather_over_shards(kernels.statistics(chunk), shard)
     found = dict(zip(STATISTICS, rows.unbind(1), strict=False))
     T = chunk.temperature
@@ -189,13 +186,13 @@ def measure(chunk: Chunk, labels: Tensor | None, shard: Shard) -> tuple[Measured
     return Measured(kd, ce, agreement, seen, student.greatest), normal
 
 
-def greatest(logits: Tensor, shard: Shard) -> Tensor:
+def greatest(logits: Tensor, shard: Shard, kernels: Kernels) -> Tensor:
     """(tokens,) fp32: the id of the greatest logit over the whole vocabulary, the lowest where several are equal.
 
     logits: (tokens, valid width). One all-gather of 5 * tokens fp32 over the shard's group.
     """
     chunk = Chunk(logits, None, None, None, shard.start, 1.0, FORWARD_KL)
-    rows = gather_over_shards(kernels_for(logits.device).statistics(chunk), shard)
+    rows = gather_over_shards(kernels.statistics(chunk), shard)
     return _Model.over_shards("student", dict(zip(STATISTICS, rows.unbind(1), strict=False)), 1.0).greatest
 
 
@@ -274,15 +271,16 @@ class _TokenTerms(torch.autograd.Function):
         kd_scale: float,
         ce_scale: float,
         shard: Shard,
+        kernels: Kernels,
         with_gradient: bool,
     ) -> tuple[Any, ...]:
-        measured, normal = measure(chunk, labels, shard)
+        measured, normal = measure(chunk, labels, shard, kernels)
         loss, kd_factor, ce_factor = weighted(measured, labels, kd_scale, ce_scale, chunk.temperature)
         if with_gradient and ctx.needs_input_grad[0]:
             gradient = torch.zeros_like(student)
             if kd_factor is not None or ce_factor is not None:
                 valid = gradient[:, : chunk.student.shape[1]]
-                kernels_for(student.device).gradient(chunk, normal, kd_factor, ce_factor, valid)
+                kernels.gradient(chunk, normal, kd_factor, ce_factor, valid)
             ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(*(term for term in measured[:3] if term is not None), *(measured.telemetry or ()))
         return loss, *measured[:4]
@@ -293,7 +291,7 @@ class _TokenTerms(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         # In place: autograd's version counter turns a second backward through the same graph into an error.
         gradient.mul_(loss_gradient.unsqueeze(1))
-        return gradient, None, None, None, None, None, None
+        return gradient, None, None, None, None, None, None, None
 
 
 def weighted(

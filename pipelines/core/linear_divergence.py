@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 from pipelines.core import products
-from pipelines.core.chunk import Chunk, Normalizers
-from pipelines.core.divergence import Telemetry, check, greatest, kernels_for, make_chunk, measure, weighted
+from pipelines.core.chunk import Chunk, Kernels, Normalizers
+from pipelines.core.divergence import Telemetry, check, greatest, make_chunk, measure, weighted
 from pipelines.core.family import FORWARD_KL, Divergence
 from pipelines.core.filter import columns_of, live_columns
+from pipelines.core.kernels import kernels_for
 from pipelines.core.streams import Gradients, Rows
 from pipelines.core.vocab_parallel import Shard
 
@@ -63,6 +64,7 @@ class _Settings(NamedTuple):
     head_gradient: Tensor | None
     filter_below: float | None
     telemetry: bool
+    kernels: Kernels
     with_gradient: bool
 
 
@@ -86,6 +88,7 @@ def linear_divergence(
     head_gradient: Tensor | None = None,
     filter_below: float | None = None,
     telemetry: bool = False,
+    kernels: Kernels | None = None,
 ) -> LinearTerms:
     """Loss and gradients of a student's head and hidden states, held to a teacher's, to labels, or to both.
 
@@ -93,8 +96,8 @@ def linear_divergence(
     sequence_parallel (tokens / tp, own hidden size). student_head, teacher_head: (vocab / tp, own hidden size), padding
     included. Teacher None: cross-entropy alone; it never gets a gradient.
     labels: (tokens,) int64 token ids or -100; None: no cross-entropy. token_weights: (tokens,), 0 where a token does
-    not count: its loss may be anything. kd_scale, ce_scale, temperature, divergence, top_k, telemetry: as
-    divergence.token_terms.
+    not count: its loss may be anything. kd_scale, ce_scale, temperature, divergence, top_k, telemetry, kernels:
+    as divergence.token_terms.
     teacher_share: t of TAID (arXiv 2501.16937, equation 3): the target's logits are (1 - t) * student + t * teacher, in
     which the student carries no gradient; kd is the divergence from it, agreement remains with the teacher. A tensor
     without dims is read on its device.
@@ -129,6 +132,7 @@ def linear_divergence(
         head_gradient,
         filter_below,
         telemetry,
+        kernels or kernels_for(student_hidden.device)[0],
         torch.is_grad_enabled(),
     )
     teacher = (
@@ -279,7 +283,7 @@ class _Chunks:
         if teacher is not None and self.teacher_head is not None:
             teacher_logits = products.logits(teacher, self.teacher_head, self.buffers[1][: hidden.shape[0]])
             if settings.teacher_share is not None:
-                teacher_greatest = greatest(teacher_logits, self.shard)
+                teacher_greatest = greatest(teacher_logits, self.shard, settings.kernels)
                 # t * teacher + (1 - t) * student, over the teacher's logits.
                 torch.lerp(student_logits, teacher_logits, settings.teacher_share, out=teacher_logits)
         chunk = make_chunk(
@@ -292,7 +296,7 @@ class _Chunks:
             settings.top_k,
             settings.telemetry,
         )
-        measured, normal = measure(chunk, labels, self.shard)
+        measured, normal = measure(chunk, labels, self.shard, settings.kernels)
         if teacher_greatest is not None:
             measured = measured._replace(agreement=(measured.greatest == teacher_greatest).float())
         loss, kd_factor, ce_factor = weighted(
@@ -320,7 +324,6 @@ class _Chunks:
         out: Gradients | None,
     ) -> None:
         """The gradient over the student's logits, and from there into the hidden states and the head."""
-        kernels = kernels_for(chunk.student.device)
         gradient = chunk.student if self.gradient_buffer is None else self.gradient_buffer[: hidden.shape[0]]
         live = [slice(0, chunk.student.shape[1])]
         if self.settings.filter_below is not None:
@@ -329,7 +332,7 @@ class _Chunks:
             part = (
                 chunk if columns == slice(0, chunk.student.shape[1]) else columns_of(chunk, columns, labels, self.shard)
             )
-            kernels.gradient(part, normal, kd_factor, ce_factor, gradient[:, columns])
+            self.settings.kernels.gradient(part, normal, kd_factor, ce_factor, gradient[:, columns])
         if out is not None:
             out.add(index, products.hidden_gradient(gradient, self.head, live))
         if self.head_gradient is not None:

@@ -9,6 +9,7 @@ from megatron.core.models.gpt import GPTModel
 from pipelines import artifacts, console
 from pipelines.config import DistilConfig, UserError, layout
 from pipelines.core.family import divergence_named
+from pipelines.core.kernels import kernels_for
 from pipelines.core.loss import LossWeights, loss_identity
 from pipelines.core.schedules import AdaptiveInterpolation, Schedule
 from pipelines.families import ModelShape, read_shape
@@ -75,7 +76,8 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
 
     console.say(
         f"distil  {shape.parameters():,} of {teacher_shape.parameters():,} parameters, {settings.steps} steps\n"
-        f"distil  {identity}"
+        f"distil  {identity}\n"
+        f"distil  kernels of the loss: {kernels_for(ranks.device)[1]}"
     )
     course = _course(settings, weights)
     pair, validation = train(

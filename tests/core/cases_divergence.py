@@ -8,6 +8,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from pipelines.core import chunk as plain
 from pipelines.core.divergence import Telemetry, greatest, token_terms
 from pipelines.core.family import divergence_named
 from pipelines.core.loss import LossWeights, distillation_terms
@@ -83,7 +84,7 @@ def sharded_terms(
 
 def greatest_of(logits: torch.Tensor, width: int, vocab_size: int) -> torch.Tensor:
     shard = Shard.uniform(width, vocab_size, dist.group.WORLD)
-    return greatest(logits[:, shard.start : shard.start + shard.valid_width(width)], shard)
+    return greatest(logits[:, shard.start : shard.start + shard.valid_width(width)], shard, plain)
 
 
 def aligned(logits: torch.Tensor, own_width: int, width: int, vocab_size: int) -> torch.Tensor:

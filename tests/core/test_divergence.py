@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pipelines.core import chunk as plain
 from pipelines.core import reference
 from pipelines.core.divergence import greatest, token_terms
 from pipelines.core.family import FAMILY, divergence_named
@@ -434,7 +435,7 @@ def test_greatest_breaks_ties_by_the_lowest_id(ranks: RankPools) -> None:
     for world in (1, 2, 4):
         for ids in ranks(world, "tests.core.cases_divergence:greatest_of", logits=rows, width=8 // world, vocab_size=7):
             assert ids.tolist() == [1, 0, 5, 3]
-    assert greatest(torch.full((1, 4), torch.nan), Shard(0, 4)).isinf().all(), "no id where nothing is greatest"
+    assert greatest(torch.full((1, 4), torch.nan), Shard(0, 4), plain).isinf().all(), "no id where nothing is greatest"
 
 
 @pytest.mark.parametrize("own_width, width", [(10, 8), (8, 10), (16, 8), (8, 8), (20, 8)])
