@@ -55,9 +55,9 @@ class Clock:
 
         return timed
 
-    def seconds(self, warmup: int) -> float:
+    def seconds(self, warmup: int) -> list[float]:
         steps = [after - before for before, after in zip(self.starts, self.starts[1:], strict=False)]
-        return statistics.median(steps[warmup:])
+        return steps[warmup:]
 
     def peak_bytes(self) -> int:
         return torch.cuda.max_memory_allocated() - self.held
@@ -148,7 +148,8 @@ def measure(config: Config, ranks: Layout, models: Path, micro_batch_size: int) 
     student = planning.target_shape(teacher, config.student)
     length = config.benchmark.sequence_length
     tokens = micro_batch_size * length * config.benchmark.micro_batches * ranks.data
-    seconds = clock.seconds(1 + config.benchmark.warmup)
+    times = clock.seconds(1 + config.benchmark.warmup)
+    seconds = statistics.median(times)
     return {
         "name": "megatron-bridge",
         "tokens": tokens,
@@ -158,6 +159,7 @@ def measure(config: Config, ranks: Layout, models: Path, micro_batch_size: int) 
         "student_parameters": student.parameters(),
         "teacher_parameters": teacher.parameters(),
         "seconds": seconds,
+        "fastest_seconds": min(times),
         "peak_bytes_beyond_state": clock.peak_bytes(),
         "loss": None,  # of other tokens
         "tokens_per_second": tokens / seconds,

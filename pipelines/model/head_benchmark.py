@@ -85,11 +85,13 @@ Contender = Callable[[Heads], Tensor]
 @dataclass(frozen=True)
 class Measurement:
     """peak_bytes_beyond_gradients: the most that a pass holds at a time beyond its inputs, less its two gradients, on
-    the largest rank. seconds: median forward and backward, on the slowest rank. relative_error: the greater one of both
-    gradients, norm(g - g*) / norm(g*) against float64. loss_error: |loss - loss*| / loss*."""
+    the largest rank. seconds: median forward and backward, on the slowest rank; fastest_seconds: the least, which tells
+    how quiet the machine was. relative_error: the greater one of both gradients, norm(g - g*) / norm(g*) against
+    float64. loss_error: |loss - loss*| / loss*."""
 
     peak_bytes_beyond_gradients: int
     seconds: float
+    fastest_seconds: float
     relative_error: float
     loss_error: float
 
@@ -249,7 +251,7 @@ def run(
         )
         heads.clear()
     for name, (peak, error, loss_error) in before.items():
-        found[name] = Measurement(peak, statistics.median(times[name]), error, loss_error)
+        found[name] = Measurement(peak, statistics.median(times[name]), min(times[name]), error, loss_error)
     return found
 
 

@@ -52,10 +52,11 @@ class Models:
 
 @dataclass(frozen=True)
 class StepMeasurement:
-    """seconds: median of a step, on the slowest rank. peak_bytes_beyond_state: the most that a step holds at a time
-    beyond weights, gradients and optimizer, on the largest rank. loss: of the second step, after one update."""
+    """seconds, fastest_seconds: median and least of a step, on the slowest rank. peak_bytes_beyond_state: the most that
+    a step holds at a time beyond weights, gradients and optimizer, on the largest rank. loss: of the second step."""
 
     seconds: float
+    fastest_seconds: float
     peak_bytes_beyond_state: int
     loss: float
 
@@ -130,7 +131,7 @@ def run(
     times = measure.seconds_in_turns(working, device, rounds=rounds, warmup=warmup)
     found: dict[str, StepMeasurement | Unavailable] = dict.fromkeys(steps, Unavailable("does not fit into the memory"))
     for name, values in times.items():
-        found[name] = StepMeasurement(statistics.median(values), *peaks[name])
+        found[name] = StepMeasurement(statistics.median(values), min(values), *peaks[name])
     return found
 
 
