@@ -181,6 +181,7 @@ class TrainingConfig:
     precision: Precision = Precision.fp32
     distributed_optimizer: bool = False
     recompute: bool = False  # activation recompute of whole layers
+    document_mask: bool = False  # attention and positions begin anew with each document; the next one is no label
     validation_interval: int = 50  # steps
     validation_batches: int = 4  # global batches
     checkpoint_interval: int = 50  # steps
@@ -200,6 +201,7 @@ class PruneConfig:
     sequence_length: int = 256  # tokens
     micro_batch_size: int = 8  # sequences per data-parallel rank and pass
     precision: Precision = Precision.fp32  # of the teacher while it is scored; the student keeps the files' own
+    document_mask: bool = False  # as in training; with micro_batch_size 1
 
 
 @dataclass
@@ -228,6 +230,7 @@ class EvaluateConfig:
     micro_batch_size: int = 8
     batches: int | None = None  # micro batches per data-parallel rank; None: the whole split
     precision: Precision | None = None  # of the models; None: distil.precision
+    document_mask: bool | None = None  # as in training; None: distil.document_mask
 
 
 @dataclass
@@ -244,6 +247,7 @@ class VerifyConfig:
     micro_batch_size: int = 2
     micro_batches: int = 2  # per step and data-parallel rank
     tolerance: float = 1e-5  # norm(a - b) / norm(b) per tensor, fp32
+    document_mask: bool = False  # as in training, on rows of several documents
     kd_weight: float = 0.7
     ce_weight: float = 0.3
     temperature: float = 2.0
@@ -287,6 +291,13 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+
+
+def document_mask(config: Config, stage: str) -> bool:
+    """Whether a stage keeps the documents apart that share a row."""
+    if stage == "evaluate" and config.evaluate.document_mask is None:
+        stage = "distil"
+    return bool(getattr(getattr(config, stage), "document_mask", False))
 
 
 @dataclass(frozen=True)

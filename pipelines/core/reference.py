@@ -51,21 +51,30 @@ class States(NamedTuple):
     keys: list[Tensor]
 
 
-def llama_logits(tensors: Tensors, shape: Shape, tokens: Tensor, states: States | None = None) -> Tensor:
+def llama_logits(
+    tensors: Tensors,
+    shape: Shape,
+    tokens: Tensor,
+    states: States | None = None,
+    end_of_document: int | None = None,
+) -> Tensor:
     """tokens: (batch, sequence) int64 -> logits (batch, sequence, vocabulary), in the dtype of the tensors.
 
-    states: lists to which the model's are appended.
+    states: lists to which the model's are appended. end_of_document: the id after which attention and positions begin
+    anew; None: nowhere within a row.
     """
     states = states or States([], [], [])
     embedding = tensors["model.embed_tokens.weight"]
     x = embedding[tokens]
     states.hidden.append(x)
-    cosine, sine = _rope_tables(shape, tokens.shape[1])
+    documents, positions = _documents(tokens, end_of_document)
+    hidden_from = documents[:, :, None] != documents[:, None, :]
+    cosine, sine = _rope_tables(shape, positions)
     for layer in range(shape.num_hidden_layers):
         prefix = f"model.layers.{layer}."
         weights = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         normed = _rms_norm(x, weights["input_layernorm.weight"], shape.rms_norm_eps)
-        x = x + _attention(normed, weights, shape, cosine, sine, states)
+        x = x + _attention(normed, weights, shape, cosine, sine, hidden_from, states)
         normed = _rms_norm(x, weights["post_attention_layernorm.weight"], shape.rms_norm_eps)
         gate = normed @ weights["mlp.gate_proj.weight"].T
         up = normed @ weights["mlp.up_proj.weight"].T
@@ -91,21 +100,26 @@ def distillation_step(
     divergence: str = "forward_kl",
     divergence_parameter: float | None = None,
     top_k: int | None = None,
+    end_of_document: int | None = None,
 ) -> ReferenceStep:
     """One step over the whole global batch: tokens, labels, mask (batch, sequence); a token counts where mask is not 0.
 
     loss = kd_weight * T^2 * D(teacher, student, T) + ce_weight * CE(labels, student), the mean over all that count.
+    end_of_document: see llama_logits; what follows such a token does not count, since nothing there foretells it.
     """
     student = {name: t.detach().double().requires_grad_() for name, t in student.items()}
+    teacher = {name: t.double() for name, t in teacher.items()}
     with torch.no_grad():
-        teacher_logits = llama_logits({n: t.double() for n, t in teacher.items()}, teacher_shape, tokens)
-    student_logits = llama_logits(student, student_shape, tokens)
+        teacher_logits = llama_logits(teacher, teacher_shape, tokens, end_of_document=end_of_document)
+    student_logits = llama_logits(student, student_shape, tokens, end_of_document=end_of_document)
     softened = teacher_logits / temperature, student_logits / temperature
     kd = divergences(*softened, divergence, divergence_parameter, top_k)
     ce = -torch.log_softmax(student_logits, dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     loss = kd_weight * (temperature * temperature if temperature_squared else 1.0) * kd + ce_weight * ce
     agreement = (teacher_logits.argmax(-1) == student_logits.argmax(-1)).double()
     counted = mask != 0
+    if end_of_document is not None:
+        counted = counted & (tokens != end_of_document)
     mean_loss = loss[counted].mean()
     gradients = torch.autograd.grad(mean_loss, list(student.values()))
     means = {
@@ -166,8 +180,25 @@ def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return x / torch.sqrt((x * x).mean(-1, keepdim=True) + epsilon) * weight
 
 
-def _attention(x: Tensor, weights: Tensors, shape: Shape, cosine: Tensor, sine: Tensor, states: States) -> Tensor:
-    """Causal grouped-query attention; x: (batch, sequence, hidden) -> the same."""
+def _documents(tokens: Tensor, end_of_document: int | None) -> tuple[Tensor, Tensor]:
+    """The number of each token's document in its row, and its position in that document, (batch, sequence)."""
+    documents, positions = [], []
+    for row in tokens.tolist():
+        document, position = 0, 0
+        for token in row:
+            documents.append(document)
+            positions.append(position)
+            position += 1
+            if token == end_of_document:
+                document, position = document + 1, 0
+    numbers = torch.tensor([documents, positions], device=tokens.device).view(2, *tokens.shape)
+    return numbers[0], numbers[1]
+
+
+def _attention(
+    x: Tensor, weights: Tensors, shape: Shape, cosine: Tensor, sine: Tensor, hidden_from: Tensor, states: States
+) -> Tensor:
+    """Causal grouped-query attention; x: (batch, sequence, hidden) -> the same. hidden_from: (batch, query, key)."""
     batch, sequence, _ = x.shape
     heads, groups, head_dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
     query = (x @ weights["self_attn.q_proj.weight"].T).view(batch, sequence, heads, head_dim)
@@ -179,7 +210,7 @@ def _attention(x: Tensor, weights: Tensors, shape: Shape, cosine: Tensor, sine: 
     key, value = (t.repeat_interleave(heads // groups, dim=2) for t in (key, value))
     scores = torch.einsum("bihd,bjhd->bhij", query, key) / math.sqrt(head_dim)
     future = torch.ones(sequence, sequence, dtype=torch.bool, device=x.device).triu(1)
-    probabilities = scores.masked_fill(future, -math.inf).softmax(-1)
+    probabilities = scores.masked_fill(future | hidden_from[:, None], -math.inf).softmax(-1)
     mixed = torch.einsum("bhij,bjhd->bihd", probabilities, value).reshape(batch, sequence, heads * head_dim)
     return mixed @ weights["self_attn.o_proj.weight"].T
 
@@ -187,16 +218,16 @@ def _attention(x: Tensor, weights: Tensors, shape: Shape, cosine: Tensor, sine: 
 def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """x: (batch, sequence, heads, head_dim); the pair of element i is i + head_dim / 2."""
     first, second = x.chunk(2, dim=-1)
-    cosine, sine = cosine[:, None].to(x.device), sine[:, None].to(x.device)
+    cosine, sine = cosine[:, :, None].to(x.device), sine[:, :, None].to(x.device)
     return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
 
 
-def _rope_tables(shape: Shape, sequence: int) -> tuple[Tensor, Tensor]:
-    """cos and sin, (sequence, head_dim / 2) float64."""
+def _rope_tables(shape: Shape, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """positions: (batch, sequence) -> cos and sin, (batch, sequence, head_dim / 2) float64."""
     frequencies = []
     for index in range(shape.head_dim // 2):
         frequencies.append(_scaled(shape.rope_theta ** (-2 * index / shape.head_dim), shape.rope_scaling))
-    angles = torch.arange(sequence, dtype=torch.float64)[:, None] * torch.tensor(frequencies, dtype=torch.float64)
+    angles = positions.double()[..., None] * torch.tensor(frequencies, dtype=torch.float64, device=positions.device)
     return angles.cos(), angles.sin()
 
 

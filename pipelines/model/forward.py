@@ -9,6 +9,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from pipelines.model.documents import packed_sequences
+
 Batch = dict[str, Tensor]
 
 
@@ -25,7 +27,7 @@ def forward_pass(
     keep: bool = False,
     before: Callable[[Batch], None] | None = None,
 ) -> list[Tensor | None]:
-    """One pass over micro batches of the same shape, without gradients.
+    """One pass over micro batches of the same shape, without gradients; over documents apart where they are separated.
 
     model: this rank's pipeline stage. batches: with tokens and position_ids (batch, sequence) on the model's device;
     the same on every rank of a model replica. before: called with each micro batch right before its forward.
@@ -37,7 +39,7 @@ def forward_pass(
         batch = next(iterator)
         if before:
             before(batch)
-        output = stage(batch["tokens"], batch["position_ids"], None)
+        output = stage(batch["tokens"], batch["position_ids"], None, packed_seq_params=packed_sequences(batch))
         return output, lambda tensor, non_loss_data: tensor if keep else None
 
     with torch.no_grad():

@@ -2,7 +2,8 @@
 
 The plain layers carry Transformer Engine's parameter names: `linear_qkv` and `linear_fc1` own the weight of the RMSNorm
 before them as `layer_norm_weight`. So weights, checkpoints and hooks address one set of names on every machine. They do
-causal grouped-query attention over whole sequences, with tensor and sequence parallelism, and refuse anything else.
+causal grouped-query attention over whole sequences or over each document of a row (model/documents.py), with tensor
+and sequence parallelism, and refuse anything else.
 """
 
 from typing import Any
@@ -58,16 +59,24 @@ class CausalAttention(MegatronModule):
     ) -> torch.Tensor:
         """query: (sequence, batch, heads / tp, head_dim); key, value: (sequence, batch, groups / tp, head_dim).
 
-        Returns (sequence, batch, heads / tp * head_dim). No collectives.
+        Returns (sequence, batch, heads / tp * head_dim). With packed_seq_params all of them have no batch: one row of
+        documents, each of which attends to itself alone, at the cost of its own length squared. No collectives.
         """
-        if attention_mask is not None or attention_bias is not None or packed_seq_params is not None:
+        if attention_mask is not None or attention_bias is not None:
             raise ValueError(
-                "attention: expected whole causal sequences, found a mask, a bias or packing. Those need "
-                "Transformer Engine."
+                "attention: expected whole causal sequences, found a mask or a bias. Those need Transformer Engine."
             )
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+        if packed_seq_params is None:
+            return _causal(query, key, value)
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        documents = zip(*(t.unsqueeze(1).split(lengths) for t in (query, key, value)), strict=True)
+        return torch.cat([_causal(*document).squeeze(1) for document in documents])
+
+
+def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
 
 class RMSNorm(torch.nn.Module):

@@ -8,6 +8,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -91,23 +92,31 @@ class DistillationPair(MegatronModule):
             teacher.eval()
 
     def forward(
-        self, tokens: Tensor, position_ids: Tensor, labels: Tensor, loss_mask: Tensor | None = None
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        labels: Tensor,
+        loss_mask: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
     ) -> dict[str, Tensor] | Tensor:
         """tokens, position_ids, labels: (batch, sequence) int64. labels are shifted already: labels[:, i] follows
         tokens[:, i]; -100 where there is none. loss_mask: (batch, sequence); a token counts where it is not 0 and the
-        label is not -100; None: every token with a label does.
+        label is not -100; None: every token with a label does. packed_seq_params: of both models, where documents stand
+        alone (model/documents.py).
 
         Collectives besides the models' own, on the last stage and over the tensor-parallel group: those of
         `linear_divergence`. Terms are replicated over that group.
         """
+        if packed_seq_params is not None and self.features is not None and self.features.across_tokens():
+            raise ValueError("documents apart: expected no loss on attention or relations, found one. Leave it out.")
         teacher = None
         followed = bool(self.weights.kd) or not self.training  # at the head
         loss_mask = torch.ones_like(labels) if loss_mask is None else loss_mask
         with nullcontext() if self.features is None else self.features.taking():
             if self.teacher is not None and (followed or self.features is not None):
                 with torch.no_grad():
-                    teacher = hidden_states(self.teacher, tokens, position_ids)
-            student = hidden_states(self.student, tokens, position_ids)
+                    teacher = hidden_states(self.teacher, tokens, position_ids, packed_seq_params)
+            student = hidden_states(self.student, tokens, position_ids, packed_seq_params)
         if self.features is not None:
             student = self.features.carry(student, self.features.losses_of(valid_tokens(labels, loss_mask)))
         if self.post_process:
@@ -233,7 +242,9 @@ class DistillationPair(MegatronModule):
         return self.student.load_state_dict(rest, strict=strict, **kwargs)
 
 
-def hidden_states(model: GPTModel, tokens: Tensor, position_ids: Tensor) -> Tensor:
+def hidden_states(
+    model: GPTModel, tokens: Tensor, position_ids: Tensor, packed_seq_params: PackedSeqParams | None = None
+) -> Tensor:
     """The model's forward up to its output layer: (sequence, batch, hidden), normed on the last pipeline stage.
 
     Under sequence parallelism this rank's part of the sequence. Collectives: the layers' own.
@@ -241,7 +252,7 @@ def hidden_states(model: GPTModel, tokens: Tensor, position_ids: Tensor) -> Tens
     last = model.post_process
     model.post_process = False  # of the GPTModel: the output layer; its decoder still applies the final norm
     try:
-        return model(tokens, position_ids, None)
+        return model(tokens, position_ids, None, packed_seq_params=packed_seq_params)
     finally:
         model.post_process = last
 

@@ -16,6 +16,7 @@ from pipelines.config import UserError
 from pipelines.core.divergence import token_terms
 from pipelines.core.loss import masked_sum, valid_tokens
 from pipelines.core.vocab_parallel import Shard
+from pipelines.model.documents import moved
 from pipelines.model.forward import Batch, forward_pass, micro_batches_per_pass
 
 TEACHER = "teacher"
@@ -61,7 +62,7 @@ def evaluate(
     first = True
     with _evaluating(models.values()):
         for batch in batches:
-            batch = {key: value.to(device) for key, value in batch.items()}
+            batch = moved(batch, device)
             sums += _batch_sums({name: models[name] for name in order}, batch, vocab_size, sums)
             if first:
                 _require_finite(order, _reduced(sums))
@@ -120,7 +121,7 @@ def tokens_per_second(
     """
     device = next(next(iter(models.values())).parameters()).device
     per_pass = micro_batches_per_pass()
-    micro_batches = [{key: value.to(device) for key, value in batch.items()}] * per_pass
+    micro_batches = [moved(batch, device)] * per_pass
     times: dict[str, list[float]] = {name: [] for name in models}
     with _evaluating(models.values()):
         for turn in range(warmup + 1000):
@@ -205,7 +206,7 @@ def gathered_logits(model: GPTModel, batch: Batch, vocab_size: int) -> Tensor:
     stage, one broadcast over the pipeline.
     """
     device = next(model.parameters()).device
-    local = forward_logits(model, {key: value.to(device) for key, value in batch.items()})
+    local = forward_logits(model, moved(batch, device))
     group = parallel_state.get_tensor_model_parallel_group()
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     if local is not None:

@@ -22,6 +22,7 @@ from pipelines.core.importance import (
     head_scores,
     hidden_scores,
 )
+from pipelines.model.documents import moved
 from pipelines.model.forward import Batch, forward_pass, micro_batches_per_pass
 
 _PLACES = ("the norm before attention", "attention", "the norm before the MLP", "the MLP's neurons")
@@ -40,7 +41,7 @@ def score(
     batches: dicts of tokens, position_ids (batch, sequence) int64 and loss_mask (batch, sequence), all of one sequence
         length; a batch smaller than micro_batch_size is filled up with masked samples. Data ranks may hold different
         numbers of batches; the ranks of one model replica hold the same. A sample is a row; tokens with loss_mask 0
-        count nowhere.
+        count nowhere. A row of separated documents (model/documents.py) is a sample, and needs micro_batch_size 1.
     advance: called on every rank with the number of samples that all ranks together have done since the last call.
 
     Collectives, besides those of the forward passes: under sequence parallelism one all-reduce per norm and batch over
@@ -77,7 +78,7 @@ def _run(
         if not samples:
             return
         if found:
-            filled = [_filled_up({k: v.to(device) for k, v in batch.items()}, micro_batch_size) for batch in found]
+            filled = [_filled_up(moved(batch, device), micro_batch_size) for batch in found]
             forward_pass(model, filled, before=lambda batch: recorder.begin(batch["loss_mask"] > 0))
         recorder.check_finite()
         if advance:

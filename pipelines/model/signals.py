@@ -99,6 +99,10 @@ class FeatureLosses(torch.nn.Module):
         total = sum(self.factor * self.weights[name] * value for name, value in found.items())
         return _Carry.apply(output, total)
 
+    def across_tokens(self) -> bool:
+        """Whether a loss compares the tokens of a row with each other, whichever documents they are of."""
+        return any(loss.heads is not None or loss.kind == "relational" for loss in self.losses)
+
     def take_sums(self) -> Tensor:
         """(names,) fp64: each loss's sums over the valid tokens of this data-parallel rank's micro batches since the
         last call; 0 for those of other stages. Under sequence parallelism one all-reduce over the tensor group."""

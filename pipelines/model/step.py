@@ -4,6 +4,7 @@
 
     batch   {"tokens", "labels", "position_ids": (batch, sequence) int64, "loss_mask": (batch, sequence) float},
             labels shifted already. A token counts where its mask is not 0 and its label is not -100.
+            With "cu_seqlens", from documents.separated, documents stand alone.
     terms   what DistillationPair returns on the last stage: {"loss": the sum over valid tokens, "token_loss" and
             others: (batch, sequence) fp32}; earlier stages: a tensor.
     loss    (that sum, number of valid tokens int32, report). Under calculate_per_token_loss the
@@ -26,6 +27,7 @@ from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_ran
 from torch import Tensor
 
 from pipelines.core.loss import masked_sum, valid_tokens
+from pipelines.model.documents import moved, packed_sequences
 from pipelines.model.pair import TERMS, DistillationPair
 from pipelines.model.signals import FeatureLosses
 
@@ -41,6 +43,7 @@ def forward(model: Any, batch: Batch) -> dict[str, Tensor] | Tensor:
         position_ids=batch["position_ids"],
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
+        packed_seq_params=packed_sequences(batch),
     )
 
 
@@ -56,9 +59,7 @@ def loss_function(batch: Batch, terms: dict[str, Tensor]) -> Loss:
 
 def forward_step(batches: Iterator[Batch], model: Any) -> tuple[dict[str, Tensor] | Tensor, partial[Loss]]:
     """Megatron's forward_step_func. Moves the batch to this rank's device, cut under context parallelism."""
-    device = torch.cuda.current_device()
-    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
-    batch = get_batch_on_this_cp_rank(batch)
+    batch = get_batch_on_this_cp_rank(moved(next(batches), torch.cuda.current_device()))
     return forward(model, batch), partial(loss_function, batch)
 
 

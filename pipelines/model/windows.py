@@ -4,6 +4,9 @@ The documents of a split stand one behind the other as one stream of T tokens. W
 [i * L, i * L + L] for a sequence length of L: inputs without the last, labels without the first. So every token of the
 stream but the first is a label exactly once, at every layout, and ceil((T - 1) / L) windows hold it all.
 
+With an end-of-document token given, each document stands alone (model/documents.py): what follows one is no label, and
+the batches are separated ones.
+
 Bytes of the text behind the labels, for bits per byte: exact where the corpus has token_bytes.npy (a byte-level
 tokenizer: each id stands for a fixed number of UTF-8 bytes, the end of a document for none; the corpus stage has
 checked that these sum to the text's bytes), else labels times the split's mean bytes per token of counts.json.
@@ -17,7 +20,8 @@ from typing import Any
 import numpy
 import torch
 
-from pipelines.config import UserError
+from pipelines.config import UserError, expect
+from pipelines.model.documents import separated
 from pipelines.text import indexed
 from pipelines.vocabulary import read_blend
 
@@ -39,13 +43,38 @@ def split_blend(corpus: Path, split: str) -> list[tuple[Path, float]]:
     return [(corpus / part["prefix"], float(part["weight"])) for part in splits[split]]
 
 
-class Windows:
-    """Windows of sequence_length + 1 tokens over the given data sets; memory-mapped, only what is asked for is read."""
+def end_of_document(corpus: Path, *splits: str) -> int:
+    """The id that ends every document of these splits. Looks at the first thousand documents of each data set.
 
-    def __init__(self, prefixes: Sequence[Path], sequence_length: int) -> None:
+    Raises UserError where there is none: an existing Megatron data set may have been written without.
+    """
+    end = read_blend(corpus).get("eod")
+    expect(type(end) is int, str(corpus / "blend.json"), "an eod, the end-of-document id", end, "Make it again.")
+    assert isinstance(end, int)
+    for prefix in (prefix for split in splits for prefix in split_prefixes(corpus, split)):
+        index = indexed.read_index(prefix)
+        ids, size = indexed.read_ids(prefix, index), index.id_type.itemsize
+        for number in range(min(index.document_count, 1000)):
+            first, last = int(index.documents[number]), int(index.documents[number + 1]) - 1
+            if last < first or not index.lengths[last]:
+                continue
+            found = int(ids[int(index.pointers[last]) // size + int(index.lengths[last]) - 1])
+            expected = f"documents that end with the end-of-document token {end}"
+            remedy = "Write it again with such a token, or set document_mask=false."
+            expect(found == end, str(prefix), expected, f"token {found} at the end of document {number + 1}", remedy)
+    return end
+
+
+class Windows:
+    """Windows of sequence_length + 1 tokens over the given data sets; memory-mapped, only what is asked for is read.
+
+    end_of_document: the id after which a document begins that sees nothing of those before it; None: windows are whole.
+    """
+
+    def __init__(self, prefixes: Sequence[Path], sequence_length: int, end_of_document: int | None = None) -> None:
         if sequence_length < 1:
             raise UserError(f"sequence_length: expected 1 token or more, found {sequence_length}.")
-        self.sequence_length = sequence_length
+        self.sequence_length, self.end_of_document = sequence_length, end_of_document
         self._indices = [indexed.read_index(prefix) for prefix in prefixes]
         self._ids = [indexed.read_ids(prefix, index) for prefix, index in zip(prefixes, self._indices, strict=True)]
         # ends[p][s]: tokens of data set p up to the end of its sequence s
@@ -59,7 +88,7 @@ class Windows:
 
     @property
     def labels(self) -> int:
-        """How many tokens are predicted in all windows together: every token of the split but its first."""
+        """How many tokens follow another one in all windows together: every token of the split but its first."""
         return self.tokens - 1
 
     def __len__(self) -> int:
@@ -76,9 +105,13 @@ class Windows:
         return found
 
     def mask(self, window: int) -> torch.Tensor:
-        """(sequence_length,) float32: 1 where the label, token [1:] of the window, is one of the split's."""
+        """(sequence_length,) float32: 1 where the label, token [1:] of the window, is one of the split's, and with
+        end_of_document of the same document as the token before it."""
         valid = min(self.labels - window * self.sequence_length, self.sequence_length)
-        return (torch.arange(self.sequence_length) < valid).float()
+        counted = torch.arange(self.sequence_length) < valid
+        if self.end_of_document is not None:
+            counted &= self[window][:-1] != self.end_of_document
+        return counted.float()
 
     def _read(self, start: int, stop: int) -> numpy.ndarray[Any, Any]:
         """Tokens start..stop of the stream, int64, sequence by sequence: the pointers may skip parts of a .bin."""
@@ -104,6 +137,7 @@ def batches(
     Ranks without a window of their own in the last round get one whose mask is all 0.
 
     Yields tokens, labels, position_ids: (micro_batch_size, sequence_length) int64; loss_mask: the same, float32.
+    With windows.end_of_document they are one row, as `documents.separated` gives it.
     """
     chosen = chosen_windows(windows, micro_batch_size, data_size, limit)
     positions = torch.arange(windows.sequence_length).repeat(micro_batch_size, 1)
@@ -115,12 +149,13 @@ def batches(
         mask = torch.zeros(micro_batch_size, windows.sequence_length)
         for row, window in enumerate(mine):
             rows[row], mask[row] = windows[window], windows.mask(window)
-        yield {
+        batch = {
             "tokens": rows[:, :-1].contiguous(),
             "labels": rows[:, 1:].contiguous(),
             "position_ids": positions,
             "loss_mask": mask,
         }
+        yield batch if windows.end_of_document is None else separated(batch, windows.end_of_document)
 
 
 def chosen_windows(windows: Windows, micro_batch_size: int, data_size: int = 1, limit: int | None = None) -> list[int]:

@@ -82,7 +82,7 @@ _TABLE = (
         ranks=True,
         reads=("corpus", "teacher"),
         may_read=("start", "student"),
-        settings=("evaluate", "evaluate.micro_batch_size", "distil.precision"),
+        settings=("evaluate", "evaluate.micro_batch_size", "distil.precision", "distil.document_mask"),
     ),
     Stage(
         "export",

@@ -118,10 +118,12 @@ def _check_teacher(context: artifacts.StageContext, teacher: GPTModel, shape: Mo
     from megatron.core import parallel_state
 
     settings = context.config.distil
-    prefixes = windows.split_prefixes(artifacts.corpus_directory(context.config), "validation")
+    corpus = artifacts.corpus_directory(context.config)
+    prefixes = windows.split_prefixes(corpus, "validation")
+    end = windows.end_of_document(corpus, "validation") if settings.document_mask else None
     batches = list(
         windows.batches(
-            windows.Windows(prefixes, settings.sequence_length),
+            windows.Windows(prefixes, settings.sequence_length, end),
             settings.micro_batch_size,
             parallel_state.get_data_parallel_rank(),
             parallel_state.get_data_parallel_world_size(),

@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 from pipelines import artifacts, console, files
-from pipelines.config import Config, Layout, UserError, layout
+from pipelines.config import Config, Layout, UserError, document_mask, layout
 from pipelines.families import ModelShape, read_shape
 from pipelines.model import parallel, quality
 from pipelines.model.build import build_model
@@ -25,6 +25,7 @@ from pipelines.model.windows import (
     Windows,
     batches,
     chosen_windows,
+    end_of_document,
     label_bytes,
     split_prefixes,
 )
@@ -40,7 +41,8 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
     corpus = artifacts.corpus_directory(config)
     _check(corpus, directories, shapes)
     parallel.initialize(ranks.tensor, ranks.pipeline, ranks.context, device=ranks.device, seed=config.run.seed)
-    windows = Windows(split_prefixes(corpus, settings.split), settings.sequence_length)
+    end = end_of_document(corpus, settings.split) if document_mask(config, "evaluate") else None
+    windows = Windows(split_prefixes(corpus, settings.split), settings.sequence_length, end)
     models = {name: _load(config, ranks, shapes[name], directory) for name, directory in directories.items()}
     for name, reason in missing.items():
         console.say(f"evaluate  no {name}: {reason}")
@@ -55,6 +57,7 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
         "windows": len(chosen),
         "sequence_length": settings.sequence_length,
         "precision": _precision(config),
+        "document_mask": end is not None,
         "models": {
             name: {"path": str(directories[name]), "parameters": shapes[name].parameters()}
             | {"non_embedding_parameters": shapes[name].non_embedding_parameters()}

@@ -23,10 +23,11 @@ from pipelines.core.selection import Kept, check_heads, check_layers, check_targ
 from pipelines.families import ModelShape, read_shape
 from pipelines.model import parallel
 from pipelines.model.build import build_model
+from pipelines.model.documents import separated
 from pipelines.model.scoring import score
 from pipelines.model.slicing import slice_checkpoint, sliced_shape
 from pipelines.model.weights import load_hugging_face
-from pipelines.model.windows import Windows, split_prefixes
+from pipelines.model.windows import Windows, end_of_document, split_prefixes
 from pipelines.vocabulary import check_vocabulary
 
 AGGREGATION = (
@@ -155,24 +156,30 @@ def _score(config: Config, ranks: Layout, directory: Path, teacher: ModelShape) 
 def calibration_batches(
     windows: Windows, samples: int, micro_batch_size: int, data_rank: int, data_size: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """`samples` windows spread evenly over the split, the same at every layout, dealt out to the data ranks in turn."""
+    """`samples` windows spread evenly over the split, the same at every layout, dealt out to the data ranks in turn.
+
+    With windows.end_of_document they are separated ones, which become samples by micro_batch_size 1 alone.
+    """
+    assert windows.end_of_document is None or micro_batch_size == 1
     chosen = [sample * len(windows) // samples for sample in range(samples)][data_rank::data_size]
     for start in range(0, len(chosen), micro_batch_size):
         rows = chosen[start : start + micro_batch_size]
         tokens = torch.stack([windows[row] for row in rows])[:, :-1]
         mask = torch.stack([windows.mask(row) for row in rows])
-        yield {
+        batch = {
             "tokens": tokens,
             "position_ids": torch.arange(tokens.shape[1]).expand_as(tokens),
             "loss_mask": mask,
         }
+        yield batch if windows.end_of_document is None else separated(batch, windows.end_of_document)
 
 
 def _calibration_windows(config: Config, directory: Path, teacher: ModelShape) -> Windows:
     corpus, settings = artifacts.corpus_directory(config), config.prune
     prefixes = split_prefixes(corpus, "calibration")
     check_vocabulary(corpus, directory, teacher.vocab_size)
-    windows = Windows(prefixes, settings.sequence_length)
+    end = end_of_document(corpus, "calibration") if settings.document_mask else None
+    windows = Windows(prefixes, settings.sequence_length, end)
     if len(windows) < settings.calibration_samples:
         raise UserError(
             f"prune.calibration_samples: expected {settings.calibration_samples} sequences of "
@@ -220,6 +227,7 @@ def _source(context: artifacts.StageContext) -> dict[str, Any]:
         "sequence_length": config.prune.sequence_length,
         "calibration_samples": config.prune.calibration_samples,
         "precision": config.prune.precision.value,
+        "document_mask": config.prune.document_mask,
         "aggregation": AGGREGATION,
     }
 

@@ -23,12 +23,14 @@ from pipelines.core.reference import ReferenceStep, distillation_step
 from pipelines.families import ModelShape, Tensor
 from pipelines.model import parallel
 from pipelines.model.build import build_model
+from pipelines.model.documents import separated
 from pipelines.model.export import gather_hugging_face
 from pipelines.model.pair import DistillationPair
 from pipelines.model.safetensors_stream import Tensors, Writer
 from pipelines.model.step import Batch, gather_gradients, training_step, wrap
 from pipelines.model.weights import load_hugging_face
 
+END_OF_DOCUMENT = 3  # of the random tokens
 GROUPS = ("embedding", "qkv", "proj", "fc1", "fc2", "norms", "head")
 
 
@@ -59,7 +61,8 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
     config, settings, ranks = context.config, context.config.verify, layout(context.config.parallel)
     _check(settings, ranks)
     parallel.initialize(ranks.tensor, ranks.pipeline, ranks.context, device=ranks.device, seed=config.run.seed)
-    console.say(f"verify  {_describe(ranks)}, fp32 against float64, tolerance {settings.tolerance:.0e}")
+    rows = "documents apart" if settings.document_mask else "whole rows"
+    console.say(f"verify  {_describe(ranks)}, {rows}, fp32 against float64, tolerance {settings.tolerance:.0e}")
     figures: dict[str, Any] = {}
     failures: list[str] = []
     tensors = 0
@@ -146,7 +149,9 @@ def verify_case(
     pair = DistillationPair(models["student"], models["teacher"], vocab_size=case.student.vocab_size, **loss)
     model = wrap(pair, distributed_optimizer=distributed_optimizer)
     batches = random_batches(settings, ranks.data, case.student.vocab_size, seed)
-    means = training_step(model, batches[parallel_state.get_data_parallel_rank()])
+    own = batches[parallel_state.get_data_parallel_rank()]
+    end = END_OF_DOCUMENT if settings.document_mask else None
+    means = training_step(model, own if end is None else [separated(batch, end) for batch in own])
     gather_gradients(model)
     values = _gathered(gather_hugging_face(pair.student, case.student))
     gradients = _gathered(gather_hugging_face(pair.student, case.student, value=lambda p: p.main_grad))
@@ -160,13 +165,17 @@ def verify_case(
         case.teacher,
         *(torch.cat([b[key] for replica in batches for b in replica]) for key in ("tokens", "labels", "loss_mask")),
         **loss,
+        end_of_document=end,
     )
     shutil.rmtree(directory)
     return _errors(case.student, files["student"], reference, values, gradients, means)
 
 
 def random_batches(settings: VerifyConfig, replicas: int, vocab_size: int, seed: int) -> list[list[Batch]]:
-    """[replica][micro batch], the same on every rank; how much of each micro batch counts varies."""
+    """[replica][micro batch], the same on every rank; how much of each micro batch counts varies.
+
+    With settings.document_mask every fourth token or so ends a document, so that some have a token alone.
+    """
     generator = torch.Generator().manual_seed(seed)
     size, length = settings.micro_batch_size, settings.sequence_length
     positions = torch.arange(length).expand(size, length).contiguous()
@@ -175,6 +184,9 @@ def random_batches(settings: VerifyConfig, replicas: int, vocab_size: int, seed:
     for number, share in enumerate(shares):
         ids = torch.randint(0, vocab_size, (size, length + 1), generator=generator)
         mask = (torch.rand(size, length, generator=generator) < share).float()
+        if settings.document_mask:
+            ids[torch.rand(ids.shape, generator=generator) < 0.25] = END_OF_DOCUMENT
+            ids[0, 0] += ids[0, 0] == END_OF_DOCUMENT  # the token that counts for certain
         mask[0, 0] = 1.0
         batches[number % replicas].append(
             {

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from nemo import lightning as nl
 from nemo.collections.common.tokenizers import AutoTokenizer
 from nemo.collections.llm.gpt.data.pre_training import PreTrainingDataModule
+from nemo.lightning.megatron_parallel import MegatronStep
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
-from nemo.lightning.pytorch.plugins import MegatronMixedPrecision
+from nemo.lightning.pytorch.plugins import MegatronDataSampler, MegatronMixedPrecision
 
 from pipelines import console, processes
 from pipelines.model import adam, parallel
@@ -94,6 +95,7 @@ def fit(
     seed: int,
     device: str,
     callbacks: list[Callback],
+    end_of_document: int | None = None,
 ) -> tuple[MegatronModule, dict[str, float]]:
     """Train to schedule.steps. Returns the trained module, unwrapped, and the figures of its validation.
 
@@ -122,9 +124,9 @@ def fit(
         keep=schedule.keep_checkpoints,
         steps=schedule.steps,
     )
-    model = TrainedModel(config, build, _optimizer(schedule))
+    model = TrainedModel(config, build, _optimizer(schedule), end_of_document)
     trainer = _trainer(schedule, config, device, [metrics, data_index, *callbacks, saving])
-    data = _data(schedule, blend, tokenizer, data_index.directory, seed)
+    data = _data(schedule, blend, tokenizer, data_index.directory, seed, one_row=end_of_document is not None)
     trainer.fit(model, data, ckpt_path=str(checkpoint) if checkpoint else None)
     # Lightning moves what it has trained to the CPU, where nccl cannot gather it.
     return unwrap(model.module).to(parallel.torch_device(device)), metrics.last_validation
@@ -203,15 +205,18 @@ def _trainer(schedule: Schedule, config: TransformerConfig, device: str, callbac
 
 
 def _data(
-    schedule: Schedule, blend: dict[str, list[str]], tokenizer: Path, index_directory: Path, seed: int
+    schedule: Schedule, blend: dict[str, list[str]], tokenizer: Path, index_directory: Path, seed: int, one_row: bool
 ) -> PreTrainingDataModule:
+    known = AutoTokenizer(str(tokenizer))
+    # Nothing is padded. Megatron would put token 0 for each padding token, which may be the one that ends documents.
+    known.pad_token = None
     data: Any = PreTrainingDataModule(
         # A test split must be named; it is not read.
         paths={"train": blend["train"], "validation": blend["validation"], "test": blend["validation"]},
         seq_length=schedule.sequence_length,
         micro_batch_size=schedule.micro_batch_size,
         global_batch_size=schedule.global_batch_size,
-        tokenizer=AutoTokenizer(str(tokenizer)),
+        tokenizer=known,
         num_workers=0,
         seed=seed,
         split=None,
@@ -220,4 +225,15 @@ def _data(
     )
     # NeMo asks for a mask tensor where Transformer Engine is missing; no layer of ours takes one.
     data.create_attention_mask = False
+    if one_row:
+        sizes = ("seq_len", "micro_batch_size", "global_batch_size", "dataloader_type", "output_log")
+        data.data_sampler = _OneRow(**{name: getattr(data.data_sampler, name) for name in sizes})
     return data
+
+
+class _OneRow(MegatronDataSampler):
+    """Tells Megatron's schedule the shape of a micro batch whose documents TrainedModel has separated in one row."""
+
+    def on_megatron_step_start(self, step: MegatronStep) -> MegatronStep:
+        step = super().on_megatron_step_start(step)
+        return replace(step, seq_length=step.seq_length * step.micro_batch_size, micro_batch_size=1)

@@ -13,7 +13,7 @@ from nemo.collections.llm.gpt.model.base import GPTModel
 from nemo.lightning.megatron_parallel import MegatronLossReduction
 from nemo.lightning.pytorch.optim import MegatronOptimizerModule
 
-from pipelines.model import step
+from pipelines.model import documents, step
 
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
@@ -23,6 +23,7 @@ class TrainedModel(GPTModel):
 
     config: the very object that the built module carries as `config`: Megatron's schedule, NeMo's strategy and the
     optimizer each write into it what the others read (a copy would leave the gradients unreduced).
+    end_of_document: the id after which documents stand alone (model/documents.py); None: rows are whole.
     """
 
     def __init__(
@@ -30,9 +31,10 @@ class TrainedModel(GPTModel):
         config: TransformerConfig,
         build: Callable[[], MegatronModule],
         optim: MegatronOptimizerModule,
+        end_of_document: int | None = None,
     ) -> None:
         super().__init__(config, optim=optim)
-        self.build = build
+        self.build, self.end_of_document = build, end_of_document
         self._training_loss_reduction = LossReduction()
         self._validation_loss_reduction = LossReduction()
 
@@ -51,8 +53,10 @@ class TrainedModel(GPTModel):
         """One micro batch on this rank's device, cut to the rank's part of the sequence under context parallelism."""
         batch = next(dataloader_iter)
         batch = batch[0] if isinstance(batch, tuple) else batch
-        batch = {key: batch[key].to(torch.cuda.current_device(), non_blocking=True) for key in _BATCH_KEYS}
-        return get_batch_on_this_cp_rank(batch)
+        batch = {key: batch[key] for key in _BATCH_KEYS}
+        if self.end_of_document is not None:
+            batch = documents.separated(batch, self.end_of_document)
+        return get_batch_on_this_cp_rank(documents.moved(batch, torch.cuda.current_device()))
 
     def forward_step(self, batch: dict[str, torch.Tensor]) -> Any:
         return step.forward(self.module, batch)

@@ -10,6 +10,7 @@ from pipelines import artifacts
 from pipelines.config import Layout, TrainingConfig, UserError
 from pipelines.model.course import Course
 from pipelines.model.pair import DistillationPair
+from pipelines.model.windows import end_of_document
 
 
 def train(
@@ -44,6 +45,7 @@ def train(
         seed=context.config.run.seed,
         device=ranks.device,
         callbacks=[] if course is None else [CourseCallback(course)],
+        end_of_document=end_of_document(corpus, "train", "validation") if settings.document_mask else None,
     )
     assert isinstance(pair, DistillationPair)
     return pair, validation

@@ -11,7 +11,18 @@ from pipelines import artifacts, planning
 from pipelines.config import Config, layout
 from pipelines.families import ModelShape, read_shape
 from pipelines.stages import STAGES
-from pipelines.validation import benchmark, data, directories, effects, layouts, numbers, shapes, signals, training
+from pipelines.validation import (
+    benchmark,
+    data,
+    directories,
+    documents,
+    effects,
+    layouts,
+    numbers,
+    shapes,
+    signals,
+    training,
+)
 
 # On ranks, on the run's models; verify makes shapes to fit the layout, and the benchmark has models of its own.
 RANKED = frozenset(name for name, stage in STAGES.items() if stage.ranks) - {"verify", "benchmark"}
@@ -46,6 +57,7 @@ def validate(config: Config, stages: Collection[str]) -> list[str]:
     signals.check(config, stages, ranks, teacher, student)
     data.check_tokenizer(config, stages, teacher, where)
     data.check_splits(config, stages, teacher)
+    documents.check(config, stages, ranks)
     directories.check_weights(config, stages)
     return list(effects.warnings(config, ranks, stages, teacher, student))
 

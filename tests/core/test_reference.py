@@ -61,6 +61,18 @@ def test_logits_equal_transformers(rope: dict[str, Any] | None, tied: bool) -> N
     assert ((found - expected).norm() / expected.norm()).item() < 2e-6
 
 
+def test_documents_of_a_row_are_as_if_they_were_alone() -> None:
+    shape = SHAPE.replace(rope_scaling=ROPES["llama3"])
+    tensors = random_tensors(shape, seed=1)
+    tokens = torch.randint(1, shape.vocab_size, (2, 11), generator=torch.Generator().manual_seed(2))
+    tokens[0, [3, 4]] = tokens[1, 10] = 0
+    found = llama_logits(tensors, shape, tokens, end_of_document=0)
+    for row, start, stop in ((0, 0, 4), (0, 4, 5), (0, 5, 11), (1, 0, 11)):
+        alone = llama_logits(tensors, shape, tokens[row : row + 1, start:stop])[0]
+        assert torch.allclose(found[row, start:stop], alone, rtol=0, atol=1e-12)
+    assert not torch.allclose(found[0, 5:], llama_logits(tensors, shape, tokens)[0, 5:], atol=1e-3)
+
+
 def test_loss_and_gradients() -> None:
     student_shape = SHAPE.replace(hidden_size=12)
     student, teacher = random_tensors(student_shape, 3), random_tensors(SHAPE, 4)

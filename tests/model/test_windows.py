@@ -12,6 +12,7 @@ from pipelines.model.windows import (
     Windows,
     batches,
     chosen_windows,
+    end_of_document,
     label_bytes,
     split_blend,
     split_prefixes,
@@ -94,6 +95,37 @@ def test_a_limit_spreads_the_windows(prefixes):
     assert chosen_windows(windows, 2, 2, limit=1000) == list(range(len(windows)))
     with pytest.raises(UserError, match="expected 1 or more"):
         chosen_windows(windows, 0)
+
+
+def test_documents_apart(tmp_path):
+    """Ids 9 end documents: what follows one is no label, and each batch is one row of documents."""
+    documents = [numpy.array([1, 2, 3, 9]), numpy.array([4, 9]), numpy.array([5, 6, 7, 8, 9])]
+    windows = Windows([write(tmp_path / "few", documents)], 4, end_of_document=9)
+    assert [windows.mask(number).tolist() for number in range(3)] == [[1, 1, 1, 0], [1, 0, 1, 1], [1, 1, 0, 0]]
+    (batch,) = batches(windows, 3)
+    assert batch["tokens"].tolist() == [[1, 2, 3, 9, 4, 9, 5, 6, 7, 8, 9, 0]]
+    assert batch["cu_seqlens"].tolist() == [0, 4, 6, 8, 11, 12]
+    assert batch["loss_mask"].tolist() == [[1, 1, 1, 0, 1, 0, 1, 1, 1, 1, 0, 0]]
+    (tmp_path / "blend.json").write_text(json.dumps({"splits": {}, "token_bytes": "table.npy"}))
+    numpy.save(tmp_path / "table.npy", numpy.array([0, 1, 1, 1, 1, 1, 1, 1, 1, 0], dtype=numpy.int32))
+    assert label_bytes(tmp_path, "train", windows) == 5  # of eight, all but the first of each document
+
+
+def test_documents_apart_need_the_ends_of_documents(tmp_path):
+    write(tmp_path / "good", [numpy.array([1, 2, 9]), numpy.array([9])])
+    write(tmp_path / "bad", [numpy.array([1, 2, 9]), numpy.array([4, 3])])
+    good, bad = ([{"prefix": name, "weight": 1.0}] for name in ("good", "bad"))
+    blend = {"splits": {"train": good, "test": bad}, "eod": 9}
+    (tmp_path / "blend.json").write_text(json.dumps(blend))
+    assert end_of_document(tmp_path, "train") == end_of_document(tmp_path) == 9
+    with pytest.raises(
+        UserError, match="that end with the end-of-document token 9, found token 3 at the end of doc"
+    ) as e:
+        end_of_document(tmp_path, "train", "test")
+    assert str(tmp_path / "bad") in str(e.value) and "document 2" in str(e.value) and "document_mask" in str(e.value)
+    (tmp_path / "blend.json").write_text(json.dumps(blend | {"eod": None}))
+    with pytest.raises(UserError, match=r"blend.json: expected an eod, the end-of-document id, found None"):
+        end_of_document(tmp_path, "train")
 
 
 @pytest.fixture

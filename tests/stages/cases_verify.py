@@ -12,7 +12,7 @@ from torch import Tensor
 from pipelines import artifacts
 from pipelines.config import Config, Divergence, ParallelConfig, UserError
 from pipelines.core import linear_divergence, loss, vocab_parallel
-from pipelines.model import pair, step
+from pipelines.model import documents, layers, pair, step
 from pipelines.stages import verify
 
 
@@ -21,12 +21,13 @@ def run(
     defect: str = "",
     distributed_optimizer: bool = False,
     loss: dict[str, Any] | None = None,
+    document_mask: bool = False,
     **layout: Any,
 ) -> dict[str, Any]:
     """{"figures", "printed", "error"}: what the stage returned, printed on this rank, and its UserError if any."""
     config = Config(stage="verify", parallel=ParallelConfig(**layout))
     config.distil.distributed_optimizer = distributed_optimizer
-    config.verify.sequence_length = 16
+    config.verify.sequence_length, config.verify.document_mask = 16, document_mask
     for name, value in (loss or {}).items():
         setattr(config.verify, name, Divergence(value) if name == "divergence" else value)
     printed, figures, error = io.StringIO(), {}, ""
@@ -106,6 +107,25 @@ def nan_gradient() -> contextlib.AbstractContextManager[None]:
     return _replaced(linear_divergence._LinearDivergence, "backward", staticmethod(spoiled))
 
 
+def attention_across_documents() -> contextlib.AbstractContextManager[None]:
+    forward = layers.CausalAttention.forward
+
+    def whole(self: Any, query: Tensor, key: Tensor, value: Tensor, *others: Any, **_: Any) -> Tensor:
+        return forward(self, *(t.unsqueeze(1) for t in (query, key, value)))
+
+    return _replaced(layers.CausalAttention, "forward", whole)
+
+
+def counted_end_of_document() -> contextlib.AbstractContextManager[None]:
+    """The first token of the next document as a label."""
+    found = documents.separated
+
+    def counted(batch: step.Batch, end_of_document: int) -> step.Batch:
+        return found(batch, end_of_document) | {"loss_mask": batch["loss_mask"].reshape(1, -1)}
+
+    return _replaced(verify, "separated", counted)
+
+
 DEFECTS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
     "": contextlib.nullcontext,
     "gradients_times_tp": gradients_times_tp,
@@ -115,4 +135,6 @@ DEFECTS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
     "shifted_label": shifted_label,
     "unreduced_gradients": unreduced_gradients,
     "nan_gradient": nan_gradient,
+    "attention_across_documents": attention_across_documents,
+    "counted_end_of_document": counted_end_of_document,
 }

@@ -1,11 +1,14 @@
 """The evaluate stage against transformers, plain float64 arithmetic and decoded text, at several layouts."""
 
+import itertools
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,28 +25,44 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_run.write_small_run(tmp_path_factory.mktemp("evaluate") / "runs")
 
 
-def plain_results(root: Path, length: int = 16) -> dict[str, dict[str, float]]:
+def pieces(stream: np.ndarray, length: int, end: int | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Inputs and labels that a model sees at a time: windows, or with `end` the documents in each."""
+    for start in range(0, len(stream) - 1, length):
+        labels = stream[start + 1 : start + length + 1]
+        inputs = stream[start : start + len(labels)]
+        places = [0, *(np.flatnonzero(inputs == end) + 1), len(inputs)]
+        for begin, stop in itertools.pairwise(places):
+            if stop > begin:
+                yield inputs[begin:stop], labels[begin:stop]
+
+
+def plain_results(root: Path, length: int = 16, end: int | None = None) -> dict[str, dict[str, float]]:
     """Every figure from transformers' logits in float64, windows cut by hand, bytes from decoded text."""
     stream = small_run.ids_of_test_split(root)
+    cut = list(pieces(stream, length, end))
+    counted, labels = (np.concatenate(part) for part in ([i != end for i, _ in cut], [label for _, label in cut]))
+    labels = torch.tensor(labels[counted])
     tokenizer = AutoTokenizer.from_pretrained(root / "small/corpus/tokenizer")
-    text = tokenizer.decode(stream[1:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    # A byte-level token has a character for each byte, the end of a document none.
+    text_bytes = sum(len(t) for t in tokenizer.convert_ids_to_tokens(labels) if t not in tokenizer.all_special_tokens)
+    if end is None:
+        text = tokenizer.decode(stream[1:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert text_bytes == len(text.encode())
     logs: dict[str, torch.Tensor] = {}
     figures = {}
     for name, place in PLACES.items():
         model = AutoModelForCausalLM.from_pretrained(root / "small" / place, dtype=torch.float32).eval()
         rows = []
-        for start in range(0, len(stream) - 1, length):
-            window = torch.tensor(stream[start : start + length + 1])
+        for inputs, _ in cut:
             with torch.no_grad():
-                rows.append(model(window[None, :-1]).logits[0].double().log_softmax(-1))
-        logs[name] = torch.cat(rows)
-        labels = torch.tensor(stream[1:])
+                rows.append(model(torch.tensor(inputs)[None]).logits[0].double().log_softmax(-1))
+        logs[name] = torch.cat(rows)[torch.tensor(counted)]
         p, q = logs["teacher"], logs[name]
         loss = -q.gather(1, labels[:, None]).mean().item()
         figures[name] = {
             "loss": loss,
             "perplexity": math.exp(loss),
-            "bits_per_byte": loss * len(labels) / math.log(2) / len(text.encode()),
+            "bits_per_byte": loss * len(labels) / math.log(2) / text_bytes,
             "kl": (p.exp() * (p - q)).sum(-1).mean().item(),
             "agreement": (p.argmax(-1) == q.argmax(-1)).double().mean().item(),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -77,6 +96,20 @@ def test_equals_transformers(ranks: RankPools, root: Path, world: int, settings:
         for figure, value in row.items():
             assert results["models"][name][figure] == pytest.approx(value, rel=1e-5, abs=1e-7), (name, figure)
         assert results["models"][name]["tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize("settings", [{"parallel__tensor": 2}, {"parallel__pipeline": 2}], ids=["tp2", "pp2"])
+def test_documents_apart_equal_transformers_document_by_document(
+    ranks: RankPools, root: Path, settings: dict[str, Any]
+) -> None:
+    end = json.loads((root / "small/corpus/blend.json").read_text())["eod"]
+    figures = ranks(2, CASE, stage="evaluate", root=str(root), distil__document_mask=True, **settings)
+    assert "error" not in figures[0], figures[0]
+    results, expected, stream = read_results(root), plain_results(root, end=end), small_run.ids_of_test_split(root)
+    assert results["document_mask"] and results["tokens"] == (stream[:-1] != end).sum() < len(stream) - 1
+    for name, row in expected.items():
+        for figure, value in row.items():
+            assert results["models"][name][figure] == pytest.approx(value, rel=1e-5, abs=1e-7), (name, figure)
 
 
 def test_a_limit_takes_that_many_windows(ranks: RankPools, root: Path) -> None:

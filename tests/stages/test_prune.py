@@ -29,6 +29,7 @@ SHAPE = ModelShape(
 def write_corpus(directory, vocab_size: int, tokens: int = 600, used: int | None = None):
     writer = Writer(directory / "data" / "calibration" / "text", numpy.dtype(numpy.uint16))
     ids = numpy.random.default_rng(1).integers(0, used or vocab_size, tokens)
+    ids[-1] = 0  # ends the document
     writer.add(ids, numpy.array([tokens]))
     writer.finish()
     entry = {"prefix": "data/calibration/text", "weight": 1.0}
@@ -105,6 +106,23 @@ def test_the_artifact_does_not_depend_on_the_layout(ranks, tmp_path, paths):
         assert found[name][1] == kept
         for array, expected in arrays.items():
             numpy.testing.assert_allclose(found[name][0][array], expected, rtol=2e-5, err_msg=f"{name} {array}")
+
+
+def test_documents_apart_are_scored_alike_at_every_layout(ranks, tmp_path, paths):
+    """Id 0 ends a document; what follows it does not count."""
+    settings = {"student.hidden_size": 8, "prune.document_mask": True, "prune.micro_batch_size": 1}
+    found = {}
+    for name, layout in (
+        ("dp2", {"parallel.tensor": 1}),
+        ("tp2_sp", {"parallel.tensor": 2, "parallel.sequence_parallel": True}),
+        ("pp2", {"parallel.tensor": 1, "parallel.pipeline": 2}),
+    ):
+        figures = ranks(2, RUN, directory=str(tmp_path / name), settings={**settings, **layout}, **paths)[0]
+        assert figures["calibration_samples"] == 12 and figures["calibration_tokens"] < 12 * 16
+        found[name] = load_file(tmp_path / name / "prune" / "scores.safetensors")
+    for name in ("tp2_sp", "pp2"):
+        for array, expected in found["dp2"].items():
+            numpy.testing.assert_allclose(found[name][array], expected, rtol=2e-5, err_msg=f"{name} {array}")
 
 
 def test_given_layers_are_dropped_without_scores_or_calibration_data(ranks, tmp_path, paths):

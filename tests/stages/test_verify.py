@@ -19,6 +19,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2": {"tensor": 1},
     "dp2_distributed_optimizer": {"tensor": 1, "distributed_optimizer": True},
     "pp2": {"tensor": 1, "pipeline": 2},
+    "tp2_sp_documents_apart": {"tensor": 2, "sequence_parallel": True, "document_mask": True},
+    "dp2_documents_apart": {"tensor": 1, "document_mask": True},
+    "pp2_documents_apart": {"tensor": 1, "pipeline": 2, "document_mask": True},
 }
 
 
@@ -64,6 +67,8 @@ DEFECTS = {
     "shifted_label": ({"tensor": 2}, "width: term ce"),
     "unreduced_gradients": ({"tensor": 1}, "width: gradient model.layers.0.mlp.down_proj.weight"),
     "nan_gradient": ({"tensor": 2}, "width: gradient model.layers.0.mlp.down_proj.weight: nan"),
+    "attention_across_documents": ({"tensor": 2, "document_mask": True}, "width: term kd"),
+    "counted_end_of_document": ({"tensor": 2, "document_mask": True}, "width: term tokens"),
 }
 
 

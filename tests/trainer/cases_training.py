@@ -1,6 +1,8 @@
 """Run in ranks: NeMo's trainer against the plain step, and what the distil stage refuses."""
 
 import contextlib
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,15 @@ def nemo_on_cpu() -> None:
     unset_num_microbatches_calculator()
 
 
-def fit_shortly(run: Path, corpus: str, config: Any, built: Any, callbacks: list[Any], **settings: Any) -> Any:
+def fit_shortly(
+    run: Path,
+    corpus: str,
+    config: Any,
+    built: Any,
+    callbacks: list[Any],
+    end_of_document: int | None = None,
+    **settings: Any,
+) -> Any:
     """What `fit` returns; settings: those of the Schedule that are not the usual ones here."""
     from pipelines.trainer.fit import Schedule, fit
 
@@ -59,14 +69,33 @@ def fit_shortly(run: Path, corpus: str, config: Any, built: Any, callbacks: list
         seed=1,
         device="cpu",
         callbacks=callbacks,
+        end_of_document=end_of_document,
     )
 
 
-def first_step(directory: str, corpus: str, tensor: int, distributed_optimizer: bool) -> dict[str, Any]:
-    """One step through NeMo and one through model/step.py on the same batches; the largest relative difference."""
+def padded_with_ends(corpus: Path, copy: Path) -> None:
+    """The same corpus, whose tokenizer names the token that ends documents as its padding too, as many do."""
+    shutil.copytree(corpus, copy)
+    settings = json.loads((copy / "tokenizer" / "tokenizer_config.json").read_text())
+    settings["pad_token"] = settings["eos_token"]
+    (copy / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def first_step(
+    directory: str,
+    corpus: str,
+    tensor: int,
+    distributed_optimizer: bool,
+    pipeline: int = 1,
+    document_mask: bool = False,
+) -> dict[str, Any]:
+    """One step through NeMo and one through model/step.py on the same batches; the largest relative difference.
+
+    document_mask: with documents apart, of a corpus as padded_with_ends makes it.
+    """
     from pipelines.model import parallel
 
-    parallel.initialize(tensor)
+    parallel.initialize(tensor, pipeline)
     nemo_on_cpu()
     import torch
     from lightning.pytorch.callbacks import Callback
@@ -74,9 +103,10 @@ def first_step(directory: str, corpus: str, tensor: int, distributed_optimizer: 
 
     from pipelines.families import ModelShape
     from pipelines.model import build, step
-    from pipelines.model.pair import DistillationPair
+    from pipelines.model.pair import DistillationPair, schedule_config
     from pipelines.model.random_model import write_random_model
     from pipelines.model.weights import load_hugging_face
+    from pipelines.model.windows import end_of_document
 
     teacher_shape = ModelShape(**SHAPE)
     shape = teacher_shape.replace(hidden_size=32, intermediate_size=48)
@@ -84,14 +114,18 @@ def first_step(directory: str, corpus: str, tensor: int, distributed_optimizer: 
     if torch.distributed.get_rank() == 0 and not (root / "teacher").exists():
         write_random_model(root / "teacher", teacher_shape, seed=1, std=0.2)
         write_random_model(root / "student", shape, seed=2, std=0.2)
+        padded_with_ends(Path(corpus), root / "corpus")
     torch.distributed.barrier()
-    config = build.transformer_config(shape)
-    teacher_config = build.transformer_config(teacher_shape)
+    if document_mask:
+        corpus = str(root / "corpus")
+    end = end_of_document(Path(corpus), "train") if document_mask else None
+    student_config, teacher_config = build.transformer_config(shape), build.transformer_config(teacher_shape)
+    config = schedule_config(student_config, teacher_config)
 
     def built() -> DistillationPair:
         teacher = build.build_model(teacher_shape, config=teacher_config, sequence_length=SEQUENCE)
         load_hugging_face(teacher, root / "teacher", teacher_shape)
-        student = build.build_model(shape, config=config, sequence_length=SEQUENCE)
+        student = build.build_model(shape, config=student_config, sequence_length=SEQUENCE)
         load_hugging_face(student, root / "student", shape)
         return DistillationPair(
             student, teacher, config=config, vocab_size=shape.vocab_size, kd_weight=0.6, ce_weight=0.4, temperature=2.0
@@ -114,9 +148,10 @@ def first_step(directory: str, corpus: str, tensor: int, distributed_optimizer: 
                     self.gradients[name.split("student.")[-1]] = parameter.main_grad.clone()
 
     capture = Capture()
-    run = root / f"run-{tensor}-{distributed_optimizer}"
+    run = root / f"run-{tensor}-{pipeline}-{distributed_optimizer}"
     settings = {"steps": 1, "validation_interval": 1, "checkpoint_interval": 10}
-    fit_shortly(run, corpus, config, built, [capture], distributed_optimizer=distributed_optimizer, **settings)
+    distributed = {"distributed_optimizer": distributed_optimizer}
+    fit_shortly(run, corpus, config, built, [capture], end_of_document=end, **distributed, **settings)
     model = step.wrap(built(), distributed_optimizer=distributed_optimizer)
     means = step.training_step(model, capture.batches)
     differences = {}
@@ -127,7 +162,10 @@ def first_step(directory: str, corpus: str, tensor: int, distributed_optimizer: 
             differences[name] = ((ours - nemos).norm() / ours.norm()).item()
     row = (run / "metrics.jsonl").read_text().splitlines()[0]
     parallel_state.destroy_model_parallel()
-    return {"differences": differences, "means": means, "row": row, "data": (rank, ranks)}
+    ends = sum(int((batch["tokens"] == (-1 if end is None else end)).sum()) for batch in capture.batches)
+    documents = sum(len(batch.get("cu_seqlens", [0])) - 1 for batch in capture.batches)
+    found = {"documents": documents, "ends": ends, "shapes": {tuple(b["tokens"].shape) for b in capture.batches}}
+    return {"differences": differences, "means": means, "row": row, "data": (rank, ranks)} | found
 
 
 def distil_from_random_teacher(directory: str, corpus: str) -> str:

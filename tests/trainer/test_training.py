@@ -36,6 +36,36 @@ def test_first_step_has_the_gradients_of_the_plain_step(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("pipeline", [1, 2], ids=["dp2", "pp2"])
+def test_documents_apart_in_the_trainer_as_in_the_plain_step(
+    ranks: RankPools, tmp_path: Path, made: Path, pipeline: int
+) -> None:
+    """Micro batches become one row each, also between pipeline stages; padding by the same token hides no end."""
+    results = ranks(
+        2,
+        f"{CASES}:first_step",
+        directory=str(tmp_path),
+        corpus=str(made),
+        tensor=1,
+        pipeline=pipeline,
+        distributed_optimizer=False,
+        document_mask=True,
+    )
+    rows, row = cases_training.GLOBAL * pipeline // 2, json.loads(results[0]["row"])
+    for result in results:
+        assert max(result["differences"].values()) < 1e-6, result["differences"]
+        assert result["shapes"] == {(1, cases_training.MICRO * cases_training.SEQUENCE)}
+        # A row begins a document, and so does what follows an end, but for an end at the end of a row.
+        assert rows <= result["documents"] <= rows + result["ends"]
+    ends = sum(result["ends"] for result in results[: 2 // pipeline])
+    counted = cases_training.GLOBAL * cases_training.SEQUENCE - ends
+    assert ends > 0 and any(result["documents"] > rows for result in results)
+    assert row["tokens"] == results[0]["means"]["tokens"] == counted
+    for name in ("loss", "kd", "ce"):
+        assert row[name] == pytest.approx(results[0]["means"][name], rel=1e-6)
+
+
+@pytest.mark.slow
 def test_gradient_norm_counts_every_shard_once(ranks: RankPools, tmp_path: Path, made: Path) -> None:
     norms = {}
     for tensor in (1, 2):
