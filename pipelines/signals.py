@@ -5,7 +5,7 @@ are the residual stream after it, before any norm. Imports no torch.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Protocol
 
@@ -126,6 +126,27 @@ def feature_losses(
         for student, teacher in pairs:
             losses.append(FeatureLoss(student, teacher, entry.kind.value, entry.weight / len(pairs), rank, heads))
     return losses
+
+
+def everywhere(
+    hidden: list[HiddenLossConfig],
+    attention: list[AttentionLossConfig],
+    *,
+    student_layers: int,
+    teacher_layers: int,
+    largest_rank: int,
+    equal_heads: bool,
+) -> list[FeatureLoss]:
+    """The same kinds of losses on every layer of other models, each once: ranks are cut to the largest one, and heads
+    that cannot be paired are compared by their mean."""
+    uniform: dict[str, None] = {"student_layer": None, "teacher_layer": None}
+    losses = feature_losses(
+        [replace(e, rank=None if e.rank is None else min(e.rank, largest_rank), **uniform) for e in hidden],
+        [replace(e, heads=e.heads if equal_heads else Heads.mean, **uniform) for e in attention],
+        student_layers=student_layers,
+        teacher_layers=teacher_layers,
+    )
+    return list({loss.name: loss for loss in losses}.values())
 
 
 def layer_pairs(entry: LayerPair, first: int, student_layers: int, teacher_layers: int) -> Iterator[tuple[int, int]]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pipelines.core.reference import Shape, States, Tensors, llama_logits
+from pipelines.core.reference import ReferenceStep, Shape, States, Tensors, llama_logits
 from pipelines.signals import FeatureLoss
 
 Projections = dict[str, list[Tensor]]
@@ -24,16 +24,24 @@ def feature_step(
     projections: Projections,
     tokens: Tensor,
     mask: Tensor,
+    *,
+    end_of_document: int | None = None,
 ) -> tuple[dict[str, float], Tensors, Projections]:
     """Each loss's mean over the tokens that count (mask not 0; tokens, mask (batch, sequence)), unweighted, and the
-    gradients of their weighted sum with respect to the student's tensors and the projections, by name."""
+    gradients of their weighted sum with respect to the student's tensors and the projections, by name.
+
+    end_of_document: as in reference.distillation_step; for distances of hidden states alone.
+    """
     student = {name: t.detach().double().requires_grad_() for name, t in student.items()}
     projections = {n: [t.detach().double().requires_grad_() for t in factors] for n, factors in projections.items()}
     own, target = States([], [], []), States([], [], [])
-    llama_logits(student, student_shape, tokens, own)
+    llama_logits(student, student_shape, tokens, own, end_of_document)
     with torch.no_grad():
-        llama_logits({name: t.double() for name, t in teacher.items()}, teacher_shape, tokens, target)
+        in_double = {name: t.double() for name, t in teacher.items()}
+        llama_logits(in_double, teacher_shape, tokens, target, end_of_document)
     counted = mask != 0
+    if end_of_document is not None:
+        counted = counted & (tokens != end_of_document)
     total = torch.zeros((), dtype=torch.float64)
     means = {}
     for loss in losses:
@@ -47,6 +55,24 @@ def feature_step(
     of_student = dict(zip(student, gradients, strict=False))
     rest = iter(gradients[len(student) :])
     return means, of_student, {name: [next(rest) for _ in factors] for name, factors in projections.items()}
+
+
+def by_factor(projections: Projections) -> Tensors:
+    """One name for each factor of each projection."""
+    return {f"projections.{n}.{place}": t for n, factors in projections.items() for place, t in enumerate(factors)}
+
+
+def with_features(
+    step: ReferenceStep,
+    losses: Sequence[FeatureLoss],
+    means: dict[str, float],
+    gradients: Tensors,
+    projections: Projections,
+) -> ReferenceStep:
+    """A step of reference.distillation_step and what feature_step gave for it, as one step."""
+    total = step.means["loss"] + sum(loss.weight * means[loss.name] for loss in losses)
+    added = {name: gradient + gradients[name] for name, gradient in step.gradients.items()}
+    return ReferenceStep(step.means | means | {"loss": total}, added | by_factor(projections))
 
 
 def _per_token(loss: FeatureLoss, own: States, target: States, factors: list[Tensor], counted: Tensor) -> Tensor:

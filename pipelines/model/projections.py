@@ -6,11 +6,12 @@ tensor-parallel group, and drawn from a seed and the loss's name alone, so that 
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
 
 from pipelines.signals import FeatureLoss
 
@@ -49,3 +50,16 @@ def build_projections(
 def sharded_state_dict(projections: torch.nn.ModuleDict, prefix: str) -> dict[str, object]:
     """For Megatron's distributed checkpoints: the same tensor on every rank that has it."""
     return dict(make_sharded_tensors_for_checkpoint(dict(projections.named_parameters()), prefix))
+
+
+def gather_projections(
+    projections: torch.nn.ModuleDict, value: Callable[[torch.nn.Parameter], Tensor]
+) -> dict[str, list[Tensor]]:
+    """{loss name: value of each factor, on the CPU} of every pipeline stage, on every rank; for small models.
+
+    One all-gather of objects over all ranks.
+    """
+    own = {n: [value(p).detach().cpu().clone() for p in module.parameters()] for n, module in projections.items()}
+    everyone: list[dict[str, list[Tensor]]] = [{} for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(everyone, own)
+    return {name: factors for part in everyone for name, factors in part.items()}

@@ -18,17 +18,21 @@ from megatron.core import parallel_state
 from rich.table import Table
 
 from pipelines import artifacts, console
-from pipelines.config import Layout, UserError, VerifyConfig, layout
+from pipelines.config import DistilConfig, Layout, UserError, VerifyConfig, layout
 from pipelines.core.reference import ReferenceStep, distillation_step
+from pipelines.core.reference_features import Projections, by_factor, feature_step, with_features
 from pipelines.families import ModelShape, Tensor
 from pipelines.model import parallel
 from pipelines.model.build import build_model
 from pipelines.model.documents import separated
 from pipelines.model.export import gather_hugging_face
 from pipelines.model.pair import DistillationPair
+from pipelines.model.projections import gather_projections
 from pipelines.model.safetensors_stream import Tensors, Writer
+from pipelines.model.signals import FeatureLosses
 from pipelines.model.step import Batch, gather_gradients, training_step, wrap
 from pipelines.model.weights import load_hugging_face
+from pipelines.signals import FeatureLoss, HiddenKind, everywhere
 
 END_OF_DOCUMENT = 3  # of the random tokens
 GROUPS = ("embedding", "qkv", "proj", "fc1", "fc2", "norms", "head")
@@ -59,7 +63,7 @@ class Errors:
 def run(context: artifacts.StageContext) -> dict[str, Any]:
     """Raises UserError on every rank when an error is above verify.tolerance."""
     config, settings, ranks = context.config, context.config.verify, layout(context.config.parallel)
-    _check(settings, ranks)
+    _check(settings, ranks, config.distil)
     parallel.initialize(ranks.tensor, ranks.pipeline, ranks.context, device=ranks.device, seed=config.run.seed)
     rows = "documents apart" if settings.document_mask else "whole rows"
     console.say(f"verify  {_describe(ranks)}, {rows}, fp32 against float64, tolerance {settings.tolerance:.0e}")
@@ -67,9 +71,7 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
     failures: list[str] = []
     tensors = 0
     for seed, case in enumerate(cases(ranks.tensor, ranks.pipeline), start=config.run.seed):
-        errors = verify_case(
-            case, context.directory / case.name, settings, ranks, config.distil.distributed_optimizer, seed
-        )
+        errors = verify_case(case, context.directory / case.name, settings, ranks, config.distil, seed)
         if errors is not None:
             figures[case.name] = _show(case, errors, settings.tolerance)
             tensors += len(errors.gradients)
@@ -124,9 +126,12 @@ def cases(tensor: int, pipeline: int) -> list[Case]:
 
 
 def verify_case(
-    case: Case, directory: Path, settings: VerifyConfig, ranks: Layout, distributed_optimizer: bool, seed: int
+    case: Case, directory: Path, settings: VerifyConfig, ranks: Layout, distil: DistilConfig, seed: int
 ) -> Errors | None:
-    """Collective over all ranks. The errors on rank 0, None elsewhere."""
+    """Collective over all ranks. The errors on rank 0, None elsewhere.
+
+    Of distil, its losses on hidden states and attention and its distributed_optimizer are verified.
+    """
     shapes = {"student": case.student, "teacher": case.teacher}
     if dist.get_rank() == 0:
         for number, (name, shape) in enumerate(shapes.items()):
@@ -146,8 +151,12 @@ def verify_case(
         "divergence_parameter": settings.divergence_parameter,
         "top_k": settings.top_k,
     }
-    pair = DistillationPair(models["student"], models["teacher"], vocab_size=case.student.vocab_size, **loss)
-    model = wrap(pair, distributed_optimizer=distributed_optimizer)
+    losses = features_to_verify(distil, case)
+    features = FeatureLosses(losses, models["student"], models["teacher"], seed=seed) if losses else None
+    pair = DistillationPair(
+        models["student"], models["teacher"], vocab_size=case.student.vocab_size, features=features, **loss
+    )
+    model = wrap(pair, distributed_optimizer=distil.distributed_optimizer)
     batches = random_batches(settings, ranks.data, case.student.vocab_size, seed)
     own = batches[parallel_state.get_data_parallel_rank()]
     end = END_OF_DOCUMENT if settings.document_mask else None
@@ -155,20 +164,44 @@ def verify_case(
     gather_gradients(model)
     values = _gathered(gather_hugging_face(pair.student, case.student))
     gradients = _gathered(gather_hugging_face(pair.student, case.student, value=lambda p: p.main_grad))
+    projections, projection_gradients = _of_projections(features)
     if dist.get_rank() != 0:
         return None
     files = {name: {n: found[n].double() for n in found.names} for name, found in _opened(directory, shapes)}
-    reference = distillation_step(
-        files["student"],
-        case.student,
-        files["teacher"],
-        case.teacher,
-        *(torch.cat([b[key] for replica in batches for b in replica]) for key in ("tokens", "labels", "loss_mask")),
-        **loss,
-        end_of_document=end,
+    models_in_double = (files["student"], case.student, files["teacher"], case.teacher)
+    tokens, labels, mask = (
+        torch.cat([b[key] for replica in batches for b in replica]) for key in ("tokens", "labels", "loss_mask")
     )
+    reference = distillation_step(*models_in_double, tokens, labels, mask, **loss, end_of_document=end)
+    if losses:
+        found = feature_step(losses, *models_in_double, projections, tokens, mask, end_of_document=end)
+        reference = with_features(reference, losses, *found)
+        gradients |= by_factor(projection_gradients)
     shutil.rmtree(directory)
     return _errors(case.student, files["student"], reference, values, gradients, means)
+
+
+def features_to_verify(distil: DistilConfig, case: Case) -> list[FeatureLoss]:
+    """The kinds of losses that distil asks for, on every layer of the small models instead of the layers it names."""
+    student, teacher = case.student, case.teacher
+    return everywhere(
+        distil.hidden,
+        distil.attention,
+        student_layers=student.num_hidden_layers,
+        teacher_layers=teacher.num_hidden_layers,
+        largest_rank=min(student.hidden_size, teacher.hidden_size),
+        equal_heads=student.num_attention_heads == teacher.num_attention_heads,
+    )
+
+
+def _of_projections(features: FeatureLosses | None) -> tuple[Projections, Projections]:
+    """Values and gradients; empty where there are none. Two all-gathers over all ranks with features."""
+    if features is None:
+        return {}, {}
+    return (
+        gather_projections(features.projections, lambda p: p),
+        gather_projections(features.projections, lambda p: p.main_grad),  # type: ignore[attr-defined]
+    )
 
 
 def random_batches(settings: VerifyConfig, replicas: int, vocab_size: int, seed: int) -> list[list[Batch]]:
@@ -232,12 +265,14 @@ def _errors(
     means: dict[str, float],
 ) -> Errors:
     names = set(shape.tensors())
-    for what, found in (("values", values), ("gradients", gradients), ("reference", reference.gradients)):
-        assert set(found) == names, f"{what}: not compared: {sorted(names ^ set(found))}"
+    assert set(values) == names, f"values: not compared: {sorted(names ^ set(values))}"
+    assert names <= set(gradients), f"gradients: not compared: {sorted(names - set(gradients))}"
+    apart = set(gradients) ^ set(reference.gradients)
+    assert not apart, f"gradients: not compared: {sorted(apart)}"
     assert set(means) == set(reference.means), f"terms: not compared: {sorted(set(means) ^ set(reference.means))}"
     return Errors(
         {name: relative_error(values[name], weights[name]) for name in names},
-        {name: relative_error(gradients[name], reference.gradients[name]) for name in names},
+        {name: relative_error(gradients[name], expected) for name, expected in reference.gradients.items()},
         {
             name: relative_error(*torch.tensor([means[name], expected], dtype=torch.float64).unbind())
             for name, expected in reference.means.items()
@@ -267,6 +302,12 @@ def _show(case: Case, errors: Errors, tolerance: float) -> dict[str, Any]:
         table.add_row(
             group, str(len(names)), *(f"{e:.1e}" for e in worst.values()), _mark(max(worst.values()), tolerance)
         )
+    trained_beside = [name for name in errors.gradients if name not in tensors]
+    if trained_beside:
+        worst_of_all = _worst(errors.gradients, trained_beside)
+        figures["projections"] = {"gradients": worst_of_all, "tensors": len(trained_beside)}
+        mark = _mark(worst_of_all, tolerance)
+        table.add_row("projections", str(len(trained_beside)), "", f"{worst_of_all:.1e}", mark)
     for name, error in errors.terms.items():
         figures[name] = {"values": error}
         table.add_row(name, "", f"{error:.1e}", "", _mark(error, tolerance))
@@ -311,7 +352,13 @@ def _describe(ranks: Layout) -> str:
     return " x ".join(parts) + (", sequence parallel" if ranks.sequence_parallel else "") + f", {ranks.device}"
 
 
-def _check(settings: VerifyConfig, ranks: Layout) -> None:
+def _check(settings: VerifyConfig, ranks: Layout, distil: DistilConfig) -> None:
+    across = distil.attention or any(entry.kind is HiddenKind.relational for entry in distil.hidden)
+    if settings.document_mask and across:
+        raise UserError(
+            "verify.document_mask: expected false with losses on attention or relations, found true. Set it to false, "
+            "or leave those losses out."
+        )
     if ranks.context > 1:
         raise UserError(
             f"verify: expected parallel.context=1, found {ranks.context}. Context parallelism cuts the sequences, "

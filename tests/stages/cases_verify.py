@@ -12,7 +12,8 @@ from torch import Tensor
 from pipelines import artifacts
 from pipelines.config import Config, Divergence, ParallelConfig, UserError
 from pipelines.core import linear_divergence, loss, vocab_parallel
-from pipelines.model import documents, layers, pair, step
+from pipelines.model import documents, layers, pair, signals, step
+from pipelines.signals import AttentionKind, AttentionLossConfig, Heads, HiddenKind, HiddenLossConfig
 from pipelines.stages import verify
 
 
@@ -22,12 +23,23 @@ def run(
     distributed_optimizer: bool = False,
     loss: dict[str, Any] | None = None,
     document_mask: bool = False,
+    features: bool = False,
     **layout: Any,
 ) -> dict[str, Any]:
     """{"figures", "printed", "error"}: what the stage returned, printed on this rank, and its UserError if any."""
     config = Config(stage="verify", parallel=ParallelConfig(**layout))
     config.distil.distributed_optimizer = distributed_optimizer
     config.verify.sequence_length, config.verify.document_mask = 16, document_mask
+    if features:
+        config.distil.hidden = [
+            HiddenLossConfig(1, 1, kind=HiddenKind.mse, weight=0.7),
+            HiddenLossConfig(1, 1, kind=HiddenKind.cosine, rank=64),
+            HiddenLossConfig(1, 1, kind=HiddenKind.relational, weight=1.5),
+        ]
+        config.distil.attention = [
+            AttentionLossConfig(1, 1, kind=AttentionKind.kl, heads=Heads.each),
+            AttentionLossConfig(1, 1, kind=AttentionKind.scores, weight=0.4),
+        ]
     for name, value in (loss or {}).items():
         setattr(config.verify, name, Divergence(value) if name == "divergence" else value)
     printed, figures, error = io.StringIO(), {}, ""
@@ -98,6 +110,30 @@ def unreduced_gradients() -> contextlib.AbstractContextManager[None]:
     return _replaced(step, "finalize_model_grads", divided)
 
 
+def unsummed_projections() -> contextlib.AbstractContextManager[None]:
+    """Under sequence parallelism each rank keeps the gradient of its own tokens."""
+    build = signals.build_projections
+
+    def unmarked(*arguments: Any, **keywords: Any) -> torch.nn.ModuleDict:
+        projections = build(*arguments, **keywords)
+        for parameter in projections.parameters():
+            parameter.sequence_parallel = False  # type: ignore[attr-defined]
+        return projections
+
+    return _replaced(signals, "build_projections", unmarked)
+
+
+def losses_not_carried() -> contextlib.AbstractContextManager[None]:
+    """Losses inside the models are reported and have no gradient."""
+    carry = signals.FeatureLosses.carry
+
+    def dropped(self: Any, output: Tensor, found: dict[str, Tensor]) -> Tensor:
+        carry(self, output, found)
+        return output
+
+    return _replaced(signals.FeatureLosses, "carry", dropped)
+
+
 def nan_gradient() -> contextlib.AbstractContextManager[None]:
     backward = linear_divergence._LinearDivergence.backward
 
@@ -137,4 +173,6 @@ DEFECTS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
     "nan_gradient": nan_gradient,
     "attention_across_documents": attention_across_documents,
     "counted_end_of_document": counted_end_of_document,
+    "unsummed_projections": unsummed_projections,
+    "losses_not_carried": losses_not_carried,
 }

@@ -59,6 +59,36 @@ def test_passes_for_every_divergence(ranks: RankPools, tmp_path: Path, loss: dic
     assert all(0 < first["figures"][case.name]["fc1"]["gradients"] <= 1e-5 for case in cases(2, 1))
 
 
+@pytest.mark.parametrize("layout", [LAYOUTS[name] for name in ("tp2_sp", "dp2", "pp2")], ids=["tp2_sp", "dp2", "pp2"])
+def test_losses_on_hidden_states_and_attention_are_verified(
+    ranks: RankPools, tmp_path: Path, layout: dict[str, Any]
+) -> None:
+    first, _ = ranks(2, RUN, directory=str(tmp_path), features=True, **layout)
+    assert first["error"] == ""
+    width, depth = first["figures"]["width"], first["figures"]["depth_tied"]
+    assert 0 < width["projections"]["gradients"] <= 1e-5
+    assert {"hidden_mse_0_0", "hidden_cosine_1_1", "hidden_relational_2_2", "attention_scores_1_1"} <= set(width)
+    assert "attention_kl_1_2" in depth and "attention_kl_1_1" in width, "each layer with its teacher's"
+
+
+def test_losses_across_tokens_are_refused_where_documents_stand_apart(ranks: RankPools, tmp_path: Path) -> None:
+    first, second = ranks(2, RUN, directory=str(tmp_path), features=True, document_mask=True, tensor=2)
+    assert "verify.document_mask" in first["error"] and first["error"] == second["error"]
+
+
+FEATURE_DEFECTS = {
+    "unsummed_projections": ({"tensor": 2, "sequence_parallel": True}, "width: gradient projections.hidden_mse"),
+    "losses_not_carried": ({"tensor": 1, "pipeline": 2}, "width: gradient model.layers.0."),
+}
+
+
+@pytest.mark.parametrize("defect", FEATURE_DEFECTS)
+def test_catches_in_losses_inside_the_models(ranks: RankPools, tmp_path: Path, defect: str) -> None:
+    layout, sign = FEATURE_DEFECTS[defect]
+    first, second = ranks(2, RUN, directory=str(tmp_path), defect=defect, features=True, **layout)
+    assert sign in first["error"] and first["error"] == second["error"], first["error"]
+
+
 DEFECTS = {
     "gradients_times_tp": ({"tensor": 2}, "width: gradient model.layers.0.mlp.down_proj.weight: 1.0e+00"),
     "missing_temperature_squared": ({"tensor": 2}, "width: term loss"),
