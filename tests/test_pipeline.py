@@ -1,5 +1,6 @@
 """The whole pipeline through its real entry: from text to a report, killed and resumed, at other layouts."""
 
+import contextlib
 import json
 import os
 import signal
@@ -52,6 +53,7 @@ SMALL = [
     "export.nemo=true",
     "export.new_tokens=4",
 ]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
 
 pytestmark = pytest.mark.slow
 
@@ -63,13 +65,27 @@ def start(directory: Path, *overrides: str) -> subprocess.Popen[str]:
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=ENVIRONMENT,
     )
 
 
 def run(directory: Path, *overrides: str) -> str:
-    process = start(directory, *overrides)
-    output, _ = process.communicate(timeout=900)
+    return output_of(start(directory, *overrides), directory)
+
+
+def output_of(process: subprocess.Popen[str], directory: Path) -> str:
+    """What a run printed that ended well. One that hangs is ended, and the stacks of its threads, which its logs have
+    then, are told."""
+    try:
+        output, _ = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        for pid in descendants(process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGABRT)
+        process.kill()
+        output, _ = process.communicate(timeout=60)
+        logs = "\n".join(f"{log}:\n{log.read_text()[-20_000:]}" for log in sorted(directory.rglob("logs/*.log")))
+        pytest.fail(f"no end after five minutes:\n{output}\n{logs}")
     assert process.returncode == 0, output
     return output
 
@@ -199,15 +215,15 @@ def run_in_one_torchrun(directory: Path, name: str, *overrides: str) -> dict[str
     """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
     short = ["teacher.steps=40", "distil.steps=10", "distil.learning_rate=3e-3", "stage=all", f"run.name={name}"]
-    done = subprocess.run(
+    process = subprocess.Popen(
         [*launcher, "--nproc-per-node=2", "-m", "pipelines", *SMALL, *short, f"run.directory={directory}", *overrides],
         cwd=ROOT,
         text=True,
-        capture_output=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=600,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=ENVIRONMENT,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    output_of(process, directory)
     for stage in PIPELINE:
         assert (directory / name / stage / "complete").is_file()
     results = json.loads((directory / name / "report" / "results.json").read_text())

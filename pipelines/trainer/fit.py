@@ -22,7 +22,7 @@ from nemo.lightning.pytorch.plugins import MegatronDataSampler, MegatronMixedPre
 
 from pipelines import console, processes
 from pipelines.model import adam, parallel
-from pipelines.trainer import checkpoints
+from pipelines.trainer import checkpoint_writer, checkpoints
 from pipelines.trainer.callbacks import Metrics
 from pipelines.trainer.data_index import DataIndex
 from pipelines.trainer.loop import TrainingLoop
@@ -106,6 +106,7 @@ def fit(
     checkpoint = checkpoints.newest(directory / "checkpoints", description)
     if checkpoint:
         console.say(f"{description}  continues from {checkpoint}")
+    checkpoint_writer.install()
     data_index = DataIndex(directory / "data_index")
     parallel.on_first_rank(data_index.discard_unfinished)
     # NeMo takes one training run per process for granted.

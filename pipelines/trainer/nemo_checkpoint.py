@@ -22,6 +22,7 @@ from pipelines.model.layers import uses_transformer_engine
 from pipelines.model.safetensors_stream import Tensors
 from pipelines.model.weights import load_hugging_face
 from pipelines.nemo_context import CONTEXT, FIELDS, WEIGHTS, is_nemo_checkpoint, read_nemo_shape
+from pipelines.trainer import checkpoint_writer
 
 _PREFIX = "module."
 _EMBEDDING = "embedding.word_embeddings.weight"
@@ -85,6 +86,7 @@ def save_nemo_checkpoint(hugging_face: Path, output: Path, tokenizer: Path) -> N
         files.sync_directory(output.parent)
 
     parallel.on_first_rank(begin)
+    checkpoint_writer.install()
     dist_checkpointing.save({"state_dict": model.sharded_state_dict(prefix=_PREFIX)}, str(partial / WEIGHTS))
     parallel.on_first_rank(finish)
 

@@ -8,6 +8,7 @@ from typing import Any
 from tests.trainer.cases_training import SEQUENCE, SHAPE, fit_shortly, nemo_on_cpu
 
 STUDENT = {"hidden_size": 32, "intermediate_size": 48}
+_forks: list[None] = []
 
 
 def trained(
@@ -25,7 +26,8 @@ def trained(
 ) -> dict[str, Any]:
     """A run in directory/name, continued where it has a checkpoint. fault: a function below, at a step.
 
-    What it left: message (of a UserError, else empty), figures, finite (the weights), rows, checkpoints (names).
+    What it left: message (of a UserError, else empty), figures, finite (the weights), rows, checkpoints (names); forks:
+    how often this rank was forked.
     """
     from pipelines.model import parallel
 
@@ -56,6 +58,10 @@ def trained(
         return pairs[0]
 
     message, figures = "", {}
+    if not _forks:  # a hook cannot be taken back
+        _forks.append(None)
+        os.register_at_fork(before=lambda: _forks.append(None))
+    forks = len(_forks)
     try:
         callbacks = [_fault(fault, at)] if fault else []
         _, figures = fit_shortly(root / name, corpus, config, built, callbacks, precision=precision, **settings)
@@ -69,6 +75,7 @@ def trained(
         "message": message,
         "figures": figures,
         "finite": finite,
+        "forks": len(_forks) - forks,
         "rows": metrics.read_text().splitlines() if metrics.exists() else [],
         "checkpoints": sorted(path.name for path in checkpoints.iterdir()) if checkpoints.exists() else [],
     }

@@ -51,6 +51,7 @@ def test_a_run_continues_from_a_checkpoint_between_two_validations(run: Run, tmp
     assert rows(cut) == rows(whole)
     assert cut["figures"] == whole["figures"]
     assert cut["checkpoints"] == whole["checkpoints"] == ["step-0000009", "step-0000010"]
+    assert whole["forks"] == 0, "a rank has threads, whose locks a forked process would wait for"
 
 
 def test_the_figures_of_a_run_are_those_of_its_last_step(run: Run) -> None:
