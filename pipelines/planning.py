@@ -5,6 +5,7 @@ token passes (the embedding is a lookup and costs none), backward twice the forw
 layer 2 * sequence * heads * head_dim forward: two products over sequence keys, half of them masked.
 """
 
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,32 @@ from pipelines.families import EMBEDDING, FAMILIES, HEAD, ModelShape, check_rope
 from pipelines.nemo_context import is_nemo_checkpoint, read_nemo_shape
 
 FORWARD, FORWARD_AND_BACKWARD = 1, 3  # in units of a forward pass
-H100_BF16 = 989e12  # FLOP/s, dense
+
+# FLOP/s of bf16 matrix products without sparsity, from NVIDIA's data sheets, which print twice as much from Hopper on,
+# with sparsity. The first name whose words all stand in the device's name is the one that counts.
+BF16_PEAKS = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,  # SXM
+    "H200 NVL": 835e12,
+    "H200": 989e12,  # SXM
+    "GH200": 989e12,
+    "B200": 2.25e15,
+    "GB200": 2.5e15,
+    "L40S": 362e12,
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """FLOP/s in bf16, dense, of a device by the name that torch.cuda.get_device_name() gives ("NVIDIA H100 80GB HBM3").
+
+    None for a device that is not in BF16_PEAKS and for a slice of one (MIG).
+    """
+    words = set(re.findall("[a-z0-9]+", device_name.lower()))
+    if "mig" in words:
+        return None
+    return next((peak for name, peak in BF16_PEAKS.items() if words.issuperset(name.lower().split())), None)
 
 
 def shape_from_config(shape: ShapeConfig) -> ModelShape:
@@ -195,7 +221,7 @@ def plan(config: Config) -> dict[str, Any]:
         "flops_per_token_without_attention": flops.without_attention,
         "flops_per_token_parts": asdict(flops),
         "flops": flops.total * tokens,
-        "h100_hours_at_40_percent": round(flops.total * tokens / (0.4 * H100_BF16) / 3600, 2),
+        "h100_hours_at_40_percent": round(flops.total * tokens / (0.4 * BF16_PEAKS["H100"]) / 3600, 2),
         "layout": asdict(ranks),
         "bytes_per_device": bytes_per_device(teacher, student, ranks, training),
     }

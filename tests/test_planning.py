@@ -118,3 +118,25 @@ def test_a_number_of_layers_that_contradicts_the_dropped_ones_is_refused() -> No
 def test_head_dim_follows_from_heads_where_it_is_not_given() -> None:
     config = compose(["model.shape.head_dim=null", "model.shape.hidden_size=320", "model.shape.num_attention_heads=8"])
     assert planning.shape_from_config(config.model.shape).head_dim == 40
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA B200", 2.25e15),
+        ("NVIDIA GB200", 2.5e15),
+        ("h100", 989e12),
+        ("NVIDIA H20", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("cpu", None),
+    ],
+)
+def test_a_gpu_is_known_by_the_name_that_torch_gives_it(name: str, expected: float | None) -> None:
+    assert planning.peak_flops(name) == expected
