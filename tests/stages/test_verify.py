@@ -13,31 +13,40 @@ from tests.ranks import RankPools
 
 RUN = "tests.stages.cases_verify:run"
 
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "tp2": {"tensor": 2},
-    "tp2_sp": {"tensor": 2, "sequence_parallel": True},
-    "dp2": {"tensor": 1},
-    "dp2_distributed_optimizer": {"tensor": 1, "distributed_optimizer": True},
-    "pp2": {"tensor": 1, "pipeline": 2},
-    "tp2_sp_documents_apart": {"tensor": 2, "sequence_parallel": True, "document_mask": True},
-    "dp2_documents_apart": {"tensor": 1, "document_mask": True},
-    "pp2_documents_apart": {"tensor": 1, "pipeline": 2, "document_mask": True},
+# (ranks, layout)
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tp2": (2, {"tensor": 2}),
+    "tp2_sp": (2, {"tensor": 2, "sequence_parallel": True}),
+    "dp2": (2, {"tensor": 1}),
+    "dp2_distributed_optimizer": (2, {"tensor": 1, "distributed_optimizer": True}),
+    "pp2": (2, {"tensor": 1, "pipeline": 2}),
+    "tp2_sp_documents_apart": (2, {"tensor": 2, "sequence_parallel": True, "document_mask": True}),
+    "dp2_documents_apart": (2, {"tensor": 1, "document_mask": True}),
+    "pp2_documents_apart": (2, {"tensor": 1, "pipeline": 2, "document_mask": True}),
+    "tp4": (4, {"tensor": 4}),
+    "tp2_dp2": (4, {"tensor": 2}),
+    "tp2_sp_dp2_distributed_optimizer": (4, {"tensor": 2, "sequence_parallel": True, "distributed_optimizer": True}),
+    "tp2_pp2": (4, {"tensor": 2, "pipeline": 2}),
+    "pp2_dp2_distributed_optimizer": (4, {"tensor": 1, "pipeline": 2, "distributed_optimizer": True}),
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_passes_and_compares_every_group(ranks: RankPools, tmp_path: Path, layout: dict[str, Any]) -> None:
-    first, second = ranks(2, RUN, directory=str(tmp_path), **layout)
-    assert first["error"] == second["error"] == ""
+@pytest.mark.parametrize(("world", "layout"), LAYOUTS.values(), ids=LAYOUTS)
+def test_passes_and_compares_every_group(ranks: RankPools, tmp_path: Path, world: int, layout: dict[str, Any]) -> None:
+    first, *others = ranks(world, RUN, directory=str(tmp_path), **layout)
+    assert first["error"] == "" and all(other["error"] == "" for other in others)
     assert set(first["figures"]) == {"width", "depth_tied"}
-    for case in cases(2, 1):
+    degrees = layout["tensor"], layout.get("pipeline", 1)
+    for case in cases(*degrees):
         figures = first["figures"][case.name]
         expected = set(GROUPS) - ({"head"} if case.student.tie_word_embeddings else set())
         assert set(figures) == expected | {"loss", "kd", "ce", "agreement", "tokens"}
         assert all(figures[group]["values"] == 0 for group in expected), "fp32 weights come back bit for bit"
         assert all(0 < figures[group]["gradients"] <= 1e-5 for group in expected), "measured, and within the tolerance"
-    compared = sum(len(case.student.tensors()) for case in cases(layout["tensor"], layout.get("pipeline", 1)))
+    compared = sum(len(case.student.tensors()) for case in cases(*degrees))
     assert f"{compared} tensors compared" in first["printed"]
+    replicas = world // (degrees[0] * degrees[1])
+    assert f"TP {degrees[0]} x PP {degrees[1]} x DP {replicas}" in first["printed"]
     assert first["printed"].count(" ok ") == len(first["figures"]["width"]) + len(first["figures"]["depth_tied"])
     assert not list(tmp_path.iterdir()), "the random models are removed again"
 
@@ -59,11 +68,10 @@ def test_passes_for_every_divergence(ranks: RankPools, tmp_path: Path, loss: dic
     assert all(0 < first["figures"][case.name]["fc1"]["gradients"] <= 1e-5 for case in cases(2, 1))
 
 
-@pytest.mark.parametrize("layout", [LAYOUTS[name] for name in ("tp2_sp", "dp2", "pp2")], ids=["tp2_sp", "dp2", "pp2"])
-def test_losses_on_hidden_states_and_attention_are_verified(
-    ranks: RankPools, tmp_path: Path, layout: dict[str, Any]
-) -> None:
-    first, _ = ranks(2, RUN, directory=str(tmp_path), features=True, **layout)
+@pytest.mark.parametrize("name", ["tp2_sp", "dp2", "pp2", "tp2_pp2", "tp2_sp_dp2_distributed_optimizer"])
+def test_losses_on_hidden_states_and_attention_are_verified(ranks: RankPools, tmp_path: Path, name: str) -> None:
+    world, layout = LAYOUTS[name]
+    first, *_ = ranks(world, RUN, directory=str(tmp_path), features=True, **layout)
     assert first["error"] == ""
     width, depth = first["figures"]["width"], first["figures"]["depth_tied"]
     assert 0 < width["projections"]["gradients"] <= 1e-5
@@ -90,24 +98,25 @@ def test_catches_in_losses_inside_the_models(ranks: RankPools, tmp_path: Path, d
 
 
 DEFECTS = {
-    "gradients_times_tp": ({"tensor": 2}, "width: gradient model.layers.0.mlp.down_proj.weight: 1.0e+00"),
-    "missing_temperature_squared": ({"tensor": 2}, "width: term loss"),
-    "local_normalization": ({"tensor": 2}, "width: gradient model.layers.0.mlp.down_proj.weight"),
-    "unmasked_padding": ({"tensor": 2}, "width: term kd"),
-    "shifted_label": ({"tensor": 2}, "width: term ce"),
-    "unreduced_gradients": ({"tensor": 1}, "width: gradient model.layers.0.mlp.down_proj.weight"),
-    "nan_gradient": ({"tensor": 2}, "width: gradient model.layers.0.mlp.down_proj.weight: nan"),
-    "attention_across_documents": ({"tensor": 2, "document_mask": True}, "width: term kd"),
-    "counted_end_of_document": ({"tensor": 2, "document_mask": True}, "width: term tokens"),
+    "gradients_times_tp": ("tp2", "width: gradient model.layers.0.mlp.down_proj.weight: 1.0e+00"),
+    "missing_temperature_squared": ("tp2", "width: term loss"),
+    "local_normalization": ("tp2", "width: gradient model.layers.0.mlp.down_proj.weight"),
+    "unmasked_padding": ("tp2", "width: term kd"),
+    "shifted_label": ("tp2", "width: term ce"),
+    "unreduced_gradients": ("tp2_dp2", "width: gradient model.layers.0.mlp.down_proj.weight"),
+    "nan_gradient": ("tp2", "width: gradient model.layers.0.mlp.down_proj.weight: nan"),
+    "attention_across_documents": ("tp2_sp_documents_apart", "width: term kd"),
+    "counted_end_of_document": ("tp2_sp_documents_apart", "width: term tokens"),
 }
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_catches(ranks: RankPools, tmp_path: Path, defect: str) -> None:
-    layout, sign = DEFECTS[defect]
-    first, second = ranks(2, RUN, directory=str(tmp_path), defect=defect, **layout)
+    name, sign = DEFECTS[defect]
+    world, layout = LAYOUTS[name]
+    first, *others = ranks(world, RUN, directory=str(tmp_path), defect=defect, **layout)
     assert sign in first["error"], first["error"]
-    assert first["error"] == second["error"], "every rank ends with the same message"
+    assert all(other["error"] == first["error"] for other in others), "every rank ends with the same message"
     assert "FAILED" in first["printed"] and "within tolerance" not in first["printed"]
 
 
