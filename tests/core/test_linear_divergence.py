@@ -49,7 +49,8 @@ def tensors(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         3 * torch.randn(VOCABULARY, TEACHER, generator=generator) / math.sqrt(TEACHER) + 0.3,
     )
     teacher = hidden.to(dtype), head.to(dtype)
-    student = hidden[:, :STUDENT].to(dtype), head[:, :STUDENT].to(dtype)
+    # Contiguous, as a model's are: of other strides a product may be summed in another order.
+    student = hidden[:, :STUDENT].to(dtype).contiguous(), head[:, :STUDENT].to(dtype).contiguous()
     labels = torch.randint(0, 45, (TOKENS,), generator=generator)
     labels[[2, 17]] = -100
     weights = torch.rand(TOKENS, generator=generator) * (torch.rand(TOKENS, generator=generator) < 0.7)

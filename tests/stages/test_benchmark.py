@@ -76,7 +76,8 @@ def test_a_wrong_gradient_a_wasteful_contender_and_one_that_does_not_fit_show(ra
     assert isinstance(good, Measurement) and good.relative_error < 1e-5 and good.loss_error < 1e-5
     assert twice.relative_error == pytest.approx(1, rel=1e-4) and twice.loss_error == pytest.approx(1, rel=1e-4)
     waste = wasteful.peak_bytes_beyond_gradients - good.peak_bytes_beyond_gradients
-    assert 9_000_000 < waste <= 10_000_100
+    # The profiler orders what happens in one moment as it likes: a logits tensor may count a little too long.
+    assert 9_000_000 < waste < 10_100_000
     assert isinstance(found["too_large"], Unavailable)
 
 
