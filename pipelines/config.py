@@ -275,6 +275,11 @@ class BenchmarkConfig:
 
 
 @dataclass
+class PlanConfig:
+    gpu: str = "H100"  # what speed and hours are predicted for: a name in planning.BF16_PEAKS, or one that torch gives
+
+
+@dataclass
 class Config:
     stage: Any = "plan"  # a name, a list of names, or "all": corpus to report
     overwrite: bool = False  # start a stage again whose settings or inputs changed; its checkpoints are moved aside
@@ -291,6 +296,7 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
 
 def document_mask(config: Config, stage: str) -> bool:

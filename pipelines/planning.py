@@ -2,14 +2,19 @@
 
 FLOPs count matrix products, two per multiply-add. Per token: a forward pass costs 2 per weight of a matrix that the
 token passes (the embedding is a lookup and costs none), backward twice the forward. Causal attention costs in each
-layer 2 * sequence * heads * head_dim forward: two products over sequence keys, half of them masked.
+layer 2 * sequence * heads * head_dim forward: two products over sequence keys, half of them masked. Rows count whole:
+where documents stand apart attention costs as much less as they are shorter, which only the corpus can tell.
+
+Products of losses on attention and relations are in fp32, at a fraction of the speed of those in bf16.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.activations import activation_bytes
 from pipelines.artifacts import is_hugging_face
 from pipelines.config import (
     Config,
@@ -25,8 +30,10 @@ from pipelines.config import (
 )
 from pipelines.families import EMBEDDING, FAMILIES, HEAD, ModelShape, check_rope_scaling, read_shape
 from pipelines.nemo_context import is_nemo_checkpoint, read_nemo_shape
+from pipelines.signals import FeatureLoss, feature_losses, pipeline_stage, projection_sizes
 
 FORWARD, FORWARD_AND_BACKWARD = 1, 3  # in units of a forward pass
+SHARE_OF_PEAK = 0.4  # what a well-tuned run reaches of the device's bf16 peak; the prediction's only guess
 
 # FLOP/s of bf16 matrix products without sparsity, from NVIDIA's data sheets, which print twice as much from Hopper on,
 # with sparsity. The first name whose words all stand in the device's name is the one that counts.
@@ -119,13 +126,37 @@ def attention_flops(shape: ModelShape, sequence_length: int) -> int:
     return 2 * sequence_length * shape.num_attention_heads * shape.head_dim * shape.num_hidden_layers
 
 
+def signal_flops(
+    teacher: ModelShape, student: ModelShape, sequence_length: int, losses: Sequence[FeatureLoss]
+) -> tuple[int, int]:
+    """Per token, forward and backward: of the losses on hidden states, and of those on attention.
+
+    A projection: 6 per weight. Relations: every token with every other, the student's products once more for the
+    gradient. Attention: one causal product of each model's queries and keys, the student's twice more for the gradient.
+    """
+    hidden = attention = 0
+    for loss in losses:
+        if loss.heads is not None:
+            own, other = (s.num_attention_heads * s.head_dim for s in (student, teacher))
+            attention += sequence_length * (3 * own + other)
+        elif loss.kind == "relational":
+            hidden += 2 * sequence_length * (2 * student.hidden_size + teacher.hidden_size)
+        else:
+            sizes = projection_sizes(loss, student.hidden_size, teacher.hidden_size)
+            hidden += 6 * sum(out * into for out, into in sizes)
+    return hidden, attention
+
+
 @dataclass(frozen=True)
 class Flops:
-    """Per token of the distillation step."""
+    """Per token of the distillation step, over all devices."""
 
     teacher: int  # forward
     student: int  # forward and backward
     attention: int  # both
+    signals: int = 0  # losses on hidden states and attention, with their projections
+    recompute: int = 0  # the student's layers forward once more
+    replicated: int = 0  # what every tensor-parallel device does alike: losses on hidden states of whole sequences
 
     @property
     def without_attention(self) -> int:
@@ -133,15 +164,41 @@ class Flops:
 
     @property
     def total(self) -> int:
-        return self.without_attention + self.attention
+        """What the step needs; the utilisation that others publish counts this."""
+        return self.without_attention + self.attention + self.signals
+
+    @property
+    def executed(self) -> int:
+        """With what is computed more than once."""
+        return self.total + self.recompute + self.replicated
 
 
-def distillation_flops(teacher: ModelShape, student: ModelShape, sequence_length: int) -> Flops:
+def distillation_flops(
+    teacher: ModelShape,
+    student: ModelShape,
+    sequence_length: int,
+    losses: Sequence[FeatureLoss] = (),
+    *,
+    ranks: Layout | None = None,
+    recompute: bool = False,
+    follows_logits: bool = True,
+) -> Flops:
+    """losses: on hidden states and attention. follows_logits: without it the teacher's head is left out, and without
+    losses the whole teacher."""
+    head = teacher.vocab_size * teacher.hidden_size
+    forward = matrix_parameters(teacher) - (0 if follows_logits else head)
+    runs = follows_logits or bool(losses)
+    inner = matrix_parameters(student) - student.vocab_size * student.hidden_size
+    own_attention = attention_flops(student, sequence_length)
+    hidden, attention = signal_flops(teacher, student, sequence_length, losses)
+    copies = 1 if ranks is None or ranks.sequence_parallel else ranks.tensor
     return Flops(
-        teacher=FORWARD * 2 * matrix_parameters(teacher),
+        teacher=FORWARD * 2 * forward * runs,
         student=FORWARD_AND_BACKWARD * 2 * matrix_parameters(student),
-        attention=FORWARD * attention_flops(teacher, sequence_length)
-        + FORWARD_AND_BACKWARD * attention_flops(student, sequence_length),
+        attention=FORWARD * attention_flops(teacher, sequence_length) * runs + FORWARD_AND_BACKWARD * own_attention,
+        signals=hidden + attention,
+        recompute=(FORWARD * 2 * inner + own_attention) * recompute,
+        replicated=hidden * (copies - 1),
     )
 
 
@@ -164,22 +221,44 @@ def parameters_per_device(shape: ModelShape, tensor: int, pipeline: int) -> int:
     return layers + (outer[EMBEDDING] + last if pipeline == 1 else max(outer[EMBEDDING], last))
 
 
+def projections_per_device(
+    teacher: ModelShape, student: ModelShape, pipeline: int, losses: Sequence[FeatureLoss]
+) -> int:
+    """Weights of the projections on the pipeline stage that has most; every tensor-parallel device has all of them."""
+    stages = [0] * pipeline
+    for loss in losses:
+        stage = pipeline_stage(loss.student_layer, student.num_hidden_layers, pipeline)
+        sizes = projection_sizes(loss, student.hidden_size, teacher.hidden_size)
+        stages[stage] += sum(out * into for out, into in sizes)
+    return max(stages)
+
+
 def bytes_per_device(
-    teacher: ModelShape, student: ModelShape, ranks: Layout, training: TrainingConfig
+    teacher: ModelShape,
+    student: ModelShape,
+    ranks: Layout,
+    training: TrainingConfig,
+    losses: Sequence[FeatureLoss] = (),
+    follows_logits: bool = True,
 ) -> dict[str, int]:
-    """What lies in a device's memory for the whole run; activations and communication buffers come on top.
+    """What lies in a device's memory: for the whole run, and from activations on, an estimate (activations.py), at the
+    end of a micro batch's forward pass. Communication buffers come on top.
 
     bf16: 2 bytes per weight, 4 per gradient, and 12 of optimizer state (fp32 weight and two moments); fp32: 4, 4 and 8.
     The distributed optimizer cuts the optimizer's state over the data-parallel ranks.
     """
     frozen = parameters_per_device(teacher, ranks.tensor, ranks.pipeline)
     trained = parameters_per_device(student, ranks.tensor, ranks.pipeline)
+    beside = projections_per_device(teacher, student, ranks.pipeline, losses)
     weight, gradient, optimizer = (2, 4, 12) if training.precision is Precision.bf16 else (4, 4, 8)
+    cut = ranks.data if training.distributed_optimizer else 1
     parts = {
         "teacher_weights": weight * frozen,
         "student_weights": weight * trained,
         "student_gradients": gradient * trained,
-        "optimizer": optimizer * trained // (ranks.data if training.distributed_optimizer else 1),
+        "optimizer": optimizer * trained // cut,
+        "projections": (weight + gradient) * beside + optimizer * beside // cut,
+        **activation_bytes(teacher, student, ranks, training, losses, follows_logits),
     }
     return {**parts, "total": sum(parts.values())}
 
@@ -206,7 +285,19 @@ def plan(config: Config) -> dict[str, Any]:
         layout(config.parallel),
         config.distil,
     )
-    flops = distillation_flops(teacher, student, training.sequence_length)
+    depths = {"student_layers": student.num_hidden_layers, "teacher_layers": teacher.num_hidden_layers}
+    losses = feature_losses(training.hidden, training.attention, **depths)
+    follows_logits = bool(training.kd_weight or training.schedules.kd.end)
+    flops = distillation_flops(
+        teacher,
+        student,
+        training.sequence_length,
+        losses,
+        ranks=ranks,
+        recompute=training.recompute,
+        follows_logits=follows_logits,
+    )
+    own = flops.student + FORWARD_AND_BACKWARD * attention_flops(student, training.sequence_length)
     tokens = training.steps * training.global_batch_size * training.sequence_length
     return {
         "experiment": config.run.name,
@@ -219,9 +310,34 @@ def plan(config: Config) -> dict[str, Any]:
         "tokens": tokens,
         "flops_per_token": flops.total,
         "flops_per_token_without_attention": flops.without_attention,
+        "flops_per_token_executed": flops.executed,
         "flops_per_token_parts": asdict(flops),
+        "teacher_adds": {  # to the student's own training
+            "without_attention": round(flops.teacher / flops.student, 4),
+            "with_attention": round((flops.total - flops.signals - own) / own, 4),
+        },
+        "documents_apart": training.document_mask,
         "flops": flops.total * tokens,
-        "h100_hours_at_40_percent": round(flops.total * tokens / (0.4 * BF16_PEAKS["H100"]) / 3600, 2),
+        "prediction": prediction(config.plan.gpu, flops, tokens, ranks.processes),
         "layout": asdict(ranks),
-        "bytes_per_device": bytes_per_device(teacher, student, ranks, training),
+        "bytes_per_device": bytes_per_device(teacher, student, ranks, training, losses, follows_logits),
     }
+
+
+def prediction(gpu: str, flops: Flops, tokens: int, devices: int) -> dict[str, Any]:
+    """Speed and time at SHARE_OF_PEAK of the named GPU's bf16 peak: of what the step needs, and, in `executed`, with
+    what is computed more than once. Speeds in tokens/s and device."""
+    peak = peak_flops(gpu)
+    assert peak is not None, gpu
+
+    def at(per_token: int) -> dict[str, float]:
+        speed = SHARE_OF_PEAK * peak / per_token
+        device_hours = tokens / speed / 3600
+        return {
+            "tokens_per_second_per_device": round(speed, 1),
+            "device_hours": round(device_hours, 2),
+            "hours": round(device_hours / devices, 2),
+        }
+
+    known = {"gpu": gpu, "bf16_peak_flops": peak, "share_of_peak": SHARE_OF_PEAK}
+    return {**known, **at(flops.total), "executed": at(flops.executed)}

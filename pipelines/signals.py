@@ -166,6 +166,15 @@ def _from_the_front(layer: int, layers: int) -> int:
     return layers + 1 + layer if layer < 0 else layer
 
 
+def projection_sizes(loss: FeatureLoss, student_width: int, teacher_width: int) -> list[tuple[int, int]]:
+    """(out, in) of each factor of the projection that a loss needs; empty where it needs none."""
+    if loss.heads is not None or loss.kind == "relational" or (loss.rank is None and student_width == teacher_width):
+        return []
+    if loss.rank is None:
+        return [(teacher_width, student_width)]
+    return [(loss.rank, student_width), (teacher_width, loss.rank)]
+
+
 def pipeline_stage(layer: int, layers: int, stages: int) -> int:
     """Where a layer's output is: stage 0 for the embedding's; layers are divided evenly."""
     return max(layer - 1, 0) // (layers // stages)

@@ -132,6 +132,8 @@ def test_composed_values_are_plain_dataclasses_of_the_schema() -> None:
 @pytest.mark.parametrize(
     ("stage", "overrides", "parts"),
     [
+        ("plan", ["plan.gpu=A1000"], ["plan.gpu", "A100, H100 PCIe", "A1000"]),
+        ("plan", ["distil.hidden=[{student_layer: 9, teacher_layer: 1}]"], ["distil.hidden[0].student_layer", "9"]),
         ("prune", ["student.hidden_size=512"], ["student.hidden_size", "at most the teacher's 256", "512"]),
         ("prune", ["student.num_attention_heads=6"], ["multiple of the 4 KV groups", "6"]),
         ("prune", ["student.drop_layers=[7]"], ["layers from 1 to 6", "7"]),

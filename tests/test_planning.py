@@ -1,11 +1,15 @@
 """Planning against the counts that were published for Llama-3.1-8B to 4B, and against counts taken another way."""
 
+from dataclasses import replace
+
 import pytest
 
 from pipelines import planning
+from pipelines.activations import CHUNK_BYTES, activation_bytes
 from pipelines.compose import compose
 from pipelines.config import Layout, Precision, StudentConfig, UserError
 from pipelines.families import ModelShape
+from pipelines.signals import FeatureLoss
 
 SMALL = ModelShape(
     vocab_size=99,
@@ -18,8 +22,8 @@ SMALL = ModelShape(
 )
 
 
-def ranks(tensor: int = 1, pipeline: int = 1, data: int = 1) -> Layout:
-    return Layout(tensor * pipeline * data, tensor, pipeline, 1, data, "cpu", False)
+def ranks(tensor: int = 1, pipeline: int = 1, data: int = 1, sequence_parallel: bool = False) -> Layout:
+    return Layout(tensor * pipeline * data, tensor, pipeline, 1, data, "cpu", sequence_parallel)
 
 
 @pytest.mark.parametrize(
@@ -91,17 +95,112 @@ def test_bytes_follow_precision_and_the_distributed_optimizer() -> None:
     training = compose(["distil.precision=bf16"]).distil
     count = SMALL.parameters()
     sizes = planning.bytes_per_device(SMALL, SMALL, ranks(data=2), training)
-    assert sizes == {
-        "teacher_weights": 2 * count,
-        "student_weights": 2 * count,
-        "student_gradients": 4 * count,
-        "optimizer": 12 * count,
-        "total": 20 * count,
-    }
+    assert sizes["total"] == sum(size for name, size in sizes.items() if name != "total")
+    state = ("teacher_weights", "student_weights", "student_gradients", "optimizer", "projections")
+    assert [sizes[name] / count for name in state] == [2, 2, 4, 12, 0]
     training.distributed_optimizer = True
     assert planning.bytes_per_device(SMALL, SMALL, ranks(data=2), training)["optimizer"] == 6 * count
     fp32 = planning.bytes_per_device(SMALL, SMALL, ranks(), compose([]).distil)
-    assert fp32["total"] == (4 + 4 + 4 + 8) * count
+    assert [fp32[name] / count for name in state] == [4, 4, 4, 8, 0]
+
+
+def test_the_recipes_speed_and_what_the_teacher_adds() -> None:
+    figures = planning.plan(compose(["experiment=llama31_8b_to_4b_width"]))
+    found = figures["prediction"]
+    assert found["tokens_per_second_per_device"] == pytest.approx(8190, abs=2)
+    assert found["device_hours"] == pytest.approx(figures["flops"] / (0.4 * 989e12) / 3600, abs=0.01)
+    assert found["hours"] == pytest.approx(found["device_hours"] / 8, abs=0.01)
+    assert figures["teacher_adds"]["without_attention"] == pytest.approx(0.61, abs=0.005)
+    assert figures["teacher_adds"]["with_attention"] == pytest.approx(0.55, abs=0.005)
+    blackwell = planning.plan(compose(["experiment=llama31_8b_to_4b_width", "plan.gpu=B200"]))["prediction"]
+    assert blackwell["device_hours"] == pytest.approx(found["device_hours"] * 989e12 / 2.25e15, abs=0.01)
+
+
+def test_recompute_is_one_more_forward_of_the_students_layers_and_in_no_published_count() -> None:
+    given = ["experiment=llama31_8b_to_4b_width", "distil.recompute="]
+    without, with_it = (planning.plan(compose([*given[:1], given[1] + on])) for on in ("false", "true"))
+    assert without["flops_per_token_executed"] == without["flops_per_token"] == with_it["flops_per_token"]
+    layers = 2 * (3_724_741_632 - (2 * 32 + 1) * 3072)  # all but the norms
+    attention = 2 * 8192 * 32 * 128 * 32
+    assert with_it["flops_per_token_executed"] - with_it["flops_per_token"] == layers + attention
+    speeds = with_it["prediction"]["executed"], with_it["prediction"]
+    assert speeds[0]["tokens_per_second_per_device"] < speeds[1]["tokens_per_second_per_device"]
+    assert without["prediction"]["executed"]["device_hours"] == without["prediction"]["device_hours"]
+
+
+def test_a_teacher_that_is_not_asked_costs_nothing() -> None:
+    teacher, student, length = SMALL, SMALL.replace(hidden_size=24), 10
+    alone = planning.distillation_flops(teacher, student, length, follows_logits=False)
+    assert alone.teacher == 0 and alone.attention == 3 * planning.attention_flops(student, length)
+    loss = FeatureLoss(4, 4, "mse", 1.0)
+    followed = planning.distillation_flops(teacher, student, length, [loss], follows_logits=False)
+    assert followed.teacher == 2 * (planning.matrix_parameters(teacher) - 99 * 32), "all but its head"
+    figures = planning.plan(compose(["experiment=quickstart_ce"]))
+    assert figures["flops_per_token_parts"]["teacher"] == 0
+
+
+WIDE, NARROW = SMALL, SMALL.replace(hidden_size=24, num_attention_heads=2)
+LOSSES = {  # FLOPs per token over sequences of 10, weights of projections
+    "full": (FeatureLoss(1, 1, "mse", 1.0), 6 * 24 * 32, 24 * 32),
+    "low_rank": (FeatureLoss(1, 1, "cosine", 1.0, rank=4), 6 * 4 * (24 + 32), 4 * (24 + 32)),
+    "relational": (FeatureLoss(1, 1, "relational", 1.0), 2 * 10 * (2 * 24 + 32), 0),
+    "attention": (FeatureLoss(1, 1, "kl", 1.0, heads="mean"), 10 * (3 * 2 * 12 + 4 * 12), 0),
+}
+
+
+@pytest.mark.parametrize(("loss", "flops", "weights"), LOSSES.values(), ids=LOSSES)
+def test_losses_beside_the_logits_are_counted(loss: FeatureLoss, flops: int, weights: int) -> None:
+    plain, found = (
+        planning.distillation_flops(WIDE, NARROW, 10, losses, ranks=ranks(tensor=2)) for losses in ([], [loss])
+    )
+    assert found.signals == found.total - plain.total == flops
+    assert found.replicated == (0 if loss.heads else flops), "each tensor-parallel device has whole hidden states"
+    split = ranks(tensor=2, sequence_parallel=True)
+    assert planning.distillation_flops(WIDE, NARROW, 10, [loss], ranks=split).replicated == 0
+    training = compose(["distil.precision=bf16"]).distil
+    sizes = planning.bytes_per_device(WIDE, NARROW, ranks(tensor=2, data=2), training, [loss])
+    assert sizes["projections"] == 18 * weights and sizes["signals"] > 0
+    training.distributed_optimizer = True
+    sizes = planning.bytes_per_device(WIDE, NARROW, ranks(tensor=2, data=2), training, [loss, loss])
+    assert sizes["projections"] == 2 * 12 * weights
+    assert planning.projections_per_device(WIDE, NARROW, 2, [loss, replace(loss, student_layer=4)]) == weights
+
+
+def test_equal_widths_need_no_projection() -> None:
+    assert planning.projections_per_device(WIDE, WIDE, 1, [FeatureLoss(1, 1, "mse", 1.0)]) == 0
+
+
+def activations(shape: ModelShape, layout: Layout, *overrides: str) -> dict[str, int]:
+    batch = ["distil.micro_batch_size=2", "distil.global_batch_size=16", "distil.sequence_length=10"]
+    training = compose(["distil.precision=bf16", *batch, *overrides]).distil
+    return activation_bytes(shape, shape, layout, training)
+
+
+def test_a_layer_keeps_what_korthikanti_counts() -> None:
+    """arXiv 2205.05198, table 2, for GPT's widths: without the two dropout masks and the part of attention's scores."""
+    gpt = ModelShape(99, 48, 128, 4, 4, 4, 12)  # SwiGLU's 3 * 128 numbers are the 8 * 48 of GPT's MLP
+    layers, tokens, hidden = 4, 20, 48
+    sbh = layers * tokens * hidden
+    assert activations(gpt, ranks())["activations"] == (34 - 2) * sbh
+    assert activations(gpt, ranks(tensor=2))["activations"] == (10 - 2 + 24 / 2) * sbh
+    assert activations(gpt, ranks(tensor=2, sequence_parallel=True))["activations"] == (34 - 2) / 2 * sbh
+    recomputed = activations(gpt, ranks(), "distil.recompute=true")["activations"]
+    assert recomputed == 2 * sbh + 32 * tokens * hidden, "the inputs, and one layer at a time"
+    # 1F1B: the first stage of two waits with two micro batches, or with the only one.
+    assert activations(gpt, ranks(pipeline=2))["activations"] == (34 - 2) * sbh
+    few = activations(gpt, ranks(pipeline=2), "distil.global_batch_size=2")
+    assert few["activations"] == (34 - 2) * sbh / 2
+
+
+def test_a_chunk_of_logits_is_as_large_as_the_loss_makes_it() -> None:
+    from pipelines.core import linear_divergence
+
+    assert linear_divergence.CHUNK_BYTES_ELSEWHERE == CHUNK_BYTES
+    shape = ModelShape(128_256, 3072, 9216, 1, 32, 8, 128)
+    few = activations(shape, ranks(tensor=8))["loss"]
+    assert few == 20 * (2 * (3 * 3072 + 3072) + (4 + 4 + 2) * 16_032), "20 tokens are one chunk"
+    many = activations(shape, ranks(tensor=8), "distil.sequence_length=8192")["loss"]
+    assert many - 2 * 8192 * 2 * 4 * 3072 == pytest.approx(2.5 * CHUNK_BYTES, rel=1e-3)
 
 
 def test_the_target_keeps_what_is_not_given_and_head_dim() -> None:

@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from pipelines.signals import FeatureLoss
+from pipelines.signals import FeatureLoss, projection_sizes
 
 
 class Projection(torch.nn.Module):
@@ -36,12 +36,11 @@ def build_projections(
     config: TransformerConfig, losses: Sequence[FeatureLoss], *, teacher_width: int, seed: int
 ) -> torch.nn.ModuleDict:
     """{loss name: Projection} for the losses on hidden states that need one. config: the student's."""
-    width = config.hidden_size
     projections = torch.nn.ModuleDict()
     for loss in losses:
-        if loss.heads is not None or loss.kind == "relational" or (loss.rank is None and width == teacher_width):
+        sizes = projection_sizes(loss, config.hidden_size, teacher_width)
+        if not sizes:
             continue
-        sizes = [(teacher_width, width)] if loss.rank is None else [(loss.rank, width), (teacher_width, loss.rank)]
         generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(loss.name.encode()))
         projections[loss.name] = Projection(config, sizes, generator)
     return projections

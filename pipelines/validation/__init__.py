@@ -49,6 +49,7 @@ def validate(config: Config, stages: Collection[str]) -> list[str]:
         layouts.check_division(ranks, student, "student")
     if any(STAGES[name].ranks for name in stages):
         layouts.check_processes(ranks)
+    layouts.check_gpu(config, stages)
     layouts.check_context(ranks, stages)
     for name, length in layouts.lengths(config, stages):
         layouts.check_length(name, length, ranks, teacher)

@@ -4,6 +4,7 @@ import importlib.util
 import os
 from collections.abc import Collection, Iterator
 
+from pipelines import planning
 from pipelines.config import Config, Layout, TeacherMode, expect
 from pipelines.families import ModelShape
 
@@ -23,6 +24,12 @@ def check_division(ranks: Layout, shape: ModelShape, who: str) -> None:
     layers, setting = shape.num_hidden_layers, f"parallel.pipeline={pipeline}"
     expected = f"a divisor of the {who}'s {layers} layers"
     expect(layers % pipeline == 0, setting, expected, pipeline, "Lower parallel.pipeline.")
+
+
+def check_gpu(config: Config, stages: Collection[str]) -> None:
+    gpu, known = config.plan.gpu, ", ".join(planning.BF16_PEAKS)
+    good = "plan" not in stages or planning.peak_flops(gpu) is not None
+    expect(good, "plan.gpu", f"one of {known}", gpu, "Name the nearest one.")
 
 
 def check_processes(ranks: Layout) -> None:

@@ -17,7 +17,7 @@ from pipelines.signals import (
 
 
 def check(config: Config, stages: Collection[str], ranks: Layout, teacher: ModelShape, student: ModelShape) -> None:
-    if "distil" not in stages:
+    if not {"plan", "distil"} & set(stages):
         return
     settings = config.distil
     entries: list[HiddenLossConfig | AttentionLossConfig] = [*settings.hidden, *settings.attention]

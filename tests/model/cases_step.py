@@ -191,3 +191,28 @@ def terms_returned(directory: Path) -> dict[str, list[str]]:
             found[f"{kd_weight} {ce_weight} {mode}"] = [*per_token, f"teacher ran {len(runs)}"]
             runs.clear()
     return found
+
+
+def kept_by_a_layer(recompute: bool) -> float:
+    """Bytes per token that autograd keeps for the backward pass of one more layer; each storage once, no weights."""
+    parallel.initialize(1)
+
+    def kept(layers: int) -> int:
+        model = build_model(STUDENT.replace(num_hidden_layers=layers), sequence_length=SEQUENCE, recompute=recompute)
+        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        found: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights and tensor.is_floating_point():
+                found[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        (batch,) = random_batches(1, 1, STUDENT.vocab_size)[0]
+        model.train()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            logits = model(batch["tokens"], batch["position_ids"], None)
+        assert logits.requires_grad
+        return sum(found.values())
+
+    return (kept(4) - kept(2)) / 2 / (MICRO_BATCH * SEQUENCE)

@@ -5,7 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 
+from pipelines.families import ModelShape
+from pipelines.model.projections import build_projections
+from pipelines.planning import projections_per_device
+from pipelines.signals import FeatureLoss
 from tests.ranks import RankPools
 
 CASES = "tests.model.cases_signals"
@@ -77,3 +82,18 @@ def test_pairs_that_cannot_be_compared_are_refused(ranks: RankPools, tmp_path: P
     inside = {"student_layer": 1, "teacher_layer": 1, "kind": "kl", "weight": 1.0, "heads": "mean"}
     for message in ranks(2, f"{CASES}:refusal", directory=tmp_path, loss=inside, recompute=True):
         assert "distil.recompute=false" in message
+
+
+def test_the_plan_counts_the_projections_that_are_trained() -> None:
+    config = TransformerConfig(num_layers=2, hidden_size=24, num_attention_heads=2, use_cpu_initialization=True)
+    teacher = ModelShape(99, 32, 48, 2, 4, 2, 12)
+    kinds: list[dict[str, Any]] = [
+        {"kind": "mse"},
+        {"kind": "cosine", "rank": 4},
+        {"kind": "relational"},
+        {"kind": "kl", "heads": "mean"},
+    ]
+    losses = [FeatureLoss(1, 1, weight=1.0, **kind) for kind in kinds]
+    trained = build_projections(config, losses, teacher_width=32, seed=1)
+    counted = projections_per_device(teacher, teacher.replace(hidden_size=24), 1, losses)
+    assert sum(parameter.numel() for parameter in trained.parameters()) == counted == 24 * 32 + 4 * (24 + 32)

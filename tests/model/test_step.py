@@ -5,6 +5,9 @@ from typing import Any
 
 import pytest
 
+from pipelines.activations import layer_numbers
+from pipelines.config import Layout
+from tests.model.cases_step import STUDENT
 from tests.ranks import RankPools
 
 CASES = "tests.model.cases_step"
@@ -81,3 +84,12 @@ def test_weights_of_zero_cost_nothing_in_training(ranks: RankPools, tmp_path: Pa
             "0.0 1.0 train": ["token_loss", "ce", "teacher ran 0"],
             "0.0 1.0 eval": everything,
         }
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_layer_keeps_what_the_plan_estimates(ranks: RankPools, recompute: bool) -> None:
+    """In plain torch, which fuses neither SwiGLU nor the rotary embedding and keeps their parts too."""
+    (found,) = ranks(1, f"{CASES}:kept_by_a_layer", recompute=recompute)
+    one = Layout(1, 1, 1, 1, 1, "cpu", False)
+    estimate = 4 * (STUDENT.hidden_size if recompute else layer_numbers(STUDENT, one))
+    assert estimate <= found <= (1.01 if recompute else 2) * estimate

@@ -1,0 +1,114 @@
+"""Bytes in a device's memory between a micro batch's forward and its backward pass: an estimate from shapes. No torch.
+
+Counted as arXiv 2205.05198 (sections 4 and 5) counts them, for layers with SwiGLU, RMSNorm and grouped-query attention,
+without dropout, and with attention that keeps no scores (flash attention: without the paper's 5 a s^2 b). A layer keeps
+per token, in numbers of the training's precision, t being the tensor-parallel size:
+
+    4 hidden                    inputs and results of the two norms; / t under sequence parallelism
+    2 (query + key_value) / t   queries, keys, values, and the attention's result
+    3 ffn / t                   gate and up before SwiGLU, and what it makes of them
+
+which for GPT's widths is the paper's 34 s b h bytes without its two dropout masks. With recompute a layer keeps its
+input, and one layer at a time is there whole. A pipeline stage holds as many micro batches as are on their way behind
+it. Left out: what lives within one operation, the teacher's layers (each is gone when the next is done), communication
+buffers, and the allocator's own waste.
+"""
+
+from collections.abc import Sequence
+
+from pipelines.config import Layout, Precision, TrainingConfig
+from pipelines.families import ModelShape
+from pipelines.signals import FeatureLoss, pipeline_stage, projection_sizes
+
+CHUNK_BYTES = 256 << 20  # of one buffer of logits on a GPU, as core/linear_divergence.py cuts them
+
+
+def layer_numbers(shape: ModelShape, ranks: Layout) -> int:
+    """What a layer keeps of one token, on each device."""
+    inside = 2 * (shape.axis_size("query") + shape.axis_size("key_value")) + 3 * shape.intermediate_size
+    return 4 * shape.hidden_size // _split(ranks) + inside // ranks.tensor
+
+
+def activation_bytes(
+    teacher: ModelShape,
+    student: ModelShape,
+    ranks: Layout,
+    training: TrainingConfig,
+    losses: Sequence[FeatureLoss] = (),
+    follows_logits: bool = True,
+) -> dict[str, int]:
+    """{"activations", "loss", "signals"} of the fullest pipeline stage.
+
+    activations: the student's layers. loss: hidden states at the heads, the student's gradient there, and the buffers
+    of one chunk of logits. signals: gradients that wait for the backward pass, and the teacher's states until the
+    losses are computed. losses: on hidden states and attention. follows_logits: whether the teacher's head is at work.
+    """
+    size = 2 if training.precision is Precision.bf16 else 4
+    tokens = training.micro_batch_size * training.sequence_length // ranks.context
+    micro_batches = max(1, training.global_batch_size // (training.micro_batch_size * ranks.data))
+    layers = -(-student.num_hidden_layers // ranks.pipeline)
+    whole = layer_numbers(student, ranks)
+    stages = []
+    for stage in range(ranks.pipeline):
+        waiting = min(ranks.pipeline - stage, micro_batches)
+        kept = layers * whole * waiting
+        if training.recompute:
+            kept = layers * student.hidden_size // _split(ranks) * waiting + whole
+        last = stage == ranks.pipeline - 1
+        own = [
+            loss
+            for loss in losses
+            if pipeline_stage(loss.student_layer, student.num_hidden_layers, ranks.pipeline) == stage
+        ]
+        stages.append(
+            {
+                "activations": size * tokens * kept,
+                "loss": _loss_bytes(teacher, student, ranks, tokens, size, follows_logits) if last else 0,
+                "signals": _signal_bytes(teacher, student, ranks, own, tokens, waiting, size),
+            }
+        )
+    return max(stages, key=lambda parts: sum(parts.values()))
+
+
+def _split(ranks: Layout) -> int:
+    """Over how many devices the tokens between layers are cut."""
+    return ranks.tensor if ranks.sequence_parallel else 1
+
+
+def _loss_bytes(
+    teacher: ModelShape, student: ModelShape, ranks: Layout, tokens: int, size: int, follows_logits: bool
+) -> int:
+    """The final norm's input and result, the gradient of the latter, the teacher's final states; and per model fp32
+    logits of one chunk, with their gradient apart in bf16."""
+    width = -(-student.vocab_size // ranks.tensor)
+    per_token = 3 * student.hidden_size + (teacher.hidden_size if follows_logits else 0)
+    chunk = min(max(1, CHUNK_BYTES // (4 * width)), tokens)
+    buffers = 4 * (2 if follows_logits else 1) + (2 if size == 2 else 0)
+    return size * tokens * per_token // _split(ranks) + buffers * chunk * width
+
+
+def _signal_bytes(
+    teacher: ModelShape,
+    student: ModelShape,
+    ranks: Layout,
+    losses: Sequence[FeatureLoss],
+    tokens: int,
+    waiting: int,
+    size: int,
+) -> int:
+    gradients = factors = 0
+    taken = {}
+    for loss in losses:
+        sizes = projection_sizes(loss, student.hidden_size, teacher.hidden_size)
+        factors += sum(out * into for out, into in sizes)
+        attends = loss.heads is not None
+        gradients += _state_numbers(student, ranks, attends)
+        taken[attends, loss.teacher_layer] = _state_numbers(teacher, ranks, attends)
+    return size * ((tokens * gradients + factors) * waiting + tokens * sum(taken.values()))
+
+
+def _state_numbers(shape: ModelShape, ranks: Layout, attends: bool) -> int:
+    """Of one token: its queries and keys, or its hidden state."""
+    if attends:
+        return (shape.axis_size("query") + shape.axis_size("key_value")) // ranks.tensor
+    return shape.hidden_size // _split(ranks)
