@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from pipelines import planning
 from pipelines.__main__ import stage_names
 from pipelines.compose import GROUPS, compose, conf_directory, group_options
-from pipelines.stages import STAGES
+from pipelines.stages import PIPELINE, STAGES
 from pipelines.validation import validate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -194,6 +195,24 @@ def test_every_command_of_the_readme_exists(command: str) -> None:
         assert shlex.split(command, comments=True)[1] in targets
     else:
         check_command(command)
+
+
+def techniques() -> list[str]:
+    """The settings of README.md's table of techniques."""
+    block = re.search(r"<!-- techniques -->\n(.*?)<!-- /techniques -->", README, re.S)
+    assert block, "README.md: no techniques"
+    return re.findall(r"`([^`]+)`", block.group(1))
+
+
+@pytest.mark.parametrize("settings", techniques())
+def test_every_technique_composes_and_changes_the_quickstart(settings: str) -> None:
+    usual = ["experiment=quickstart", "parallel=tp2", "parallel.device=cpu"]
+    overrides = shlex.split(settings)
+    config = compose([*usual, *overrides])
+    assert config != compose(usual)
+    if not any(override.startswith("model.path=") for override in overrides):  # a model that is given must be there
+        assert validate(config, stage_names(config) if "stage=" in settings else [*PIPELINE, "plan"]) == []
+        planning.plan(config)
 
 
 def documents() -> list[Path]:
