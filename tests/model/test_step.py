@@ -53,10 +53,18 @@ def test_plain_language_model_training(ranks: RankPools, tmp_path: Path, layout:
     check(errors, 5e-6, 1e-6)
 
 
-@pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}], ids=["tp2", "pp2"])
-def test_bf16(ranks: RankPools, tmp_path: Path, layout: dict[str, int]) -> None:
-    """Two layers in bf16 stay near the reference; the loss is not rounded to bf16 on its way out."""
-    check(ranks(2, f"{CASES}:step_errors", directory=tmp_path, precision="bf16", **layout)[0], 0.1, 0.05)
+def test_bf16(ranks: RankPools, tmp_path: Path) -> None:
+    """No layout costs accuracy: at most twice the error of one process in bf16, which is a few roundings of 2^-8.
+
+    Layouts that see the same tokens. The terms are sums in fp32: not rounded to bf16 on their way out.
+    """
+    (unsharded,) = ranks(1, f"{CASES}:step_errors", directory=tmp_path, precision="bf16")
+    check(unsharded, 0.05, 0.005)
+    for name in ("tp2", "tp2_sequence_parallel", "pp2"):
+        errors = ranks(2, f"{CASES}:step_errors", directory=tmp_path, precision="bf16", **LAYOUTS[name][1])[0]
+        check(errors, 0.05, 0.005)
+        for weight in (weight for weight in errors if weight.endswith(".weight")):
+            assert errors[weight] <= 2 * unsharded[weight], f"{name}: {weight}"
 
 
 def test_vocabularies_padded_differently(ranks: RankPools, tmp_path: Path) -> None:
