@@ -18,6 +18,7 @@ from pipelines.activations import activation_bytes
 from pipelines.artifacts import is_hugging_face
 from pipelines.config import (
     Config,
+    DistilConfig,
     Layout,
     Precision,
     ShapeConfig,
@@ -60,6 +61,18 @@ def peak_flops(device_name: str) -> float | None:
     if "mig" in words:
         return None
     return next((peak for name, peak in BF16_PEAKS.items() if words.issuperset(name.lower().split())), None)
+
+
+def speed_figures(tokens_per_second: float, flops_per_token: int, peak: float | None) -> dict[str, float]:
+    """tokens_per_second and flops_per_second of all devices together; with their peak, FLOP/s of them all, also
+    percent_of_peak (model FLOPs utilisation: what is computed more than once is not counted) and percent_of_plan, of
+    what `prediction` expects."""
+    achieved = tokens_per_second * flops_per_token
+    found = {"tokens_per_second": tokens_per_second, "flops_per_second": achieved}
+    if peak is not None:
+        share = achieved / peak
+        found |= {"percent_of_peak": 100 * share, "percent_of_plan": 100 * share / SHARE_OF_PEAK}
+    return found
 
 
 def shape_from_config(shape: ShapeConfig) -> ModelShape:
@@ -126,6 +139,11 @@ def attention_flops(shape: ModelShape, sequence_length: int) -> int:
     return 2 * sequence_length * shape.num_attention_heads * shape.head_dim * shape.num_hidden_layers
 
 
+def training_flops(shape: ModelShape, sequence_length: int) -> int:
+    """Per token of plain training, forward and backward."""
+    return FORWARD_AND_BACKWARD * (2 * matrix_parameters(shape) + attention_flops(shape, sequence_length))
+
+
 def signal_flops(
     teacher: ModelShape, student: ModelShape, sequence_length: int, losses: Sequence[FeatureLoss]
 ) -> tuple[int, int]:
@@ -171,6 +189,11 @@ class Flops:
     def executed(self) -> int:
         """With what is computed more than once."""
         return self.total + self.recompute + self.replicated
+
+
+def needs_logits(distil: DistilConfig) -> bool:
+    """Whether the loss of training ever has a weight on the divergence from the teacher."""
+    return bool(distil.kd_weight or distil.schedules.kd.end)
 
 
 def distillation_flops(
@@ -287,7 +310,7 @@ def plan(config: Config) -> dict[str, Any]:
     )
     depths = {"student_layers": student.num_hidden_layers, "teacher_layers": teacher.num_hidden_layers}
     losses = feature_losses(training.hidden, training.attention, **depths)
-    follows_logits = bool(training.kd_weight or training.schedules.kd.end)
+    follows_logits = needs_logits(training)
     flops = distillation_flops(
         teacher,
         student,
@@ -297,7 +320,7 @@ def plan(config: Config) -> dict[str, Any]:
         recompute=training.recompute,
         follows_logits=follows_logits,
     )
-    own = flops.student + FORWARD_AND_BACKWARD * attention_flops(student, training.sequence_length)
+    own = training_flops(student, training.sequence_length)
     tokens = training.steps * training.global_batch_size * training.sequence_length
     return {
         "experiment": config.run.name,

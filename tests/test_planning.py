@@ -55,6 +55,12 @@ def test_the_quickstarts_student_is_small_enough(experiment: str) -> None:
     assert planning.plan(compose([f"experiment={experiment}"]))["student_share"] <= 0.6
 
 
+def test_speed_in_percent_of_peak_and_plan() -> None:
+    assert planning.speed_figures(100.0, 3, None) == {"tokens_per_second": 100.0, "flops_per_second": 300.0}
+    figures = planning.speed_figures(100.0, 3, 1000.0)
+    assert figures["percent_of_peak"] == pytest.approx(30) and figures["percent_of_plan"] == pytest.approx(75)
+
+
 def test_flops_per_token_are_those_of_the_recipe() -> None:
     figures = planning.plan(compose(["experiment=llama31_8b_to_4b_width"]))
     parts = figures["flops_per_token_parts"]

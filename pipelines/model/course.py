@@ -35,7 +35,7 @@ class Course:
             pair.teacher_share = self.figures["taid_t"] = self.taid.t
 
     def end(self, means: dict[str, float], steps: int) -> None:
-        """After `steps` optimizer steps: means are those of the last one over the global batch, as reduce_reports."""
+        """After `steps` optimizer steps: means are those of the last one over the global batch."""
         if self.taid is not None and "kd" in means:
             self.taid.update(means["kd"], steps)
 

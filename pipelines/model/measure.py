@@ -1,5 +1,6 @@
 """Seconds and bytes of a piece of work: by the slowest rank's clock, and of the rank that holds most."""
 
+import resource
 import time
 from collections.abc import Callable, Mapping
 from typing import TypeVar
@@ -69,6 +70,16 @@ def peak_bytes(work: Callable[[], Result], device: torch.device) -> tuple[int, R
         held += event.nbytes()
         peak = max(peak, held)
     return int(greatest(peak, device)), result
+
+
+def process_peak_bytes(device: torch.device) -> int:
+    """The most that a rank has held since it started: tensors on its GPU, or on a CPU the resident memory of the whole
+    process (Linux counts it in KiB). The largest rank's number, on every rank: one all-reduce of one number."""
+    if device.type == "cuda":
+        held = torch.cuda.max_memory_allocated(device)
+    else:
+        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(greatest(held, device))
 
 
 def greatest(value: float, device: torch.device) -> float:

@@ -30,9 +30,10 @@ class DistillationPair(MegatronModule):
     forward gives, on the last pipeline stage, {"loss": the sum over valid tokens, a scalar; "token_loss", "kd", "ce",
     "agreement": (batch, sequence) fp32, unmasked}. Only "loss" carries a gradient. In training mode a term whose weight
     is 0 is neither computed nor returned (kd_weight 0 spares the teacher's forward too); in eval mode every term that
-    the models at hand allow is. Logits are never whole: the loss starts from the hidden states and the heads
-    (core/linear_divergence.py), and the gradients of both are computed with it. Under Megatron's
-    DistributedDataParallel the head's goes straight into its `main_grad`, in the forward pass.
+    the models at hand allow is, and with a teacher what core/divergence.py's Telemetry names besides. Logits are never
+    whole: the loss starts from the hidden states and the heads (core/linear_divergence.py), and the gradients of both
+    are computed with it. Under Megatron's DistributedDataParallel the head's goes straight into its `main_grad`, in the
+    forward pass.
 
     On earlier stages it gives the hidden states for the next stage, (sequence, batch, student hidden + teacher hidden),
     student's first; `config` says that size to the schedule.
@@ -148,6 +149,7 @@ class DistillationPair(MegatronModule):
             shard=self._shard(head.shape[0]),
             sequence_parallel=self.student.config.sequence_parallel,
             head_gradient=into,
+            telemetry=not self.training and teacher is not None,
         )
         loss = terms.loss
         # A tied head on the embedding's own stage gets a gradient from the embedding: autograd knows of it already.
@@ -158,6 +160,8 @@ class DistillationPair(MegatronModule):
     def _by_batch(self, terms: LinearTerms, shape: torch.Size) -> dict[str, Tensor]:
         """The terms per token: (sequence * batch,) -> (batch, sequence)."""
         found = {"token_loss": terms.token_loss, "kd": terms.kd, "ce": terms.ce, "agreement": terms.agreement}
+        if terms.telemetry is not None:
+            found |= terms.telemetry._asdict()
         batch, sequence = shape
         return {n: t.view(sequence, batch).t().contiguous() for n, t in found.items() if t is not None}
 

@@ -13,6 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from pipelines.config import UserError
+from pipelines.core import telemetry
 from pipelines.core.divergence import token_terms
 from pipelines.core.loss import masked_sum, valid_tokens
 from pipelines.core.vocab_parallel import Shard
@@ -27,13 +28,17 @@ class Quality:
     """Means over all valid tokens.
 
     loss: cross-entropy, nats/token. kl: KL(teacher || model), nats/token at temperature 1. agreement: share of tokens
-    whose most likely next token is the teacher's. kl and agreement: None without a teacher.
+    whose most likely next token is the teacher's. overlap: of the two distributions, sum of min(p, q). kl_by_entropy,
+    calibration_error: see core/telemetry.py. All but the loss: None without a teacher.
     """
 
     tokens: int
     loss: float
     kl: float | None
     agreement: float | None
+    overlap: float | None = None
+    calibration_error: float | None = None
+    kl_by_entropy: dict[str, float] | None = None
 
 
 def evaluate(
@@ -50,15 +55,15 @@ def evaluate(
         may hold different numbers of batches and batches of different sizes, none included.
     advance: called after each batch with its valid tokens.
 
-    Collectives, besides those of the forward passes: one all-gather per model and batch over the tensor-parallel group
-    (`core.divergence`); after each rank's first batch and at the end one all-reduce of all sums over the data-parallel
-    group and one broadcast over the pipeline. The result is the same on every rank.
+    Collectives, besides those of the forward passes: two all-gathers per model and batch over the tensor-parallel group
+    (`core.divergence`), one without a teacher; after each rank's first batch and at the end one all-reduce of all sums
+    over the data-parallel group and one broadcast over the pipeline. The result is the same on every rank.
     Raises UserError on every rank, naming the model, when a loss is NaN or infinite; ValueError without a valid token.
     """
     assert parallel_state.get_context_parallel_world_size() == 1, "evaluation reads whole sequences"
     device = next(next(iter(models.values())).parameters()).device
     order = sorted(models, key=lambda name: name != TEACHER)  # the teacher's logits come first
-    sums = torch.zeros(len(order), len(_SUMS), dtype=torch.float64, device=device)
+    sums = torch.zeros(len(order), len(_SUMS) + telemetry.SIZE, dtype=torch.float64, device=device)
     first = True
     with _evaluating(models.values()):
         for batch in batches:
@@ -78,11 +83,11 @@ def evaluate(
     }
 
 
-_SUMS = ("tokens", "loss", "kl", "agreement")
+_SUMS = ("tokens", "loss", "kl", "agreement", "overlap")  # and after them those of core/telemetry.py
 
 
 def _batch_sums(models: Mapping[str, GPTModel], batch: Batch, vocab_size: int, like: Tensor) -> Tensor:
-    """(models, 4) float64 sums over the batch's valid tokens on the last pipeline stage, zeros on the others."""
+    """(models, figures) float64 sums over the batch's valid tokens on the last pipeline stage, zeros on the others."""
     sums = torch.zeros_like(like)
     valid = valid_tokens(batch["labels"], batch["loss_mask"]).flatten()
     group = parallel_state.get_tensor_model_parallel_group()
@@ -94,13 +99,26 @@ def _batch_sums(models: Mapping[str, GPTModel], batch: Batch, vocab_size: int, l
         found = found.flatten(0, 1)
         shard = Shard.uniform(found.shape[-1], vocab_size, group)
         labels = batch["labels"].flatten()
-        terms = token_terms(found, teacher, labels, kd_scale=0.0, ce_scale=0.0, temperature=1.0, shard=shard)
+        if name == TEACHER:
+            teacher = found  # held to itself
+        terms = token_terms(
+            found,
+            teacher,
+            labels,
+            kd_scale=0.0,
+            ce_scale=0.0,
+            temperature=1.0,
+            shard=shard,
+            telemetry=teacher is not None,
+        )
         row[0] = valid.sum()
-        for index, term in enumerate((terms.ce, terms.kd, terms.agreement), start=1):
+        seen = terms.telemetry
+        overlap = None if seen is None else seen.overlap
+        for index, term in enumerate((terms.ce, terms.kd, terms.agreement, overlap), start=1):
             if term is not None:
                 row[index] = masked_sum(term.double(), valid)
-        if name == TEACHER:
-            teacher, row[3] = found, valid.sum()  # agrees with itself, at a KL of 0
+        if seen is not None and terms.kd is not None:
+            row[len(_SUMS) :] = telemetry.sums(seen, terms.kd, valid)
     return sums
 
 
@@ -177,7 +195,7 @@ def _reduced(sums: Tensor) -> Tensor:
 
 def _require_finite(names: list[str], totals: Tensor) -> None:
     for name, row in zip(names, totals.tolist(), strict=True):
-        for figure, value in zip(_SUMS, row, strict=True):
+        for figure, value in zip(_SUMS, row, strict=False):
             if not abs(value) < float("inf"):
                 raise UserError(
                     f"{name}: expected a finite {figure}, found {value}. Its weights or activations are not finite: "
@@ -186,17 +204,17 @@ def _require_finite(names: list[str], totals: Tensor) -> None:
 
 
 def _quality(row: list[float], *, has_teacher: bool) -> Quality:
-    tokens, loss, kl, agreement = row
+    tokens, loss, *others = row[: len(_SUMS)]
     if not tokens:
         raise ValueError(
             "evaluation: expected at least one valid token, found none. Give more batches or a longer split."
         )
-    return Quality(
-        tokens=round(tokens),
-        loss=loss / tokens,
-        kl=kl / tokens if has_teacher else None,
-        agreement=agreement / tokens if has_teacher else None,
-    )
+    if not has_teacher:
+        return Quality(round(tokens), loss / tokens, kl=None, agreement=None)
+    kl, agreement, overlap = (total / tokens for total in others)
+    seen = row[len(_SUMS) :]
+    error, _ = telemetry.calibration_errors(seen, tokens)
+    return Quality(round(tokens), loss / tokens, kl, agreement, overlap, error, telemetry.by_entropy(seen))
 
 
 def gathered_logits(model: GPTModel, batch: Batch, vocab_size: int) -> Tensor:

@@ -10,11 +10,13 @@
     loss    (that sum, number of valid tokens int32, report). Under calculate_per_token_loss the
             schedule adds the counts of all micro batches and finalize_model_grads sums them over the data-parallel
             group and divides the gradients by the total: the mean over all valid tokens of the global batch.
-    report  {name: scalar fp64 sum over the micro batch's valid tokens, for each term; "tokens": their count}.
-            `reduce_reports` turns the reports of a step into means over data-parallel ranks and micro batches.
+    report  {name: scalar fp64 sum over the micro batch's valid tokens, for each term of MEANS; "tokens": their count;
+            in eval mode, with a teacher, "telemetry": the sums of core/telemetry.py}.
+            `reduce_reports` adds up the reports of a step over micro batches and data-parallel ranks.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,6 +28,8 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_model_config
 from torch import Tensor
 
+from pipelines.core import telemetry
+from pipelines.core.divergence import Telemetry
 from pipelines.core.loss import masked_sum, valid_tokens
 from pipelines.model.documents import moved, packed_sequences
 from pipelines.model.pair import TERMS, DistillationPair
@@ -34,6 +38,39 @@ from pipelines.model.signals import FeatureLosses
 Batch = dict[str, Tensor]
 Report = dict[str, Tensor]
 Loss = tuple[Tensor, Tensor, Report]
+
+MEANS = (*TERMS, "overlap", "teacher_entropy")  # what is averaged over valid tokens
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over the valid tokens of one step or of several, the same on every rank; `means` divides them, once.
+
+    sums: by the names of MEANS and of losses between layers, those that were computed. telemetry: of core/telemetry.py,
+    None where there was none.
+    """
+
+    tokens: float
+    sums: dict[str, float]
+    telemetry: list[float] | None = None
+
+    def __add__(self, other: "Totals") -> "Totals":
+        """Of all steps together; both have computed the same."""
+        assert self.sums.keys() == other.sums.keys()
+        seen = None
+        if self.telemetry is not None and other.telemetry is not None:
+            seen = [a + b for a, b in zip(self.telemetry, other.telemetry, strict=True)]
+        return Totals(self.tokens + other.tokens, {n: self.sums[n] + other.sums[n] for n in self.sums}, seen)
+
+    def means(self) -> dict[str, float]:
+        """Per valid token, by name; "kd_entropy_<band>" where the band has tokens; "student_calibration_error",
+        "teacher_calibration_error"; "tokens", their number. Without a valid token means are NaN."""
+        found = {name: total / self.tokens if self.tokens else float("nan") for name, total in self.sums.items()}
+        if self.telemetry is not None and self.tokens:
+            found |= {f"kd_entropy_{band}": mean for band, mean in telemetry.by_entropy(self.telemetry).items()}
+            student, teacher = telemetry.calibration_errors(self.telemetry, self.tokens)
+            found |= {"student_calibration_error": student, "teacher_calibration_error": teacher}
+        return found | {"tokens": self.tokens}
 
 
 def forward(model: Any, batch: Batch) -> dict[str, Tensor] | Tensor:
@@ -51,9 +88,12 @@ def loss_function(batch: Batch, terms: dict[str, Tensor]) -> Loss:
     """The sums of one micro batch on one data-parallel rank; no collectives. Shapes and meaning: see the module."""
     valid = valid_tokens(batch["labels"], batch["loss_mask"])
     count = valid.sum()
-    per_token = {name: term for name, term in terms.items() if name != "loss"}
-    report = {name.removeprefix("token_"): masked_sum(term.double(), valid) for name, term in per_token.items()}
+    per_token = {name: terms["token_loss" if name == "loss" else name] for name in MEANS if name in terms}
+    report = {name: masked_sum(term.double(), valid) for name, term in per_token.items()}
     report["tokens"] = count.double()
+    if "overlap" in terms:
+        seen = Telemetry(*(terms[name] for name in Telemetry._fields))
+        report["telemetry"] = telemetry.sums(seen, terms["kd"], valid)
     return terms["loss"], count.to(torch.int32), report
 
 
@@ -63,37 +103,40 @@ def forward_step(batches: Iterator[Batch], model: Any) -> tuple[dict[str, Tensor
     return forward(model, batch), partial(loss_function, batch)
 
 
-def reduce_reports(reports: Sequence[Report], features: FeatureLosses | None = None) -> dict[str, float]:
-    """Means over valid tokens of each term that was computed, and "tokens", their number, over micro batches and ranks.
+def reduce_reports(reports: Sequence[Report], features: FeatureLosses | None = None) -> Totals:
+    """The sums of each term that was computed and the number of valid tokens, over micro batches and ranks.
 
     reports: those of this rank's micro batches; empty on every pipeline stage but the last. features: the pair's; their
-    means come by their names, and "loss" holds their weighted sum then. One SUM all-reduce over the data-parallel group
-    (with context), one broadcast over the pipeline group, and with features those of `take_sums` and two all-reduces
-    more; the result is the same on every rank.
+    sums come by their names, and "loss" holds their weighted sum then. One SUM all-reduce over the data-parallel group
+    (with context) and one broadcast over the pipeline group, of the same few numbers in training and in validation, and
+    with features those of `take_sums` and two all-reduces more; the result is the same on every rank.
     """
-    names = (*TERMS, "tokens")
-    sums = torch.zeros(2, len(names), dtype=torch.float64, device=torch.cuda.current_device())
+    names = (*MEANS, "tokens")
+    found = torch.zeros(2 * len(names) + telemetry.SIZE, dtype=torch.float64, device=torch.cuda.current_device())
+    sums, counts, seen = found.split([len(names), len(names), telemetry.SIZE])
     for report in reports:
         for index, name in enumerate(names):
             if name in report:
-                sums[0, index] += report[name]
-                sums[1, index] += 1
+                sums[index] += report[name]
+                counts[index] += 1
+        if "telemetry" in report:
+            seen += report["telemetry"]
     data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    torch.distributed.all_reduce(sums, group=data_group)
+    torch.distributed.all_reduce(found, group=data_group)
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         last = parallel_state.get_pipeline_model_parallel_last_rank()
-        torch.distributed.broadcast(sums, src=last, group=parallel_state.get_pipeline_model_parallel_group())
-    totals, present = (dict(zip(names, row, strict=True)) for row in sums.tolist())
+        torch.distributed.broadcast(found, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+    present = {name for name, count in zip(names, counts.tolist(), strict=True) if count}
+    totals = {name: total for name, total in zip(names, sums.tolist(), strict=True) if name in present}
     tokens = totals.pop("tokens")
-    means = {name: total / tokens if tokens else float("nan") for name, total in totals.items() if present[name]}
     if features is not None:
-        found = features.take_sums()
-        torch.distributed.all_reduce(found, group=data_group)
-        torch.distributed.all_reduce(found, group=parallel_state.get_pipeline_model_parallel_group())
-        for name, total in zip(features.names, found.tolist(), strict=True):
-            means[name] = total / tokens if tokens else float("nan")
-            means["loss"] += features.factor * features.weights[name] * means[name]
-    return means | {"tokens": tokens}
+        of_features = features.take_sums()
+        torch.distributed.all_reduce(of_features, group=data_group)
+        torch.distributed.all_reduce(of_features, group=parallel_state.get_pipeline_model_parallel_group())
+        for name, total in zip(features.names, of_features.tolist(), strict=True):
+            totals[name] = total
+            totals["loss"] += features.factor * features.weights[name] * total
+    return Totals(tokens, totals, seen.tolist() if "overlap" in present else None)
 
 
 def wrap(pair: DistillationPair, *, distributed_optimizer: bool = False) -> DistributedDataParallel:
@@ -116,7 +159,7 @@ def training_step(model: DistributedDataParallel, batches: Sequence[Batch]) -> d
 
     batches: this data-parallel rank's micro batches, of equal shape; each rank has as many. Gradients are those of the
     mean over all valid tokens, summed over data-parallel ranks (with the distributed optimizer: of this rank's part of
-    each buffer only, see `gather_gradients`). Returns the step's means as `reduce_reports`.
+    each buffer only, see `gather_gradients`). Returns the step's means, the same on every rank.
     """
     model.train()
     model.zero_grad_buffer()
@@ -146,7 +189,7 @@ def _run_schedule(model: Any, batches: Sequence[Batch], *, forward_only: bool) -
     )
     if not forward_only:
         assert get_model_config(model).finalize_model_grads_func is not None, "gradients were not reduced"
-    return reduce_reports(reports, get_attr_wrapped_model(model, "features"))
+    return reduce_reports(reports, get_attr_wrapped_model(model, "features")).means()
 
 
 def gather_gradients(model: DistributedDataParallel) -> None:

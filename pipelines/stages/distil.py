@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron.core.models.gpt import GPTModel
 
-from pipelines import artifacts, console
+from pipelines import artifacts, console, planning
 from pipelines.config import DistilConfig, UserError, layout
 from pipelines.core.family import divergence_named
 from pipelines.core.kernels import kernels_for
@@ -79,9 +79,17 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
         f"distil  {identity}\n"
         f"distil  kernels of the loss: {kernels_for(ranks.device)[1]}"
     )
-    course = _course(settings, weights)
+    follows = planning.needs_logits(settings)
+    flops = planning.distillation_flops(teacher_shape, shape, settings.sequence_length, losses, follows_logits=follows)
     pair, validation = train(
-        context, settings, ranks, description="distil", model_config=pair_config, built=built, course=course
+        context,
+        settings,
+        ranks,
+        description="distil",
+        model_config=pair_config,
+        built=built,
+        flops_per_token=flops.total,
+        course=_course(settings, weights),
     )
     tokenizer = artifacts.corpus_directory(config) / "tokenizer"
     save_hugging_face(pair.student, context.directory / "hf", shape, tokenizer=tokenizer)

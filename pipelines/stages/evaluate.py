@@ -2,8 +2,9 @@
 
 Writes results.json: {"split", "tokens", "bytes", ..., "models": {"teacher" | "pruned" | "student": {"path",
 "parameters", "loss" (nats/token), "perplexity", "bits_per_byte", "kl" (KL(teacher || model), nats/token), "agreement"
-(share), "tokens_per_second"}}, "missing": {model: reason}}. All models are resident together: as inference weights
-they take less than distilling the student took.
+(share), "overlap" (share), "calibration_error", "kl_by_entropy" (nats/token by bands of the teacher's entropy, see
+core/telemetry.py), "tokens_per_second"}}, "missing": {model: reason}}. All models are resident together: as inference
+weights they take less than distilling the student took.
 """
 
 import math
@@ -95,8 +96,8 @@ def find_models(config: Config) -> tuple[dict[str, Path], dict[str, str]]:
     return directories, missing
 
 
-def figures(found: quality.Quality, text_bytes: float) -> dict[str, float | None]:
-    """loss, perplexity, bits per byte, KL and agreement of one model. text_bytes: UTF-8 bytes behind the tokens."""
+def figures(found: quality.Quality, text_bytes: float) -> dict[str, Any]:
+    """What results.json says of one model's quality. text_bytes: UTF-8 bytes behind the tokens."""
     bits = found.loss * found.tokens / math.log(2) / text_bytes if text_bytes else None
     perplexity = math.exp(found.loss) if found.loss < 700 else None  # beyond, it is no float64
     return {
@@ -105,6 +106,9 @@ def figures(found: quality.Quality, text_bytes: float) -> dict[str, float | None
         "bits_per_byte": bits,
         "kl": found.kl,
         "agreement": found.agreement,
+        "overlap": found.overlap,
+        "calibration_error": found.calibration_error,
+        "kl_by_entropy": found.kl_by_entropy,
     }
 
 

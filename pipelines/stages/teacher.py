@@ -11,7 +11,7 @@ from pipelines.model.export import save_hugging_face
 from pipelines.model.pair import DistillationPair
 from pipelines.model.random_model import write_random_model
 from pipelines.model.weights import load_hugging_face
-from pipelines.planning import shape_from_config
+from pipelines.planning import shape_from_config, training_flops
 from pipelines.safetensors_header import check_model
 from pipelines.vocabulary import check_vocabulary
 
@@ -50,7 +50,15 @@ def _train(context: artifacts.StageContext, ranks: Layout, start: Path, shape: M
         return DistillationPair(model, vocab_size=shape.vocab_size, kd_weight=0.0, ce_weight=1.0)
 
     console.say(f"teacher  {settings.mode.value}: {shape.parameters():,} parameters, {settings.steps} steps, loss = CE")
-    pair, validation = train(context, settings, ranks, description="teacher", model_config=model_config, built=built)
+    pair, validation = train(
+        context,
+        settings,
+        ranks,
+        description="teacher",
+        model_config=model_config,
+        built=built,
+        flops_per_token=training_flops(shape, settings.sequence_length),
+    )
     tokenizer = artifacts.corpus_directory(config) / "tokenizer"
     save_hugging_face(pair.student, context.directory / "hf", shape, tokenizer=tokenizer)
     return {

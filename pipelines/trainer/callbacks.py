@@ -4,13 +4,16 @@ import json
 import math
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.callbacks import Callback
 
-from pipelines import console, files
-from pipelines.model.step import reduce_reports
+from pipelines import console, files, planning
+from pipelines.model.measure import process_peak_bytes
+from pipelines.model.step import Totals, reduce_reports
 from pipelines.trainer.finite import refuse_non_finite
 from pipelines.trainer.module import unwrap
 
@@ -18,20 +21,34 @@ from pipelines.trainer.module import unwrap
 class Metrics(Callback):
     """Writes metrics.jsonl and TensorBoard events on rank 0 and moves the progress bar.
 
-    Rows: step, split, every averaged loss term, and for train learning_rate, gradient_norm (before clipping),
-    tokens_per_second, time (seconds since the stage first started, over resumes). Rows past start, the step of the
-    checkpoint that the run continues from, are taken back.
+    Rows: step, split, every mean of model/step.py's Totals, and planning.speed_figures of the training steps since the
+    last row of that split, without validations. For train also learning_rate, gradient_norm (before clipping) and time
+    (seconds since the stage first started, over resumes), for validation peak_bytes (measure.process_peak_bytes). Rows
+    past start, the step of the checkpoint that the run continues from, are taken back.
+
+    flops_per_token: of training. peak: FLOP/s of all devices together, None where that is not known.
     """
 
     def __init__(
-        self, directory: Path, *, description: str, start: int, steps: int, tokens_per_step: int, log_interval: int
+        self,
+        directory: Path,
+        *,
+        description: str,
+        start: int,
+        steps: int,
+        tokens_per_step: int,
+        log_interval: int,
+        flops_per_token: int,
+        peak: float | None,
     ) -> None:
         self.directory, self.description, self.start, self.steps = directory, description, start, steps
-        self.tokens_per_step, self.log_interval = tokens_per_step, log_interval
+        self.log_interval = log_interval
+        self.speed = partial(planning.speed_figures, flops_per_token=flops_per_token, peak=peak)
+        self.paces = {split: _Pace(tokens_per_step) for split in ("train", "validation")}
         self.elapsed = 0.0
         self.gradient_norm = 0.0
         self.means: dict[str, float] = {}
-        self.validation = _Sums()
+        self.validation: Totals | None = None
         self.last_validation: dict[str, float] = {}
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -42,8 +59,8 @@ class Metrics(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         assert trainer.global_step == self.start, "the checkpoint's name tells its step"
         self._features = unwrap(pl_module.module).features
-        self._started = self._previous = time.monotonic()
-        self._previous_step = trainer.global_step
+        self._started = time.monotonic()
+        self._set_off(trainer.global_step)
         if console.rank() == 0:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -54,9 +71,10 @@ class Metrics(Callback):
 
     def on_megatron_step_end(self, step: Any, microbatch_outputs: Any, reduced: Any = None) -> None:
         """NeMo calls it on every rank, once per global batch. Collectives: those of `reduce_reports`."""
-        self.means = reduce_reports(microbatch_outputs, self._features)
+        totals = reduce_reports(microbatch_outputs, self._features)
+        self.means = totals.means()
         if step.forward_only:
-            self.validation.add(self.means)
+            self.validation = totals if self.validation is None else self.validation + totals
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         # At the step's end the schedule has moved on already.
@@ -78,28 +96,32 @@ class Metrics(Callback):
         step, means = trainer.global_step, self.means
         if step % self.log_interval and step != self.steps:
             return
-        now = time.monotonic()
-        tokens_per_second = self.tokens_per_step * (step - self._previous_step) / (now - self._previous)
-        self._previous, self._previous_step = now, step
-        row = means | {
-            "learning_rate": self._learning_rate,
-            "gradient_norm": self.gradient_norm,
-            "tokens_per_second": tokens_per_second,
-            "time": self.elapsed + now - self._started,
-        }
+        tokens_per_second = self.paces["train"].since(step)
+        self.paces["train"].set_off(step)
+        row = means | {"learning_rate": self._learning_rate, "gradient_norm": self.gradient_norm}
+        row |= self.speed(tokens_per_second) | {"time": self.elapsed + time.monotonic() - self._started}
         self._write(step, "train", row)
         shown = "  ".join(f"{name} {means[name]:.3f}" for name in ("loss", "kd", "ce") if name in means)
-        self._bar.advance(step - self._bar.done, f"{shown}  {tokens_per_second:,.0f} tokens/s")
+        speed = f"{tokens_per_second:,.0f} tokens/s  {row['flops_per_second'] / 1e12:,.3g} TFLOP/s"
+        planned = f"  {row['percent_of_plan']:.0f} % of plan" if "percent_of_plan" in row else ""
+        self._bar.advance(step - self._bar.done, f"{shown}  {speed}{planned}")
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        self.validation = _Sums()
+        self.validation = None
+        self._training_speed = self.speed(self.paces["validation"].since(trainer.global_step))
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        assert self.validation is not None
         self.last_validation = self.validation.means()
         refuse_non_finite({"validation loss": math.isfinite(self.last_validation["loss"])}, trainer.global_step)
-        self._write(trainer.global_step, "validation", self.last_validation)
-        # The time of a validation is not the next step's.
-        self._previous = time.monotonic()
+        memory = {"peak_bytes": process_peak_bytes(torch.device(torch.cuda.current_device()))}
+        self._write(trainer.global_step, "validation", self.last_validation | self._training_speed | memory)
+        self._set_off(trainer.global_step)
+
+    def _set_off(self, step: int) -> None:
+        """From here on is training: the time of a validation is not the next step's."""
+        for pace in self.paces.values():
+            pace.set_off(step)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._close()
@@ -151,17 +173,14 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-class _Sums:
-    """Means of several global batches joined into one, weighted by their tokens."""
+class _Pace:
+    """Tokens per second since a step."""
 
-    def __init__(self) -> None:
-        self.tokens = 0.0
-        self.totals: dict[str, float] = {}
+    def __init__(self, tokens_per_step: int) -> None:
+        self.tokens_per_step = tokens_per_step
 
-    def add(self, means: dict[str, float]) -> None:
-        self.tokens += means["tokens"]
-        for name in means.keys() - {"tokens"}:
-            self.totals[name] = self.totals.get(name, 0.0) + means[name] * means["tokens"]
+    def set_off(self, step: int) -> None:
+        self.step, self.moment = step, time.monotonic()
 
-    def means(self) -> dict[str, float]:
-        return {name: total / self.tokens for name, total in self.totals.items()} | {"tokens": self.tokens}
+    def since(self, step: int) -> float:
+        return self.tokens_per_step * (step - self.step) / (time.monotonic() - self.moment)

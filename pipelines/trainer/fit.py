@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch.callbacks import Callback
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -20,7 +21,7 @@ from nemo.lightning.megatron_parallel import MegatronStep
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
 from nemo.lightning.pytorch.plugins import MegatronDataSampler, MegatronMixedPrecision
 
-from pipelines import console, processes
+from pipelines import console, planning, processes
 from pipelines.model import adam, parallel
 from pipelines.trainer import checkpoint_writer, checkpoints
 from pipelines.trainer.callbacks import Metrics
@@ -95,12 +96,14 @@ def fit(
     seed: int,
     device: str,
     callbacks: list[Callback],
+    flops_per_token: int,
     end_of_document: int | None = None,
 ) -> tuple[MegatronModule, dict[str, float]]:
     """Train to schedule.steps. Returns the trained module, unwrapped, and the figures of its validation.
 
-    config, build: see TrainedModel. blend: for "train" and "validation" Megatron's list of weights and
-    prefixes. Writes checkpoints/, metrics.jsonl, tensorboard/ and data_index/ under directory. Every rank calls it.
+    config, build: see TrainedModel. blend: for "train" and "validation" Megatron's list of weights and prefixes.
+    flops_per_token: of training, as planning counts them. Writes checkpoints/, metrics.jsonl, tensorboard/ and
+    data_index/ under directory. Every rank calls it.
     """
     console.say(f"{description}  optimizer: {adam.install()}")
     checkpoint = checkpoints.newest(directory / "checkpoints", description)
@@ -118,6 +121,8 @@ def fit(
         steps=schedule.steps,
         tokens_per_step=schedule.global_batch_size * schedule.sequence_length,
         log_interval=schedule.log_interval,
+        flops_per_token=flops_per_token,
+        peak=_peak(description, schedule.precision, device, flops_per_token),
     )
     saving = checkpoints.Checkpoints(
         directory / "checkpoints",
@@ -131,6 +136,19 @@ def fit(
     trainer.fit(model, data, ckpt_path=str(checkpoint) if checkpoint else None)
     # Lightning moves what it has trained to the CPU, where nccl cannot gather it.
     return unwrap(model.module).to(parallel.torch_device(device)), metrics.last_validation
+
+
+def _peak(description: str, precision: str, device: str, flops_per_token: int) -> float | None:
+    """bf16 FLOP/s of all ranks' GPUs together; None in fp32, and where the device's peak is not known."""
+    one = planning.peak_flops(torch.cuda.get_device_name()) if device == "cuda" and precision == "bf16" else None
+    if one is None:
+        return None
+    peak, share = one * processes.world_size(), planning.SHARE_OF_PEAK
+    console.say(
+        f"{description}  plan: {share * peak / flops_per_token:,.0f} tokens/s, {flops_per_token / 1e9:,.4g} GFLOP per "
+        f"token at {share:.0%} of {peak / 1e12:,.0f} TFLOP/s"
+    )
+    return peak
 
 
 def _optimizer(schedule: Schedule) -> MegatronOptimizerModule:

@@ -21,10 +21,11 @@ def train(
     description: str,
     model_config: TransformerConfig,
     built: Callable[[], DistillationPair],
+    flops_per_token: int,
     course: Course | None = None,
 ) -> tuple[DistillationPair, dict[str, float]]:
     """Train what `built` returns on the run's corpus; `course` changes the loss on the way. Returns it with the figures
-    of the last validation."""
+    of the last validation. flops_per_token: as planning counts them."""
     if ranks.device == "cpu":
         from pipelines.trainer import cpu_runtime
 
@@ -44,6 +45,7 @@ def train(
         tokenizer=corpus / "tokenizer",
         seed=context.config.run.seed,
         device=ranks.device,
+        flops_per_token=flops_per_token,
         callbacks=[] if course is None else [CourseCallback(course)],
         end_of_document=end_of_document(corpus, "train", "validation") if settings.document_mask else None,
     )

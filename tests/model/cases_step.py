@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from pipelines.core.reference import ReferenceStep, distillation_step
+from pipelines.core.reference import ReferenceStep, distillation_step, divergences, llama_logits, telemetry
 from pipelines.families import ModelShape
 from pipelines.model import parallel
 from pipelines.model.build import build_model
@@ -39,10 +39,12 @@ STUDENT = TEACHER.replace(hidden_size=24, intermediate_size=36, num_attention_he
 SEQUENCE, MICRO_BATCH = 12, 2
 
 
-def write_models(directory: Path, student: ModelShape = STUDENT, teacher: ModelShape = TEACHER) -> None:
+def write_models(
+    directory: Path, student: ModelShape = STUDENT, teacher: ModelShape = TEACHER, teacher_std: float = 0.2
+) -> None:
     """Large weights, so that the softmax is far from uniform."""
     if dist.get_rank() == 0:
-        write_random_model(directory / "teacher", teacher, seed=1, std=0.2)
+        write_random_model(directory / "teacher", teacher, seed=1, std=teacher_std)
         write_random_model(directory / "student", student, seed=2, std=0.2)
     dist.barrier()
 
@@ -101,7 +103,7 @@ def step_errors(
     errors of the gradients by Hugging Face name, against the float64 reference."""
     parallel.initialize(tensor, pipeline)
     student, teacher = STUDENT.replace(tie_word_embeddings=tied), TEACHER.replace(vocab_size=teacher_vocab_size)
-    write_models(directory, student, teacher)
+    write_models(directory, student, teacher, teacher_std=0.35)  # its entropy lies in several bands
     weights = {"kd_weight": kd_weight, "ce_weight": ce_weight, "temperature": temperature}
     options = {"sequence_parallel": sequence_parallel, "precision": precision}
     pair = build_pair(directory, student, teacher if kd_weight else None, options, **weights)
@@ -116,24 +118,71 @@ def step_errors(
     if dist.get_rank() != 0:
         return {}
     expected = reference(directory, student, teacher, batches, weights)
+    seen = expected.means | (
+        reference_telemetry(directory, student, teacher, batches, temperature) if kd_weight else {}
+    )
+    assert set(before) == (set(seen) if kd_weight else {"loss", "ce", "tokens"}), sorted(set(before) ^ set(seen))
     errors = {name: abs(value - expected.means[name]) for name, value in means.items()}
-    errors |= {f"evaluation {name}": abs(value - expected.means[name]) for name, value in before.items()}
+    errors |= {f"evaluation {name}": abs(value - seen[name]) for name, value in before.items()}
     for name, gradient in expected.gradients.items():
         errors[name] = ((gradients[name] - gradient).norm() / gradient.norm()).item()
     return errors
 
 
-def reference(
-    directory: Path, student: ModelShape, teacher: ModelShape, batches: list[list[Batch]], weights: dict[str, float]
-) -> ReferenceStep:
+def whole_batch(batches: list[list[Batch]]) -> tuple[Batch, torch.Tensor]:
+    """The batches of every replica as one, and which of its labels are -100."""
     whole = {key: torch.cat([b[key] for replica in batches for b in replica]) for key in batches[0][0]}
-    ignored = whole["labels"] < 0
+    return whole, whole["labels"] < 0
+
+
+def weights_of(directory: Path, student: ModelShape) -> dict[str, dict[str, torch.Tensor]]:
+    """Both models' in float64, the teacher's vocabulary cut to the student's."""
     files = {}
     for name in ("student", "teacher"):
         found = Tensors(directory / name)
         files[name] = {n: found[n].double() for n in found.names}
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         files["teacher"][name] = files["teacher"][name][: student.vocab_size]
+    return files
+
+
+def reference_telemetry(
+    directory: Path, student: ModelShape, teacher: ModelShape, batches: list[list[Batch]], temperature: float
+) -> dict[str, float]:
+    """What an evaluation adds to the means: from whole logits in float64, one token after the other."""
+    whole, ignored = whole_batch(batches)
+    files, kept = weights_of(directory, student), (whole["loss_mask"] != 0) & ~ignored
+    labels = whole["labels"][kept]
+    s, t = (
+        llama_logits(files[name], shape, whole["tokens"])[kept]
+        for name, shape in (("student", student), ("teacher", teacher.replace(vocab_size=student.vocab_size)))
+    )
+    kd, seen = divergences(t / temperature, s / temperature, "forward_kl"), telemetry(t, s, labels)
+    found = {name: seen[name].mean().item() for name in ("overlap", "teacher_entropy")}
+    for name, low, high in (("0_1", 0, 1), ("1_2", 1, 2), ("2_4", 2, 4), ("4_up", 4, 99)):
+        inside = [
+            value for value, e in zip(kd.tolist(), seen["teacher_entropy"].tolist(), strict=True) if low <= e < high
+        ]
+        if inside:
+            found[f"kd_entropy_{name}"] = sum(inside) / len(inside)
+    for name in ("student", "teacher"):
+        confidence, correct = seen[f"{name}_confidence"], seen[f"{name}_correct"]
+        error = 0.0
+        for number in range(15):
+            inside_bin = (confidence > number / 15) & (confidence <= (number + 1) / 15)
+            if inside_bin.any():
+                gap = correct[inside_bin].mean() - confidence[inside_bin].mean()
+                error += inside_bin.double().mean().item() * abs(gap.item())
+        found[f"{name}_calibration_error"] = error
+    assert sum(name.startswith("kd_entropy") for name in found) >= 2
+    return found
+
+
+def reference(
+    directory: Path, student: ModelShape, teacher: ModelShape, batches: list[list[Batch]], weights: dict[str, float]
+) -> ReferenceStep:
+    whole, ignored = whole_batch(batches)
+    files = weights_of(directory, student)
     return distillation_step(
         files["student"],
         student,

@@ -40,8 +40,18 @@ def plain_figures(directories: dict[str, str], count: int = 5, length: int = 12)
             "loss": -logs[name].gather(1, labels[:, None]).mean().item(),
             "kl": (p.exp() * (p - logs[name])).sum(-1).mean().item(),
             "agreement": (p.argmax(-1) == logs[name].argmax(-1)).double().mean().item(),
+            "overlap": torch.minimum(p.exp(), logs[name].exp()).sum(-1).mean().item(),
+            "calibration_error": plain_calibration_error(logs[name].exp(), labels),
         }
     return figures
+
+
+def plain_calibration_error(probabilities: torch.Tensor, labels: torch.Tensor) -> float:
+    """Fifteen bins of confidence, one after the other."""
+    confidence, greatest = probabilities.max(-1)
+    bins = (confidence * 15).ceil()
+    gaps = [((greatest == labels).double() - confidence)[bins == number].sum().abs().item() for number in range(1, 16)]
+    return sum(gaps) / len(labels)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +76,10 @@ def test_equals_transformers_in_float64(
             assert found[name]["tokens"] == int(mask.sum())
             for figure, value in figures.items():
                 assert found[name][figure] == pytest.approx(value, rel=1e-5, abs=1e-7), (name, figure)
+        assert found["teacher"]["overlap"] == pytest.approx(1) and found["teacher"]["kl"] == 0
+        bands = found["student"]["kl_by_entropy"]
+        assert min(bands.values()) <= found["student"]["kl"] <= max(bands.values())
+        assert set(bands) == set(found["teacher"]["kl_by_entropy"])
 
 
 def test_a_rank_without_a_batch_takes_part(ranks: RankPools, directories: dict[str, str]) -> None:
@@ -79,7 +93,7 @@ def test_without_a_teacher_there_is_a_loss_alone(ranks: RankPools, directories: 
     alone = {"student": directories["student"]}
     (found,) = ranks(1, "tests.model.cases_quality:evaluate", directories=alone)
     assert found["student"]["loss"] == pytest.approx(plain_figures(directories)["student"]["loss"], rel=1e-5)
-    assert found["student"]["kl"] is None and found["student"]["agreement"] is None
+    assert all(found["student"][name] is None for name in ("kl", "agreement", "overlap", "kl_by_entropy"))
 
 
 def test_not_a_number_names_the_model(ranks: RankPools, directories: dict[str, str]) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from pipelines.activations import layer_numbers
 from pipelines.config import Layout
+from pipelines.core.divergence import Telemetry
 from tests.model.cases_step import STUDENT
 from tests.ranks import RankPools
 
@@ -37,6 +38,8 @@ def test_values_and_gradients(ranks: RankPools, tmp_path: Path, world: int, layo
     errors = ranks(world, f"{CASES}:step_errors", directory=tmp_path, **layout)[0]
     for mode in ("", "evaluation "):
         assert {f"{mode}{name}" for name in ("loss", "kd", "ce", "agreement", "tokens")} <= set(errors)
+    for name in ("overlap", "teacher_entropy", "student_calibration_error", "teacher_calibration_error"):
+        assert f"evaluation {name}" in errors and name not in errors, "training steps do not pay for it"
     check(errors, 5e-6, 1e-6)
 
 
@@ -83,14 +86,15 @@ def test_teacher_stays_as_it_was(ranks: RankPools, tmp_path: Path) -> None:
 
 def test_weights_of_zero_cost_nothing_in_training(ranks: RankPools, tmp_path: Path) -> None:
     everything = ["token_loss", "kd", "ce", "agreement", "teacher ran 1"]
+    watched = [*everything[:-1], *Telemetry._fields, everything[-1]]
     for result in ranks(2, f"{CASES}:terms_returned", directory=tmp_path):
         assert result == {
             "1.0 0.0 train": ["token_loss", "kd", "agreement", "teacher ran 1"],
-            "1.0 0.0 eval": everything,
+            "1.0 0.0 eval": watched,
             "0.5 0.5 train": everything,
-            "0.5 0.5 eval": everything,
+            "0.5 0.5 eval": watched,
             "0.0 1.0 train": ["token_loss", "ce", "teacher ran 0"],
-            "0.0 1.0 eval": everything,
+            "0.0 1.0 eval": watched,
         }
 
 

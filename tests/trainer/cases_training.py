@@ -69,6 +69,7 @@ def fit_shortly(
         seed=1,
         device="cpu",
         callbacks=callbacks,
+        flops_per_token=1000,
         end_of_document=end_of_document,
     )
 
