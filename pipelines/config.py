@@ -165,6 +165,9 @@ class DataConfig:
     workers: int | None = None  # None: every core
 
 
+PROFILED = range(6, 9)  # steps, counted from 1 from where a start begins
+
+
 @dataclass
 class TrainingConfig:
     sequence_length: int = 256  # tokens
@@ -187,6 +190,7 @@ class TrainingConfig:
     checkpoint_interval: int = 50  # steps
     keep_checkpoints: int = 2
     log_interval: int = 1  # steps
+    profile: bool = False  # a torch.profiler trace of three steps of rank 0, PROFILED, into the stage's tensorboard/
 
 
 @dataclass

@@ -12,6 +12,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.profiler import record_function
 
 from pipelines.core.family import divergence_named
 from pipelines.core.linear_divergence import LinearTerms, linear_divergence
@@ -115,13 +116,15 @@ class DistillationPair(MegatronModule):
         loss_mask = torch.ones_like(labels) if loss_mask is None else loss_mask
         with nullcontext() if self.features is None else self.features.taking():
             if self.teacher is not None and (followed or self.features is not None):
-                with torch.no_grad():
+                with torch.no_grad(), record_function("teacher forward"):
                     teacher = hidden_states(self.teacher, tokens, position_ids, packed_seq_params)
-            student = hidden_states(self.student, tokens, position_ids, packed_seq_params)
+            with record_function("student forward"):
+                student = hidden_states(self.student, tokens, position_ids, packed_seq_params)
         if self.features is not None:
             student = self.features.carry(student, self.features.losses_of(valid_tokens(labels, loss_mask)))
         if self.post_process:
-            return self._terms(student, teacher if followed else None, labels, loss_mask)
+            with record_function("loss"):  # its gradients for hidden states and head included
+                return self._terms(student, teacher if followed else None, labels, loss_mask)
         if self.teacher is None:
             return student
         if teacher is None:

@@ -39,6 +39,7 @@ FREE = frozenset(
         "checkpoint_interval",
         "keep_checkpoints",
         "log_interval",
+        "profile",
         "validation_interval",
         "validation_batches",
         "workers",

@@ -28,6 +28,7 @@ from pipelines.trainer.callbacks import Metrics
 from pipelines.trainer.data_index import DataIndex
 from pipelines.trainer.loop import TrainingLoop
 from pipelines.trainer.module import TrainedModel, unwrap
+from pipelines.trainer.profile import Trace
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Schedule:
     checkpoint_interval: int
     keep_checkpoints: int
     log_interval: int
+    profile: bool = False
 
 
 class Ranks(ClusterEnvironment):
@@ -130,8 +132,10 @@ def fit(
         keep=schedule.keep_checkpoints,
         steps=schedule.steps,
     )
+    trace = Trace(directory / "tensorboard", description=description, steps=schedule.steps, device=device)
+    callbacks = [metrics, data_index, *callbacks, *([trace] if schedule.profile else []), saving]
     model = TrainedModel(config, build, _optimizer(schedule), end_of_document)
-    trainer = _trainer(schedule, config, device, [metrics, data_index, *callbacks, saving])
+    trainer = _trainer(schedule, config, device, callbacks)
     data = _data(schedule, blend, tokenizer, data_index.directory, seed, one_row=end_of_document is not None)
     trainer.fit(model, data, ckpt_path=str(checkpoint) if checkpoint else None)
     # Lightning moves what it has trained to the CPU, where nccl cannot gather it.

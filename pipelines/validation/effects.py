@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from pipelines import artifacts, planning
-from pipelines.config import Config, DepthMethod, Divergence, Format, Layout, SourceKind, TeacherMode
+from pipelines.config import PROFILED, Config, DepthMethod, Divergence, Format, Layout, SourceKind, TeacherMode
 from pipelines.families import ModelShape, read_shape
 from pipelines.nemo_context import is_nemo_checkpoint
 from pipelines.validation import signals
@@ -26,6 +26,8 @@ def warnings(
     for name, training in trainings(config, stages):
         if training.distributed_optimizer and ranks.data == 1:
             yield f"{name}.distributed_optimizer=true has no effect with one data-parallel rank"
+        if training.profile and training.steps < PROFILED[-1]:
+            yield f"{name}.profile=true has no effect with fewer than {PROFILED[-1]} steps"
     yield from _loss(config, stages)
     if "distil" in stages:
         yield from signals.warnings(config)

@@ -118,6 +118,23 @@ def test_every_validation_tells_what_it_watched_and_what_the_machine_did(run: Ru
         assert "percent_of_plan" not in row, "nothing is made up where no peak is known"
 
 
+def test_a_profile_is_a_trace_of_three_steps_with_named_ranges(run: Run, tmp_path: Path) -> None:
+    (plain, _), (result, _) = run("plain", tensor=2), run("profiled", tensor=2, profile=True)
+    assert rows(result) == rows(plain), "it only watches"
+    (file,) = (tmp_path / "profiled" / "tensorboard").glob("*.pt.trace.json")
+    assert file.name.startswith("rank0.")
+    events = json.loads(file.read_text())["traceEvents"]
+    ranges = [event["name"] for event in events if event.get("cat") == "user_annotation"]
+    assert {name for name in ranges if name.startswith("ProfilerStep")} == {
+        f"ProfilerStep#{step}" for step in (5, 6, 7)
+    }
+    micro_batches = 3 * 8 // 2
+    for name in ("teacher forward", "student forward", "loss"):
+        assert ranges.count(name) >= micro_batches, "a validation lies between"
+    assert any(event["name"] == "[memory]" for event in events)
+    assert not list((tmp_path / "plain").rglob("*.trace.json"))
+
+
 def test_without_clipping_the_norm_is_known_all_the_same(run: Run) -> None:
     unclipped = {tensor: rows(run(f"0-{tensor}", gradient_clip=0.0, tensor=tensor)[0]) for tensor in (1, 2)}
     never_clipped = rows(run("1e9", gradient_clip=1e9)[0])
