@@ -221,6 +221,9 @@ class DistilConfig(TrainingConfig):
     divergence: Divergence = Divergence.forward_kl
     divergence_parameter: float | None = None  # above 0 and below 1; None: the divergence's own
     top_k: int | None = None  # the teacher's most likely ids, all others as one; None: every id by itself
+    # Leave blocks of 512 ids out of the logits' gradient in which both models' probabilities are below this and no
+    # label lies (core/filter.py has the bound of the error); None: none are.
+    gradient_filter: float | None = None
     hidden: list[HiddenLossConfig] = field(default_factory=list)
     attention: list[AttentionLossConfig] = field(default_factory=list)
     schedules: SchedulesConfig = field(default_factory=SchedulesConfig)

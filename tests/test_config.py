@@ -159,6 +159,13 @@ def test_composed_values_are_plain_dataclasses_of_the_schema() -> None:
         ("distil", ["distil.learning_rate=1e-5"], ["distil.min_learning_rate", "at most"]),
         ("distil", ["distil.divergence_parameter=0.5"], ["divergence_parameter", "none with", "forward_kl", "0.5"]),
         ("distil", ["distil.divergence=skew_kl", "distil.divergence_parameter=1"], ["above 0 and below 1", "found 1"]),
+        ("distil", ["distil.gradient_filter=1"], ["distil.gradient_filter", "below 1", "found 1"]),
+        (
+            "distil",
+            ["distil.gradient_filter=1e-6", "distil.divergence=reverse_kl"],
+            ["distil.gradient_filter", "slope is bounded", "reverse_kl"],
+        ),
+        ("distil", ["distil.gradient_filter=1e-6", "distil.top_k=9"], ["distil.gradient_filter", "top_k=9"]),
         ("distil", ["distil.top_k=0"], ["distil.top_k", "1 or more"]),
         ("distil", ["distil.top_k=100000"], ["distil.top_k", "fewer than the vocabulary's"]),
         ("verify", ["verify.temperature=-1"], ["verify.temperature"]),

@@ -64,11 +64,12 @@ class DistillationPair(MegatronModule):
         divergence: str = "forward_kl",
         divergence_parameter: float | None = None,
         top_k: int | None = None,
+        gradient_filter: float | None = None,
         features: FeatureLosses | None = None,
     ) -> None:
         """vocab_size: token ids that both models know, without padding; columns beyond are left out of the loss.
         config: what `schedule_config` gave for these two, where a trainer needs the object before the models are built.
-        divergence, divergence_parameter: see core/family.py.
+        divergence, divergence_parameter: see core/family.py. gradient_filter: filter_below of `linear_divergence`.
 
         Raises ValueError for weights that make no loss, or a divergence without a teacher.
         """
@@ -83,7 +84,7 @@ class DistillationPair(MegatronModule):
             divergence_named(divergence, divergence_parameter),
             top_k,
         )
-        self.vocab_size = vocab_size
+        self.vocab_size, self.gradient_filter = vocab_size, gradient_filter
         self.student, self.teacher, self.features = student, teacher, features
         # t of TAID while training, a number or a tensor without dims; like `weights`, whoever schedules it sets it.
         self.teacher_share: Tensor | float | None = None
@@ -153,6 +154,7 @@ class DistillationPair(MegatronModule):
             sequence_parallel=self.student.config.sequence_parallel,
             head_gradient=into,
             telemetry=not self.training and teacher is not None,
+            filter_below=self.gradient_filter,
         )
         loss = terms.loss
         # A tied head on the embedding's own stage gets a gradient from the embedding: autograd knows of it already.

@@ -71,6 +71,7 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
             divergence=settings.divergence.value,
             divergence_parameter=settings.divergence_parameter,
             top_k=settings.top_k,
+            gradient_filter=settings.gradient_filter,
             features=FeatureLosses(losses, student, teacher, seed=config.run.seed) if losses else None,
         )
 

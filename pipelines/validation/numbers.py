@@ -52,7 +52,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("micro_batch_sizes",), ONE_OR_MORE),
     "warmup": NOT_NEGATIVE,
     **dict.fromkeys(("limit_bytes", "document_bytes", "tokenizer_vocab_size", "rank"), ONE_OR_MORE),
-    "divergence_parameter": BETWEEN_0_AND_1,
+    **dict.fromkeys(("divergence_parameter", "gradient_filter"), BETWEEN_0_AND_1),
     "seed": SEED,
 }
 

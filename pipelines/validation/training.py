@@ -23,6 +23,11 @@ def check(config: Config, stages: Collection[str], ranks: Layout, vocab_size: in
         expect(weighted, name, "kd_weight or ce_weight above 0", "both 0", "Set one of them.")
         if name in stages:
             _check_divergence(name, loss)
+    if "distil" in stages and config.distil.gradient_filter:
+        bounded = config.distil.divergence is not Divergence.reverse_kl and not config.distil.top_k
+        unbounded = f"distil.divergence={config.distil.divergence.value}, distil.top_k={config.distil.top_k}"
+        needed = "a divergence whose slope is bounded, which reverse_kl and top_k are not"
+        expect(bounded, "distil.gradient_filter", needed, unbounded, "Leave one of them out.")
     if "distil" in stages and config.distil.top_k:
         below = f"fewer than the vocabulary's {vocab_size} ids"
         expect(

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from pipelines.core import linear_divergence
 from pipelines.core.reference import ReferenceStep, distillation_step, divergences, llama_logits, telemetry
 from pipelines.families import ModelShape
 from pipelines.model import parallel
@@ -193,6 +195,16 @@ def reference(
         whole["loss_mask"].masked_fill(ignored, 0),
         **weights,
     )
+
+
+def bounds_of_the_filter(directory: Path) -> list[float]:
+    """Below which probability each chunk of a step left columns out."""
+    parallel.initialize(2)
+    write_models(directory)
+    model = wrap(build_pair(directory, STUDENT, TEACHER, {}, gradient_filter=1e-7))
+    with mock.patch.object(linear_divergence, "live_columns", wraps=linear_divergence.live_columns) as asked:
+        training_step(model, random_batches(2, 1, STUDENT.vocab_size)[0])
+    return [call.args[-1] for call in asked.call_args_list]
 
 
 def teacher_stays_as_it_was(directory: Path) -> dict[str, Any]:

@@ -75,6 +75,11 @@ def test_vocabularies_padded_differently(ranks: RankPools, tmp_path: Path) -> No
     check(ranks(2, f"{CASES}:step_errors", directory=tmp_path, tensor=2, teacher_vocab_size=80)[0], 5e-6, 1e-6)
 
 
+def test_gradient_filter(ranks: RankPools, tmp_path: Path) -> None:
+    """What it leaves out: tests/core/test_linear_divergence.py."""
+    assert ranks(2, f"{CASES}:bounds_of_the_filter", directory=tmp_path) == [[1e-7, 1e-7]] * 2
+
+
 def test_teacher_stays_as_it_was(ranks: RankPools, tmp_path: Path) -> None:
     for result in ranks(2, f"{CASES}:teacher_stays_as_it_was", directory=tmp_path):
         assert result["student_training"] and not result["teacher_training"]
