@@ -7,11 +7,22 @@ import glob
 import os
 import shutil
 import subprocess
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import Any
 
+from pipelines.choices import (
+    Contender,
+    DepthMethod,
+    Device,
+    Divergence,
+    Format,
+    Optimizer,
+    Precision,
+    SourceKind,
+    TeacherMode,
+    TeacherPrecision,
+)
 from pipelines.signals import AttentionLossConfig, HiddenLossConfig, SchedulesConfig, TaidConfig
 
 
@@ -23,64 +34,6 @@ def expect(good: bool, setting: str, expected: str, found: Any, remedy: str) -> 
     """Raises UserError where something is not as it should be. setting: its name, or the file that it stands in."""
     if not good:
         raise UserError(f"{setting}: expected {expected}, found {found}. {remedy}")
-
-
-class Device(Enum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class TeacherMode(Enum):
-    take = "take"  # the given directory as it is
-    pretrain = "pretrain"  # from a seeded random Hugging Face directory of model.shape
-    correct = "correct"  # continue training the given directory on the corpus
-
-
-class SourceKind(Enum):
-    auto = "auto"  # by the path's ending
-    jsonl = "jsonl"
-    text = "text"
-    parquet = "parquet"
-    datasets = "datasets"  # a directory written by datasets' save_to_disk
-    megatron = "megatron"  # an existing .bin/.idx prefix
-    standard_library = "standard_library"  # the running Python's own
-
-
-class DepthMethod(Enum):
-    layers = "layers"  # student.drop_layers
-    block_influence = "block_influence"
-
-
-class Divergence(Enum):
-    """The distance from teacher to student (core/family.py); with a parameter: beta and alpha."""
-
-    forward_kl = "forward_kl"
-    reverse_kl = "reverse_kl"
-    jensen_shannon = "jensen_shannon"  # divergence_parameter: the teacher's share of the mixture, 0.5
-    skew_kl = "skew_kl"  # divergence_parameter: the same, 0.1
-    total_variation = "total_variation"
-
-
-class Precision(Enum):
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
-class Contender(Enum):
-    """Whose heads and loss the benchmark measures, by the names in its results."""
-
-    stillhouse = "stillhouse"
-    nemo = "nemo"  # NeMo 2's LogitsKLLoss
-    modelopt = "modelopt"  # ModelOpt's LogitsKLLoss for Megatron, which Megatron-Bridge trains with
-    torch = "torch"  # torch's kl_div on whole logits
-    torch_compile = "torch.compile"  # the same, compiled
-    liger = "liger"  # Liger's fused-linear JSD, on one GPU
-
-
-class Format(Enum):
-    text = "text"
-    json = "json"
 
 
 @dataclass
@@ -137,7 +90,7 @@ class ParallelConfig:
     processes: int | None = None  # None: every GPU, or 2 on a machine without one
     tensor: int | None = None  # None: every process
     pipeline: int = 1
-    context: int = 1
+    context: int = 1  # ranks that share each sequence in training; in other stages they take rows of their own
     sequence_parallel: bool = False
     device: Device = Device.auto
 
@@ -182,6 +135,7 @@ class TrainingConfig:
     adam_beta2: float = 0.95
     gradient_clip: float = 1.0  # global L2 norm; 0 switches it off
     precision: Precision = Precision.fp32
+    optimizer: Optimizer = Optimizer.auto
     distributed_optimizer: bool = False
     recompute: bool = False  # activation recompute of whole layers
     document_mask: bool = False  # attention and positions begin anew with each document; the next one is no label
@@ -224,6 +178,8 @@ class DistilConfig(TrainingConfig):
     # Leave blocks of 512 ids out of the logits' gradient in which both models' probabilities are below this and no
     # label lies (core/filter.py has the bound of the error); None: none are.
     gradient_filter: float | None = None
+    teacher_precision: TeacherPrecision | None = None  # of the frozen teacher; None: distil.precision
+    teacher_offload: bool = False  # its layers in host memory, each on the device only around its use
     hidden: list[HiddenLossConfig] = field(default_factory=list)
     attention: list[AttentionLossConfig] = field(default_factory=list)
     schedules: SchedulesConfig = field(default_factory=SchedulesConfig)
@@ -306,6 +262,10 @@ class Config:
     plan: PlanConfig = field(default_factory=PlanConfig)
 
 
+def teacher_precision(distil: DistilConfig) -> TeacherPrecision:
+    return distil.teacher_precision or TeacherPrecision(distil.precision.value)
+
+
 def document_mask(config: Config, stage: str) -> bool:
     """Whether a stage keeps the documents apart that share a row."""
     if stage == "evaluate" and config.evaluate.document_mask is None:
@@ -324,6 +284,11 @@ class Layout:
     data: int
     device: str
     sequence_parallel: bool
+
+
+def without_context(ranks: Layout) -> Layout:
+    """The same processes where sequences stay whole: those that share one in training take rows of their own."""
+    return replace(ranks, context=1, data=ranks.data * ranks.context)
 
 
 def gpu_count() -> int:

@@ -13,7 +13,7 @@ import pytest
 
 from pipelines import artifacts, files, lock
 from pipelines.artifacts import State
-from pipelines.config import Config, UserError
+from pipelines.config import Config, Optimizer, UserError
 from pipelines.stages import FREE, PIPELINE, STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,7 +119,8 @@ def test_layout_logging_and_checkpoint_interval_may_change(config: Config) -> No
     config.parallel.processes, config.parallel.tensor = 1, 1
     for name in FREE & vars(config.teacher).keys():
         value = getattr(config.teacher, name)
-        setattr(config.teacher, name, not value if isinstance(value, bool) else value + 1)
+        others = {bool: lambda v: not v, int: lambda v: v + 1, Optimizer: lambda v: Optimizer.torch}
+        setattr(config.teacher, name, others[type(value)](value))
     assert {"checkpoint_interval", "log_interval", "micro_batch_size"} <= FREE & vars(config.teacher).keys()
     assert state(config, "teacher") is State.finished
 

@@ -1,6 +1,5 @@
 """Mistakes of the command line: one message each, with what was expected, what was found and what to do."""
 
-import importlib.util
 import json
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -277,14 +276,6 @@ def test_every_number_of_the_schema_has_a_range() -> None:
 
     entries = (configuration.SourceConfig, configuration.HiddenLossConfig, configuration.AttentionLossConfig)
     assert leaves(Config).union(*map(leaves, entries)) == RANGES.keys()
-
-
-def test_context_parallelism_is_refused_by_name_where_a_stage_cannot_cut_its_windows(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    with pytest.raises(UserError, match=r"parallel.context: expected 1 in stage prune, found 2"):
-        validate(compose([*BASE, "parallel.context=2", "parallel.tensor=1"]), ["corpus", "distil", "prune"])
 
 
 def test_a_model_directory_without_config_or_of_another_architecture_is_refused_by_name(model: Path) -> None:

@@ -1,10 +1,11 @@
-"""AdamW for Megatron's optimizers on the CPU, and where neither Transformer Engine nor Apex is installed.
+"""AdamW for Megatron's optimizers: Transformer Engine's, Apex's, or torch's, which is the only one on the CPU.
 
-Megatron falls back to torch.optim.AdamW there, which keeps the step count as a tensor per parameter. Megatron's
+For the last Megatron takes torch.optim.AdamW, which keeps the step count as a tensor per parameter. Megatron's
 distributed optimizer trains with that and then cannot save it. Here, as in the fused optimizers of Transformer Engine
 and Apex, the step count is a number in the parameter group. The arithmetic is torch's own.
 """
 
+import importlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,7 +13,10 @@ import torch
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
+from pipelines.config import UserError
 from pipelines.model import cpu_runtime
+
+FUSED = {"transformer_engine": "transformer_engine.pytorch.optimizers", "apex": "apex.optimizers"}
 
 
 class Adam(torch.optim.Optimizer):
@@ -62,20 +66,39 @@ class Adam(torch.optim.Optimizer):
             )
 
 
-def install() -> str:
-    """Give Megatron this Adam where it has no fused one, or one for GPUs alone. Returns the name of the one in use."""
+def install(choice: str = "auto") -> str:
+    """Give Megatron the Adam of `choice`: transformer_engine, apex, torch (this one), or auto, the first that is there.
+
+    Transformer Engine's and Apex's are CUDA kernels: on the CPU auto is torch. Returns the name of the one in use.
+    Raises UserError where the one asked for is not installed.
+    """
     import megatron.core.optimizer as optimizer
     from megatron.core import utils
     from megatron.core.optimizer import clip_grads, distrib_optimizer
 
-    if cpu_runtime.is_installed():
-        # Transformer Engine's and Apex's, where they are installed, are CUDA kernels.
+    on_cpu = cpu_runtime.is_installed()
+    if on_cpu:
         clip_grads.multi_tensor_applier = utils.local_multi_tensor_applier
         clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
         clip_grads.multi_tensor_scale_impl = utils.local_multi_tensor_scale
-    elif optimizer.Adam is not Adam and not optimizer.USING_PYTORCH_OPTIMIZER:
-        return f"{optimizer.Adam.__module__}.{optimizer.Adam.__name__}"
-    optimizer.Adam = distrib_optimizer.Adam = Adam
+    name, found = ("torch", Adam) if on_cpu and choice == "auto" else _named(choice)
+    optimizer.Adam = distrib_optimizer.Adam = found
     optimizer.USING_PYTORCH_OPTIMIZER = False
-    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
-    return "torch AdamW"
+    distrib_optimizer.HAVE_APEX_OR_TE = True
+    distrib_optimizer.USING_TE_OPTIMIZER = name == "transformer_engine"
+    distrib_optimizer.USING_APEX_OPTIMIZER = not distrib_optimizer.USING_TE_OPTIMIZER
+    return "torch AdamW" + ("" if on_cpu else ", fused") if found is Adam else f"{found.__module__}.{found.__name__}"
+
+
+def _named(choice: str) -> tuple[str, Any]:
+    for name, module in FUSED.items():
+        if choice in (name, "auto"):
+            try:
+                return name, importlib.import_module(module).FusedAdam
+            except ImportError as error:
+                if choice == name:
+                    raise UserError(
+                        f"optimizer={choice}: expected {module}.FusedAdam, found none: {error}. Use optimizer=auto, or "
+                        "NVIDIA's container."
+                    ) from None
+    return "torch", Adam

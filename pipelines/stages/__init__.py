@@ -36,6 +36,8 @@ FREE = frozenset(
     {
         "micro_batch_size",
         "recompute",
+        "optimizer",
+        "teacher_offload",
         "checkpoint_interval",
         "keep_checkpoints",
         "log_interval",

@@ -47,6 +47,7 @@ class Schedule:
     adam_beta2: float
     gradient_clip: float
     precision: str
+    optimizer: str
     distributed_optimizer: bool
     validation_interval: int
     validation_batches: int
@@ -107,7 +108,7 @@ def fit(
     flops_per_token: of training, as planning counts them. Writes checkpoints/, metrics.jsonl, tensorboard/ and
     data_index/ under directory. Every rank calls it.
     """
-    console.say(f"{description}  optimizer: {adam.install()}")
+    console.say(f"{description}  optimizer: {adam.install(schedule.optimizer)}")
     checkpoint = checkpoints.newest(directory / "checkpoints", description)
     if checkpoint:
         console.say(f"{description}  continues from {checkpoint}")

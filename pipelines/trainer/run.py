@@ -35,12 +35,13 @@ def train(
 
     corpus = artifacts.corpus_directory(context.config)
     schedule = {name: getattr(settings, name) for name in Schedule.__dataclass_fields__}
+    schedule |= {"precision": settings.precision.value, "optimizer": settings.optimizer.value}
     pair, validation = fit(
         description=description,
         directory=context.directory,
         config=model_config,
         build=built,
-        schedule=Schedule(**(schedule | {"precision": settings.precision.value})),
+        schedule=Schedule(**schedule),
         blend={split: _blend(corpus, split) for split in ("train", "validation")},
         tokenizer=corpus / "tokenizer",
         seed=context.config.run.seed,

@@ -1,5 +1,6 @@
 """Settings of a training run against each other."""
 
+import importlib.util
 from collections.abc import Collection, Iterator
 
 from pipelines.config import (
@@ -7,6 +8,7 @@ from pipelines.config import (
     DistilConfig,
     Divergence,
     Layout,
+    Optimizer,
     TeacherMode,
     TrainingConfig,
     VerifyConfig,
@@ -70,6 +72,7 @@ def _check_run(name: str, training: TrainingConfig, ranks: Layout) -> None:
         training.warmup_steps,
         "Lower it.",
     )
+    _check_optimizer(f"{name}.optimizer", training.optimizer, ranks)
     expect(
         training.min_learning_rate <= training.learning_rate,
         f"{name}.min_learning_rate",
@@ -77,3 +80,17 @@ def _check_run(name: str, training: TrainingConfig, ranks: Layout) -> None:
         training.min_learning_rate,
         "Lower it.",
     )
+
+
+# What tells each by its installation; "apex" alone is also the name of another project.
+OPTIMIZERS = {Optimizer.transformer_engine: ("transformer_engine",), Optimizer.apex: ("apex", "amp_C")}
+
+
+def _check_optimizer(setting: str, optimizer: Optimizer, ranks: Layout) -> None:
+    if optimizer not in OPTIMIZERS:
+        return
+    remedy = f"Use {setting}=auto."
+    expect(ranks.device == "cuda", setting, "auto or torch on the CPU", optimizer.value, remedy)
+    missing = [module for module in OPTIMIZERS[optimizer] if importlib.util.find_spec(module) is None]
+    expected = "an optimizer that is installed"
+    expect(not missing, setting, expected, f"{optimizer.value} without {', '.join(missing)}", remedy)

@@ -52,6 +52,7 @@ def fit_shortly(
         "adam_beta2": 0.95,
         "gradient_clip": 1.0,
         "precision": "fp32",
+        "optimizer": "auto",
         "distributed_optimizer": False,
         "validation_batches": 1,
         "keep_checkpoints": 1,

@@ -1,0 +1,76 @@
+"""What a setting of config.py may be, where it is one of a few words. Imports no torch."""
+
+from enum import Enum
+
+
+class Device(Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class TeacherMode(Enum):
+    take = "take"  # the given directory as it is
+    pretrain = "pretrain"  # from a seeded random Hugging Face directory of model.shape
+    correct = "correct"  # continue training the given directory on the corpus
+
+
+class SourceKind(Enum):
+    auto = "auto"  # by the path's ending
+    jsonl = "jsonl"
+    text = "text"
+    parquet = "parquet"
+    datasets = "datasets"  # a directory written by datasets' save_to_disk
+    megatron = "megatron"  # an existing .bin/.idx prefix
+    standard_library = "standard_library"  # the running Python's own
+
+
+class DepthMethod(Enum):
+    layers = "layers"  # student.drop_layers
+    block_influence = "block_influence"
+
+
+class Divergence(Enum):
+    """The distance from teacher to student (core/family.py); with a parameter: beta and alpha."""
+
+    forward_kl = "forward_kl"
+    reverse_kl = "reverse_kl"
+    jensen_shannon = "jensen_shannon"  # divergence_parameter: the teacher's share of the mixture, 0.5
+    skew_kl = "skew_kl"  # divergence_parameter: the same, 0.1
+    total_variation = "total_variation"
+
+
+class Precision(Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class TeacherPrecision(Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp8 = "fp8"  # the weights and inputs of its layers' matrix products, by Transformer Engine; the rest bf16
+
+
+class Optimizer(Enum):
+    """Whose AdamW takes the step; the arithmetic is the same, and so is the state in a checkpoint."""
+
+    auto = "auto"  # the first of these that is installed; on the CPU torch
+    transformer_engine = "transformer_engine"
+    apex = "apex"
+    torch = "torch"  # fused on a GPU
+
+
+class Contender(Enum):
+    """Whose heads and loss the benchmark measures, by the names in its results."""
+
+    stillhouse = "stillhouse"
+    nemo = "nemo"  # NeMo 2's LogitsKLLoss
+    modelopt = "modelopt"  # ModelOpt's LogitsKLLoss for Megatron, which Megatron-Bridge trains with
+    torch = "torch"  # torch's kl_div on whole logits
+    torch_compile = "torch.compile"  # the same, compiled
+    liger = "liger"  # Liger's fused-linear JSD, on one GPU
+
+
+class Format(Enum):
+    text = "text"
+    json = "json"
