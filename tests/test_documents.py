@@ -25,7 +25,8 @@ def refusal(stages: list[str], *overrides: str) -> str:
 @pytest.mark.parametrize("stage", ["teacher", "distil"])
 def test_context_parallelism_is_refused(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    given = ["parallel.context=2", "parallel.tensor=1", f"{stage}.document_mask=true"]
+    monkeypatch.setattr(configuration, "gpu_count", lambda: 2)
+    given = ["parallel.context=2", "parallel.tensor=1", f"{stage}.document_mask=true", f"{stage}.precision=bf16"]
     message = refusal(["corpus", stage], *given)
     assert message.startswith(f"{stage}.document_mask: expected false with parallel.context=2, found true")
     validate(compose(["experiment=quickstart", *given, f"{stage}.document_mask=false"]), ["corpus", stage])
@@ -50,6 +51,14 @@ def test_transformer_engine_needs_bf16(monkeypatch: pytest.MonkeyPatch, stage: s
     message = refusal(stages, *given[1:], f"{stage}.precision=fp32")
     assert message.startswith(f"{stage}.precision: expected bf16 with {stage}.document_mask=true and Transformer Eng")
     validate(compose([*given, f"{stage}.precision=bf16"]), stages)
+
+
+def test_transformer_engine_needs_bf16_of_the_frozen_teacher_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(configuration, "gpu_count", lambda: 2)
+    given = ["distil.document_mask=true", "distil.precision=bf16", "distil.teacher_precision=fp32"]
+    message = refusal(["corpus", "distil"], *given)
+    assert message.startswith("distil.teacher_precision: expected bf16 with distil.document_mask=true and Transformer")
 
 
 def test_transformer_engine_is_not_verified_with_documents_apart(monkeypatch: pytest.MonkeyPatch) -> None:

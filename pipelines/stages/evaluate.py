@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 from pipelines import artifacts, console, files
-from pipelines.config import Config, Layout, UserError, document_mask, layout
+from pipelines.config import Config, Layout, UserError, document_mask, layout, without_context
 from pipelines.families import ModelShape, read_shape
 from pipelines.model import parallel, quality
 from pipelines.model.build import build_model
@@ -36,7 +36,8 @@ SPEED_SECONDS = 1.5  # of timed forward passes per model
 
 
 def run(context: artifacts.StageContext) -> dict[str, Any]:
-    config, settings, ranks = context.config, context.config.evaluate, layout(context.config.parallel)
+    config, settings = context.config, context.config.evaluate
+    ranks = without_context(layout(config.parallel))
     directories, missing = find_models(config)
     shapes = {name: read_shape(directory) for name, directory in directories.items()}
     corpus = artifacts.corpus_directory(config)

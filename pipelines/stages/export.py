@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from pipelines import artifacts, console, files
-from pipelines.config import Config, UserError, layout
+from pipelines.config import Config, UserError, layout, without_context
 from pipelines.families import ModelShape, read_shape
 from pipelines.model import parallel, quality
 from pipelines.model.build import build_model
@@ -61,7 +61,7 @@ def _copy(config: Config, source: Path, target: Path, tokens: torch.Tensor, refe
 
 def _reference_logits(config: Config, source: Path, shape: ModelShape) -> tuple[torch.Tensor, torch.Tensor]:
     """(tokens (windows, sequence), logits (windows, sequence, vocabulary) fp32 on the CPU) of our sharded model."""
-    ranks = layout(config.parallel)
+    ranks = without_context(layout(config.parallel))
     parallel.initialize(ranks.tensor, ranks.pipeline, ranks.context, device=ranks.device, seed=config.run.seed)
     windows = Windows(split_prefixes(artifacts.corpus_directory(config), config.evaluate.split), WINDOW_TOKENS)
     batch = next(batches(windows, WINDOWS, limit=1))

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from pipelines import artifacts, console, files
-from pipelines.config import Config, DepthMethod, Layout, StudentConfig, UserError, layout
+from pipelines.config import Config, DepthMethod, Layout, StudentConfig, UserError, layout, without_context
 from pipelines.core.importance import Scores
 from pipelines.core.selection import Kept, check_heads, check_layers, check_target, select
 from pipelines.families import ModelShape, read_shape
@@ -40,7 +40,7 @@ QUICKLY_WRITTEN = 100_000_000  # parameters: below, writing takes a second or tw
 
 
 def run(context: artifacts.StageContext) -> dict[str, Any]:
-    config, ranks = context.config, layout(context.config.parallel)
+    config, ranks = context.config, without_context(layout(context.config.parallel))
     directory = artifacts.teacher_directory(config)
     teacher = read_shape(directory)
     check_student(config.student, config.prune.depth_method, teacher)

@@ -17,6 +17,7 @@ from pipelines.validation import (
     directories,
     documents,
     effects,
+    frozen_teacher,
     layouts,
     numbers,
     shapes,
@@ -50,10 +51,11 @@ def validate(config: Config, stages: Collection[str]) -> list[str]:
     if any(STAGES[name].ranks for name in stages):
         layouts.check_processes(ranks)
     layouts.check_gpu(config, stages)
-    layouts.check_context(ranks, stages)
+    layouts.check_context(config, stages, ranks, teacher)
     for name, length in layouts.lengths(config, stages):
         layouts.check_length(name, length, ranks, teacher)
     training.check(config, stages, ranks, teacher.vocab_size)
+    frozen_teacher.check(config, stages, ranks, teacher)
     benchmark.check(config, stages, ranks)
     signals.check(config, stages, ranks, teacher, student)
     data.check_tokenizer(config, stages, teacher, where)

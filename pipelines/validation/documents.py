@@ -3,7 +3,7 @@
 import importlib.util
 from collections.abc import Collection, Iterator
 
-from pipelines.config import Config, Layout, Precision, document_mask, expect
+from pipelines.config import Config, Layout, Precision, TeacherPrecision, document_mask, expect, teacher_precision
 from pipelines.signals import HiddenKind
 from pipelines.validation.training import trainings
 
@@ -28,20 +28,23 @@ def check(config: Config, stages: Collection[str], ranks: Layout) -> None:
 
 def _check_transformer_engine(config: Config, stages: Collection[str]) -> None:
     """Its attention over documents apart ("thd") has kernels for half precision alone, and for plain head sizes."""
-    for name, precision in _precisions(config, stages):
+    for setting, precision in _precisions(config, stages):
+        name = setting.split(".")[0]
         if document_mask(config, name):
             expected = f"bf16 with {name}.document_mask=true and Transformer Engine"
             remedy = f"Set it to bf16, or {name}.document_mask=false."
-            expect(precision is Precision.bf16, f"{name}.precision", expected, precision.value, remedy)
+            expect(precision.value != "fp32", setting, expected, precision.value, remedy)
     refused = "verify" in stages and config.verify.document_mask
     remedy = "Verify it on the CPU: parallel.device=cpu."
     expect(not refused, "verify.document_mask", "false with Transformer Engine, which has it in bf16", "true", remedy)
 
 
-def _precisions(config: Config, stages: Collection[str]) -> Iterator[tuple[str, Precision]]:
+def _precisions(config: Config, stages: Collection[str]) -> Iterator[tuple[str, Precision | TeacherPrecision]]:
     for name, training in trainings(config, stages):
-        yield name, training.precision
+        yield f"{name}.precision", training.precision
+    if "distil" in stages:
+        yield "distil.teacher_precision", teacher_precision(config.distil)
     if "prune" in stages:
-        yield "prune", config.prune.precision
+        yield "prune.precision", config.prune.precision
     if "evaluate" in stages:
-        yield "evaluate", config.evaluate.precision or config.distil.precision
+        yield "evaluate.precision", config.evaluate.precision or config.distil.precision

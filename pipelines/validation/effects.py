@@ -24,7 +24,7 @@ def warnings(
     if ranks.sequence_parallel and ranks.tensor == 1:
         yield "parallel.sequence_parallel=true has no effect with parallel.tensor=1"
     for name, training in trainings(config, stages):
-        if training.distributed_optimizer and ranks.data == 1:
+        if training.distributed_optimizer and ranks.data * ranks.context == 1:
             yield f"{name}.distributed_optimizer=true has no effect with one data-parallel rank"
         if training.profile and training.steps < PROFILED[-1]:
             yield f"{name}.profile=true has no effect with fewer than {PROFILED[-1]} steps"

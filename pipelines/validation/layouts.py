@@ -5,10 +5,9 @@ import os
 from collections.abc import Collection, Iterator
 
 from pipelines import planning
-from pipelines.config import Config, Layout, TeacherMode, expect
+from pipelines.config import Config, DistilConfig, Layout, TeacherMode, expect, teacher_precision
 from pipelines.families import ModelShape
-
-WITHOUT_CONTEXT = ("prune", "evaluate", "export", "verify")  # their windows are not cut over context-parallel ranks
+from pipelines.validation.training import trainings
 
 
 def check_division(ranks: Layout, shape: ModelShape, who: str) -> None:
@@ -40,15 +39,26 @@ def check_processes(ranks: Layout) -> None:
     expect(not too_many, "parallel", f"at most {most} processes on this machine's processors", ranks.processes, remedy)
 
 
-def check_context(ranks: Layout, stages: Collection[str]) -> None:
-    if ranks.context == 1 or set(stages) == {"plan"}:
+def check_context(config: Config, stages: Collection[str], ranks: Layout, teacher: ModelShape) -> None:
+    """Attention over cut sequences is Transformer Engine's: on GPUs, in half precision, without a window."""
+    if ranks.context == 1:
         return
-    found, engine = ranks.context, importlib.util.find_spec("transformer_engine") is not None
-    remedy = "Use NVIDIA's container, or parallel.context=1."
-    expect(engine, "parallel.context", "1 without Transformer Engine", found, remedy)
-    for name in WITHOUT_CONTEXT:
-        remedy = f"Run stage={name} with parallel.context=1, apart from teacher and distil."
-        expect(name not in stages, "parallel.context", f"1 in stage {name}", found, remedy)
+    found, setting, remedy = ranks.context, "parallel.context", "Verify the layout without it."
+    expect("verify" not in stages, setting, "1 in stage verify, whose reference sees whole sequences", found, remedy)
+    engine = importlib.util.find_spec("transformer_engine") is not None
+    for name, training in trainings(config, stages):
+        remedy = "Use NVIDIA's container on GPUs, or parallel.context=1."
+        on_gpu = ranks.device == "cuda" and engine
+        expect(on_gpu, setting, f"1 in stage {name} without a GPU and Transformer Engine", found, remedy)
+        window, expected = teacher.sliding_window, "1 with a sliding window"
+        whole = not window or window >= training.sequence_length
+        expect(whole, setting, expected, f"{found} with a window of {window}", "Set it to 1.")
+        held = {f"{name}.precision": training.precision.value}
+        if isinstance(training, DistilConfig):
+            held["distil.teacher_precision"] = teacher_precision(training).value
+        for where, precision in held.items():
+            remedy = "Set it to bf16, or parallel.context=1."
+            expect(precision != "fp32", where, f"bf16 with parallel.context={found}", precision, remedy)
 
 
 def lengths(config: Config, stages: Collection[str]) -> Iterator[tuple[str, int]]:
@@ -70,6 +80,6 @@ def check_length(name: str, length: int, ranks: Layout, teacher: ModelShape) -> 
         expected = f"a multiple of parallel.tensor={ranks.tensor} under sequence parallelism"
         remedy = "Change it, or parallel.sequence_parallel=false."
         expect(length % ranks.tensor == 0, setting, expected, length, remedy)
-    if ranks.context > 1:
+    if ranks.context > 1 and name in ("teacher", "distil"):
         unit = 2 * ranks.context
         expect(length % unit == 0, setting, f"a multiple of 2 * parallel.context={unit}", length, "Change it.")
