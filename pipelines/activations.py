@@ -16,7 +16,7 @@ buffers, and the allocator's own waste.
 
 from collections.abc import Sequence
 
-from pipelines.config import Layout, Precision, TrainingConfig
+from pipelines.config import DistilConfig, Layout, Precision, TeacherPrecision, teacher_precision
 from pipelines.families import ModelShape
 from pipelines.signals import FeatureLoss, pipeline_stage, projection_sizes
 
@@ -33,7 +33,7 @@ def activation_bytes(
     teacher: ModelShape,
     student: ModelShape,
     ranks: Layout,
-    training: TrainingConfig,
+    training: DistilConfig,
     losses: Sequence[FeatureLoss] = (),
     follows_logits: bool = True,
 ) -> dict[str, int]:
@@ -44,6 +44,7 @@ def activation_bytes(
     losses are computed. losses: on hidden states and attention. follows_logits: whether the teacher's head is at work.
     """
     size = 2 if training.precision is Precision.bf16 else 4
+    held = 4 if teacher_precision(training) is TeacherPrecision.fp32 else 2
     tokens = training.micro_batch_size * training.sequence_length // ranks.context
     micro_batches = max(1, training.global_batch_size // (training.micro_batch_size * ranks.data))
     layers = -(-student.num_hidden_layers // ranks.pipeline)
@@ -63,8 +64,8 @@ def activation_bytes(
         stages.append(
             {
                 "activations": size * tokens * kept,
-                "loss": _loss_bytes(teacher, student, ranks, tokens, size, follows_logits) if last else 0,
-                "signals": _signal_bytes(teacher, student, ranks, own, tokens, waiting, size),
+                "loss": _loss_bytes(teacher, student, ranks, tokens, (size, held), follows_logits) if last else 0,
+                "signals": _signal_bytes(teacher, student, ranks, own, tokens, waiting, (size, held)),
             }
         )
     return max(stages, key=lambda parts: sum(parts.values()))
@@ -76,15 +77,16 @@ def _split(ranks: Layout) -> int:
 
 
 def _loss_bytes(
-    teacher: ModelShape, student: ModelShape, ranks: Layout, tokens: int, size: int, follows_logits: bool
+    teacher: ModelShape, student: ModelShape, ranks: Layout, tokens: int, sizes: tuple[int, int], follows_logits: bool
 ) -> int:
     """The final norm's input and result, the gradient of the latter, the teacher's final states; and per model fp32
     logits of one chunk, with their gradient apart in bf16."""
     width = -(-student.vocab_size // ranks.tensor)
-    per_token = 3 * student.hidden_size + (teacher.hidden_size if follows_logits else 0)
+    size, held = sizes  # of a number of the student's, of the teacher's
+    per_token = size * 3 * student.hidden_size + (held * teacher.hidden_size if follows_logits else 0)
     chunk = min(max(1, CHUNK_BYTES // (4 * width)), tokens)
     buffers = 4 * (2 if follows_logits else 1) + (2 if size == 2 else 0)
-    return size * tokens * per_token // _split(ranks) + buffers * chunk * width
+    return tokens * per_token // _split(ranks) + buffers * chunk * width
 
 
 def _signal_bytes(
@@ -94,17 +96,18 @@ def _signal_bytes(
     losses: Sequence[FeatureLoss],
     tokens: int,
     waiting: int,
-    size: int,
+    sizes: tuple[int, int],
 ) -> int:
+    size, held = sizes
     gradients = factors = 0
     taken = {}
     for loss in losses:
-        sizes = projection_sizes(loss, student.hidden_size, teacher.hidden_size)
-        factors += sum(out * into for out, into in sizes)
+        shapes = projection_sizes(loss, student.hidden_size, teacher.hidden_size)
+        factors += sum(out * into for out, into in shapes)
         attends = loss.heads is not None
         gradients += _state_numbers(student, ranks, attends)
         taken[attends, loss.teacher_layer] = _state_numbers(teacher, ranks, attends)
-    return size * ((tokens * gradients + factors) * waiting + tokens * sum(taken.values()))
+    return size * (tokens * gradients + factors) * waiting + held * tokens * sum(taken.values())
 
 
 def _state_numbers(shape: ModelShape, ranks: Layout, attends: bool) -> int:

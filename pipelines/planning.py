@@ -24,10 +24,11 @@ from pipelines.config import (
     ShapeConfig,
     StudentConfig,
     TeacherMode,
-    TrainingConfig,
+    TeacherPrecision,
     UserError,
     expect,
     layout,
+    teacher_precision,
 )
 from pipelines.families import EMBEDDING, FAMILIES, HEAD, ModelShape, check_rope_scaling, read_shape
 from pipelines.nemo_context import is_nemo_checkpoint, read_nemo_shape
@@ -227,21 +228,44 @@ def distillation_flops(
 
 def parameters_per_device(shape: ModelShape, tensor: int, pipeline: int) -> int:
     """Of the fullest pipeline stage: tensor-parallel tensors cut, norms whole, the vocabulary padded to divide."""
+    (matrices, norms), outer = _shard_parameters(shape, tensor, pipeline)
+    return (matrices + norms) * _layers_per_stage(shape, pipeline) + outer
+
+
+def _shard_parameters(shape: ModelShape, tensor: int, pipeline: int) -> tuple[tuple[int, int], int]:
+    """Of a layer, its matrices and its norms, and of what is no layer on the pipeline stage that has most of it."""
     padded = shape.replace(vocab_size=-(-shape.vocab_size // tensor) * tensor)
-    sizes, per_layer, outer = padded.tensor_shapes(), 0, {}
+    sizes, matrices, norms, outer = padded.tensor_shapes(), 0, 0, {}
     for name, entry in padded.tensors().items():
         count = 1
         for size in sizes[name]:
             count *= size
         count = count // tensor if entry.parallel_dim is not None else count
-        if ".layers." in name:
-            per_layer += count
-        else:
+        if ".layers." not in name:
             outer[name] = count
-    layers = per_layer // shape.num_hidden_layers * -(-shape.num_hidden_layers // pipeline)
+        elif len(sizes[name]) > 1:
+            matrices += count
+        else:
+            norms += count
     head = outer.get(HEAD, outer[EMBEDDING] if pipeline > 1 else 0)  # a tied head is a copy on the last stage
     last = head + sum(count for name, count in outer.items() if name not in (EMBEDDING, HEAD))
-    return layers + (outer[EMBEDDING] + last if pipeline == 1 else max(outer[EMBEDDING], last))
+    whole = outer[EMBEDDING] + last if pipeline == 1 else max(outer[EMBEDDING], last)
+    return (matrices // shape.num_hidden_layers, norms // shape.num_hidden_layers), whole
+
+
+def _layers_per_stage(shape: ModelShape, pipeline: int) -> int:
+    return -(-shape.num_hidden_layers // pipeline)
+
+
+def teacher_bytes(teacher: ModelShape, ranks: Layout, distil: DistilConfig) -> int:
+    """Of the frozen teacher's weights on a device; offloaded, two of its layers at a time. In fp8 its layers' matrices
+    have 1 byte per weight, and all else has 2."""
+    (matrices, norms), outer = _shard_parameters(teacher, ranks.tensor, ranks.pipeline)
+    layers = 2 if distil.teacher_offload else _layers_per_stage(teacher, ranks.pipeline)
+    precision = teacher_precision(distil)
+    weight = 4 if precision is TeacherPrecision.fp32 else 2
+    of_matrix = 1 if precision is TeacherPrecision.fp8 else weight
+    return layers * (of_matrix * matrices + weight * norms) + weight * outer
 
 
 def projections_per_device(
@@ -260,7 +284,7 @@ def bytes_per_device(
     teacher: ModelShape,
     student: ModelShape,
     ranks: Layout,
-    training: TrainingConfig,
+    training: DistilConfig,
     losses: Sequence[FeatureLoss] = (),
     follows_logits: bool = True,
 ) -> dict[str, int]:
@@ -268,15 +292,15 @@ def bytes_per_device(
     end of a micro batch's forward pass. Communication buffers come on top.
 
     bf16: 2 bytes per weight, 4 per gradient, and 12 of optimizer state (fp32 weight and two moments); fp32: 4, 4 and 8.
-    The distributed optimizer cuts the optimizer's state over the data-parallel ranks.
+    The teacher has weights alone.
+    The distributed optimizer cuts the optimizer's state over the data-parallel and context-parallel ranks.
     """
-    frozen = parameters_per_device(teacher, ranks.tensor, ranks.pipeline)
     trained = parameters_per_device(student, ranks.tensor, ranks.pipeline)
     beside = projections_per_device(teacher, student, ranks.pipeline, losses)
     weight, gradient, optimizer = (2, 4, 12) if training.precision is Precision.bf16 else (4, 4, 8)
-    cut = ranks.data if training.distributed_optimizer else 1
+    cut = ranks.data * ranks.context if training.distributed_optimizer else 1
     parts = {
-        "teacher_weights": weight * frozen,
+        "teacher_weights": teacher_bytes(teacher, ranks, training),
         "student_weights": weight * trained,
         "student_gradients": gradient * trained,
         "optimizer": optimizer * trained // cut,

@@ -209,6 +209,27 @@ def test_a_chunk_of_logits_is_as_large_as_the_loss_makes_it() -> None:
     assert many - 2 * 8192 * 2 * 4 * 3072 == pytest.approx(2.5 * CHUNK_BYTES, rel=1e-3)
 
 
+def test_the_teacher_has_bytes_of_its_own_precision() -> None:
+    count = SMALL.parameters()
+    for settings, weight in (([], 4), (["distil.precision=bf16"], 2), (["distil.teacher_precision=bf16"], 2)):
+        assert planning.teacher_bytes(SMALL, ranks(), compose(settings).distil) == weight * count
+    mixed = compose(["distil.precision=bf16", "distil.teacher_precision=fp32"]).distil
+    assert planning.bytes_per_device(SMALL, SMALL, ranks(), mixed)["teacher_weights"] == 4 * count
+
+
+def test_an_offloaded_teacher_has_two_layers_on_the_device() -> None:
+    training = compose(["distil.teacher_precision=bf16", "distil.teacher_offload=true"]).distil
+    layer = (SMALL.non_embedding_parameters() - 32) // 4
+    assert planning.teacher_bytes(SMALL, ranks(), training) == 2 * (2 * layer + 32 + 2 * 99 * 32)
+
+
+def test_a_teacher_in_fp8_has_a_byte_for_each_weight_of_its_layers_matrices() -> None:
+    training = compose(["distil.teacher_precision=fp8"]).distil
+    norms = 2 * 4 * 32
+    matrices = SMALL.non_embedding_parameters() - norms - 32
+    assert planning.teacher_bytes(SMALL, ranks(), training) == matrices + 2 * (norms + 32 + 2 * 99 * 32)
+
+
 def test_the_target_keeps_what_is_not_given_and_head_dim() -> None:
     target = planning.target_shape(SMALL, StudentConfig(hidden_size=16, num_attention_heads=2))
     assert target == SMALL.replace(hidden_size=16, num_attention_heads=2)

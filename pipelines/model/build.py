@@ -30,14 +30,16 @@ def transformer_config(
     recompute: bool = False,
     **overrides: Any,
 ) -> TransformerConfig:
-    """precision: "fp32" or "bf16"; recompute: every layer's activations. Degrees come from Megatron's parallel_state.
+    """precision: "fp32", "bf16", or for a model that is not trained "fp8"; recompute: every layer's activations.
+
+    Degrees come from Megatron's parallel_state.
 
     Raises UserError for shapes that the layout cannot hold, with expected, found and remedy.
     """
     tensor = parallel_state.get_tensor_model_parallel_world_size()
     pipeline = parallel_state.get_pipeline_model_parallel_world_size()
     check_layout(shape, tensor=tensor, pipeline=pipeline)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     settings: dict[str, Any] = {
         "num_layers": shape.num_hidden_layers,
         "hidden_size": shape.hidden_size,
@@ -56,7 +58,7 @@ def transformer_config(
         "pipeline_model_parallel_size": pipeline,
         "context_parallel_size": parallel_state.get_context_parallel_world_size(),
         "sequence_parallel": sequence_parallel and tensor > 1,
-        "bf16": precision == "bf16",
+        "bf16": dtype is torch.bfloat16,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         # Weights are read from a directory, never drawn here: Megatron's random start depends on the TP size.
@@ -72,7 +74,26 @@ def transformer_config(
     }
     if recompute:
         settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if precision == "fp8":
+        _check_fp8()
+        settings |= FP8
     return TransformerConfig(**(settings | overrides))
+
+
+# Weights lie in FP8 and nowhere else; inputs are scaled by their own greatest value, which needs no history of earlier
+# ones: a frozen model has no backward pass that would keep such a history in step over the ranks.
+FP8 = {"fp8": "hybrid", "fp8_recipe": "tensorwise", "fp8_param": True}
+
+
+def _check_fp8() -> None:
+    if not uses_transformer_engine():
+        raise UserError("fp8: expected a GPU with Transformer Engine, found none. Set the precision to bf16.")
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 9):
+        found = ".".join(map(str, capability))
+        raise UserError(
+            f"fp8: expected a GPU of compute capability 8.9 or more, found {found}. Set the precision to bf16."
+        )
 
 
 def build_model(
@@ -98,17 +119,19 @@ def build_model(
     config = config or transformer_config(
         shape, sequence_parallel=sequence_parallel, precision=precision, recompute=recompute
     )
-    model = GPTModel(
-        config,
-        layer_spec(config),
-        vocab_size=padded_vocabulary(shape.vocab_size, config.tensor_model_parallel_size),
-        max_sequence_length=length,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        share_embeddings_and_output_weights=shape.tie_word_embeddings,
-        position_embedding_type="rope",
-        rotary_base=int(shape.rope_theta),
-    )
+    # Without gradients Transformer Engine keeps no transposed copies of weights in FP8, nor what they were made from.
+    with torch.set_grad_enabled(not config.fp8):
+        model = GPTModel(
+            config,
+            layer_spec(config),
+            vocab_size=padded_vocabulary(shape.vocab_size, config.tensor_model_parallel_size),
+            max_sequence_length=length,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            share_embeddings_and_output_weights=shape.tie_word_embeddings,
+            position_embedding_type="rope",
+            rotary_base=int(shape.rope_theta),
+        )
     _mark_shards(model, shape)
     inv_freq = inverse_frequencies(shape.head_dim, shape.rope_theta, shape.rope_scaling)
     model.rotary_pos_emb.inv_freq = inv_freq.to(model.rotary_pos_emb.inv_freq.device)

@@ -37,7 +37,8 @@ class DistillationPair(MegatronModule):
     forward pass.
 
     On earlier stages it gives the hidden states for the next stage, (sequence, batch, student hidden + teacher hidden),
-    student's first; `config` says that size to the schedule.
+    student's first; `config` says that size to the schedule. The two models may differ in dtype: the teacher's states
+    travel bit by bit in the student's dtype, in as many columns as their bytes fill.
 
     .config is the object that Megatron's schedule reads: the student's own without pipeline parallelism, a copy of
     another hidden_size with it. So finalize_model_grads_func and the like must be set on `pair.config`.
@@ -45,10 +46,13 @@ class DistillationPair(MegatronModule):
     features: losses between layers of the two models, which enter the backward pass on their own pipeline stage and are
     in none of the terms; see model/signals.py.
 
-    The teacher has no gradients, stays in eval mode under .train(), and is in no state dict: state_dict,
-    load_state_dict and sharded_state_dict are the student's, with the student's names. The last two hold the
-    projections of `features` besides.
+    The teacher has no gradients, is in eval mode, and is no submodule: .train(), .to(), .bfloat16() and what casts
+    whole modules (Megatron's Float16Module) leave it alone, and it is in no state dict. state_dict, load_state_dict and
+    sharded_state_dict are the student's, with the student's names. The last two hold the projections of `features`
+    besides.
     """
+
+    teacher: GPTModel | None
 
     def __init__(
         self,
@@ -85,7 +89,8 @@ class DistillationPair(MegatronModule):
             top_k,
         )
         self.vocab_size, self.gradient_filter = vocab_size, gradient_filter
-        self.student, self.teacher, self.features = student, teacher, features
+        self.student, self.features = student, features
+        object.__setattr__(self, "teacher", teacher)  # torch would register it as a submodule
         # t of TAID while training, a number or a tensor without dims; like `weights`, whoever schedules it sets it.
         self.teacher_share: Tensor | float | None = None
         self._aligned_teacher_head: Tensor | None = None
@@ -129,8 +134,8 @@ class DistillationPair(MegatronModule):
         if self.teacher is None:
             return student
         if teacher is None:
-            teacher = student.new_zeros(*student.shape[:-1], self.teacher.config.hidden_size)
-        return torch.cat([student, teacher], dim=-1)
+            teacher = student.new_zeros(*student.shape[:-1], self.config.hidden_size - student.shape[-1])
+        return torch.cat([student, teacher.contiguous().view(student.dtype)], dim=-1)
 
     def _terms(self, student: Tensor, teacher: Tensor | None, labels: Tensor, loss_mask: Tensor) -> dict[str, Tensor]:
         """student, teacher: (sequence, batch, own hidden size), or this rank's part of the sequence."""
@@ -192,12 +197,6 @@ class DistillationPair(MegatronModule):
             self._aligned_teacher_head = align_columns(head.t(), width, self.vocab_size, group).t().contiguous()
         return self._aligned_teacher_head
 
-    def train(self, mode: bool = True) -> "DistillationPair":
-        super().train(mode)
-        if self.teacher is not None:
-            self.teacher.eval()
-        return self
-
     # What Megatron's schedules ask of a model.
 
     @property
@@ -223,7 +222,7 @@ class DistillationPair(MegatronModule):
         else:
             student_hidden = self.student.config.hidden_size
             student = tensor[..., :student_hidden].contiguous()
-            teacher = tensor[..., student_hidden:].detach().contiguous()
+            teacher = tensor[..., student_hidden:].detach().contiguous().view(self.teacher.config.pipeline_dtype)
         self.student.set_input_tensor([student])
         if self.teacher is not None:
             self.teacher.set_input_tensor([teacher])
@@ -294,14 +293,14 @@ class _InMainGrad(torch.autograd.Function):
 
 
 def schedule_config(student: TransformerConfig, teacher: TransformerConfig | None) -> TransformerConfig:
-    """The config by which Megatron's schedule sizes what the pipeline stages send each other.
+    """The config by which Megatron's schedule sizes what the pipeline stages send each other, in the student's dtype.
 
     Without pipeline parallelism or without a teacher it is the student's own object. Raises ValueError where the two
     cannot share a schedule.
     """
     if teacher is None:
         return student
-    for field in ("sequence_parallel", "pipeline_dtype", "tensor_model_parallel_size", "pipeline_model_parallel_size"):
+    for field in ("sequence_parallel", "tensor_model_parallel_size", "pipeline_model_parallel_size"):
         if getattr(student, field) != getattr(teacher, field):
             raise ValueError(
                 f"teacher and student: expected the same {field}, found {getattr(teacher, field)} and "
@@ -309,6 +308,12 @@ def schedule_config(student: TransformerConfig, teacher: TransformerConfig | Non
             )
     if student.pipeline_model_parallel_size == 1:
         return student
+    own, others = student.pipeline_dtype.itemsize, teacher.hidden_size * teacher.pipeline_dtype.itemsize
+    if others % own:
+        raise ValueError(
+            f"teacher: expected an even hidden size in bf16 beside a student in fp32, found {teacher.hidden_size}. "
+            "Give both one precision, or leave pipeline parallelism out."
+        )
     config = copy.copy(student)
-    config.hidden_size = student.hidden_size + teacher.hidden_size
+    config.hidden_size = student.hidden_size + others // own
     return config

@@ -4,10 +4,12 @@ Where a tensor goes and how it is cut stands in pipelines/families.py; `shard_vi
 Megatron packs several tensors into one parameter. Writing back (export.py) reads through the same view.
 """
 
+from collections import Counter
 from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.models.gpt import GPTModel
 
 from pipelines.families import EMBEDDING, ModelShape, Tensor
@@ -27,13 +29,26 @@ def load_hugging_face(model: GPTModel, directory: str | Path, shape: ModelShape)
     tensors = Tensors(directory)
     tensors.expect_model(shape)
     parameters = named_parameters(model)
-    filled = set()
-    for name, tensor in shape.tensors().items():
-        for target in _targets(name, tensor, shape):
-            if target in parameters:
-                _read(tensors, name, tensor, parameters[target], shape)
-                filled.add(target)
-    assert filled == set(parameters), f"parameters without a tensor: {sorted(set(parameters) - filled)}"
+    places = [
+        (name, tensor, target)
+        for name, tensor in shape.tensors().items()
+        for target in _targets(name, tensor, shape)
+        if target in parameters
+    ]
+    missing = Counter(target for _, _, target in places)
+    assert set(missing) == set(parameters), f"parameters without a tensor: {sorted(set(parameters) - set(missing))}"
+    gathered: dict[str, torch.Tensor] = {}  # parameters in FP8, which are only written whole
+    for name, tensor, target in places:
+        parameter = parameters[target]
+        value = parameter.data
+        if is_float8tensor(parameter):
+            value = gathered.setdefault(
+                target, torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+            )
+        _read(tensors, name, tensor, value, shape)
+        missing[target] -= 1
+        if not missing[target] and target in gathered:
+            parameter.copy_(gathered.pop(target))
 
 
 def named_parameters(model: GPTModel) -> dict[str, torch.nn.Parameter]:
@@ -76,8 +91,8 @@ def _targets(name: str, tensor: Tensor, shape: ModelShape) -> tuple[str, ...]:
     return (tensor.megatron,)
 
 
-def _read(tensors: Tensors, name: str, tensor: Tensor, parameter: torch.nn.Parameter, shape: ModelShape) -> None:
-    view = shard_view(parameter.data, tensor, shape)
+def _read(tensors: Tensors, name: str, tensor: Tensor, value: torch.Tensor, shape: ModelShape) -> None:
+    view = shard_view(value, tensor, shape)
     dim = tensor.parallel_dim
     if dim is None:
         view.copy_(tensors[name])

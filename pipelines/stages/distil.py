@@ -7,7 +7,7 @@ from typing import Any
 from megatron.core.models.gpt import GPTModel
 
 from pipelines import artifacts, console, planning
-from pipelines.config import DistilConfig, UserError, layout
+from pipelines.config import DistilConfig, UserError, layout, teacher_precision
 from pipelines.core.family import divergence_named
 from pipelines.core.kernels import kernels_for
 from pipelines.core.loss import LossWeights, loss_identity
@@ -16,6 +16,7 @@ from pipelines.families import ModelShape, read_shape
 from pipelines.model import build, parallel, step, windows
 from pipelines.model.course import Course
 from pipelines.model.export import save_hugging_face
+from pipelines.model.offload import HostLayers
 from pipelines.model.pair import DistillationPair, schedule_config
 from pipelines.model.signals import FeatureLosses
 from pipelines.model.weights import load_hugging_face
@@ -48,14 +49,20 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
     identity = loss_identity(weights) + in_words(settings.hidden, settings.attention, settings.schedules, settings.taid)
     depths = {"student_layers": shape.num_hidden_layers, "teacher_layers": teacher_shape.num_hidden_layers}
     losses = feature_losses(settings.hidden, settings.attention, **depths)
-    options = {"sequence_parallel": ranks.sequence_parallel, "precision": settings.precision.value}
-    teacher_config = build.transformer_config(teacher_shape, **options)
-    student_config = build.transformer_config(shape, recompute=settings.recompute, **options)
+    options = {"sequence_parallel": ranks.sequence_parallel}
+    held = teacher_precision(settings).value
+    teacher_config = build.transformer_config(teacher_shape, precision=held, **options)
+    student_config = build.transformer_config(
+        shape, precision=settings.precision.value, recompute=settings.recompute, **options
+    )
     pair_config = schedule_config(student_config, teacher_config)
 
     def built() -> DistillationPair:
         teacher = build.build_model(teacher_shape, config=teacher_config, sequence_length=settings.sequence_length)
         load_hugging_face(teacher, teacher_directory, teacher_shape)
+        teacher.requires_grad_(False)
+        if settings.teacher_offload:
+            HostLayers(teacher)
         _check_teacher(context, teacher, teacher_shape, teacher_directory)
         student = build.build_model(shape, config=student_config, sequence_length=settings.sequence_length)
         load_hugging_face(student, start, shape)
@@ -78,6 +85,8 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
     console.say(
         f"distil  {shape.parameters():,} of {teacher_shape.parameters():,} parameters, {settings.steps} steps\n"
         f"distil  {identity}\n"
+        f"distil  teacher in {held}{', its layers in host memory' * settings.teacher_offload}, "
+        f"student in {settings.precision.value}\n"
         f"distil  kernels of the loss: {kernels_for(ranks.device)[1]}"
     )
     follows = planning.needs_logits(settings)

@@ -46,12 +46,17 @@ ATTENTION = [
 
 
 def build(
-    directory: Path, student: ModelShape, losses: list[FeatureLoss], options: dict[str, Any], **build_options: Any
+    directory: Path,
+    student: ModelShape,
+    losses: list[FeatureLoss],
+    options: dict[str, Any],
+    teacher_precision: str | None = None,
+    **build_options: Any,
 ) -> DistillationPair:
     models = {}
     for name, shape in (("student", student), ("teacher", DEEP)):
-        own = build_options if name == "student" else {}
-        models[name] = build_model(shape, sequence_length=SEQUENCE, **options, **own)
+        own = build_options if name == "student" else {"precision": teacher_precision} if teacher_precision else {}
+        models[name] = build_model(shape, sequence_length=SEQUENCE, **options | own)
         load_hugging_face(models[name], directory / name, shape)
     features = FeatureLosses(losses, models["student"], models["teacher"], seed=3)
     return DistillationPair(
@@ -99,6 +104,7 @@ def step_errors(
     each: bool = False,
     precision: str = "fp32",
     factor: float = 1.0,
+    teacher_precision: str | None = None,
     **build_options: Any,
 ) -> dict[str, float]:
     """On rank 0, {} elsewhere: absolute errors of the means, in training and in evaluation ("evaluation ..."); relative
@@ -108,7 +114,7 @@ def step_errors(
     write_models(directory, student, DEEP)
     losses = losses_of(student, hidden, attention, each)
     options = {"sequence_parallel": sequence_parallel, "precision": precision}
-    pair = build(directory, student, losses, options, **build_options)
+    pair = build(directory, student, losses, options, teacher_precision, **build_options)
     assert pair.features is not None
     pair.features.factor = factor
     model = wrap(pair, distributed_optimizer=distributed_optimizer)

@@ -1,6 +1,8 @@
 """What runs in the ranks of test_step.py."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from unittest import mock
 
@@ -14,6 +16,7 @@ from pipelines.families import ModelShape
 from pipelines.model import parallel
 from pipelines.model.build import build_model
 from pipelines.model.export import gather_hugging_face
+from pipelines.model.offload import HostLayers
 from pipelines.model.pair import DistillationPair
 from pipelines.model.random_model import write_random_model
 from pipelines.model.safetensors_stream import Tensors
@@ -76,12 +79,18 @@ def random_batches(micro_batches: int, replicas: int, vocab_size: int, seed: int
 
 
 def build_pair(
-    directory: Path, student: ModelShape, teacher: ModelShape | None, options: dict[str, Any], **weights: Any
+    directory: Path,
+    student: ModelShape,
+    teacher: ModelShape | None,
+    options: dict[str, Any],
+    teacher_precision: str | None = None,
+    **weights: Any,
 ) -> DistillationPair:
     models = []
     for name, shape in (("student", student), ("teacher", teacher)):
         if shape is not None:
-            model = build_model(shape, sequence_length=SEQUENCE, **options)
+            own = {"precision": teacher_precision} if name == "teacher" and teacher_precision else {}
+            model = build_model(shape, sequence_length=SEQUENCE, **options | own)
             load_hugging_face(model, directory / name, shape)
             models.append(model)
     return DistillationPair(*models, vocab_size=student.vocab_size, **weights)
@@ -100,15 +109,17 @@ def step_errors(
     kd_weight: float = 0.7,
     ce_weight: float = 0.3,
     temperature: float = 2.0,
+    teacher_precision: str | None = None,
 ) -> dict[str, float]:
     """On rank 0, {} elsewhere: absolute errors of the means in training and in evaluation ("evaluation ..."), relative
-    errors of the gradients by Hugging Face name, against the float64 reference."""
+    errors of the gradients by Hugging Face name, against the float64 reference. teacher_precision: None: as precision;
+    given, the reference starts from both models' rounded weights."""
     parallel.initialize(tensor, pipeline)
     student, teacher = STUDENT.replace(tie_word_embeddings=tied), TEACHER.replace(vocab_size=teacher_vocab_size)
     write_models(directory, student, teacher, teacher_std=0.35)  # its entropy lies in several bands
     weights = {"kd_weight": kd_weight, "ce_weight": ce_weight, "temperature": temperature}
     options = {"sequence_parallel": sequence_parallel, "precision": precision}
-    pair = build_pair(directory, student, teacher if kd_weight else None, options, **weights)
+    pair = build_pair(directory, student, teacher if kd_weight else None, options, teacher_precision, **weights)
     model = wrap(pair, distributed_optimizer=distributed_optimizer)
     batches = random_batches(micro_batches, parallel_state.get_data_parallel_world_size(), student.vocab_size)
     own = batches[parallel_state.get_data_parallel_rank()]
@@ -119,9 +130,10 @@ def step_errors(
     gradients = {name: gradient for name, gradient in gathered if gradient is not None}
     if dist.get_rank() != 0:
         return {}
-    expected = reference(directory, student, teacher, batches, weights)
+    rounded = {"student": precision, "teacher": teacher_precision} if teacher_precision else {}
+    expected = reference(directory, student, teacher, batches, weights, rounded)
     seen = expected.means | (
-        reference_telemetry(directory, student, teacher, batches, temperature) if kd_weight else {}
+        reference_telemetry(directory, student, teacher, batches, temperature, rounded) if kd_weight else {}
     )
     assert set(before) == (set(seen) if kd_weight else {"loss", "ce", "tokens"}), sorted(set(before) ^ set(seen))
     errors = {name: abs(value - expected.means[name]) for name, value in means.items()}
@@ -137,23 +149,32 @@ def whole_batch(batches: list[list[Batch]]) -> tuple[Batch, torch.Tensor]:
     return whole, whole["labels"] < 0
 
 
-def weights_of(directory: Path, student: ModelShape) -> dict[str, dict[str, torch.Tensor]]:
-    """Both models' in float64, the teacher's vocabulary cut to the student's."""
+def weights_of(
+    directory: Path, student: ModelShape, rounded: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Both models' in float64, the teacher's vocabulary cut to the student's. rounded: the precision that a model's
+    weights are held in, where it is not that of its files."""
     files = {}
     for name in ("student", "teacher"):
         found = Tensors(directory / name)
-        files[name] = {n: found[n].double() for n in found.names}
+        held = torch.bfloat16 if rounded.get(name) == "bf16" else torch.float32
+        files[name] = {n: found[n].to(held).double() for n in found.names}
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         files["teacher"][name] = files["teacher"][name][: student.vocab_size]
     return files
 
 
 def reference_telemetry(
-    directory: Path, student: ModelShape, teacher: ModelShape, batches: list[list[Batch]], temperature: float
+    directory: Path,
+    student: ModelShape,
+    teacher: ModelShape,
+    batches: list[list[Batch]],
+    temperature: float,
+    rounded: Mapping[str, str],
 ) -> dict[str, float]:
     """What an evaluation adds to the means: from whole logits in float64, one token after the other."""
     whole, ignored = whole_batch(batches)
-    files, kept = weights_of(directory, student), (whole["loss_mask"] != 0) & ~ignored
+    files, kept = weights_of(directory, student, rounded), (whole["loss_mask"] != 0) & ~ignored
     labels = whole["labels"][kept]
     s, t = (
         llama_logits(files[name], shape, whole["tokens"])[kept]
@@ -181,10 +202,15 @@ def reference_telemetry(
 
 
 def reference(
-    directory: Path, student: ModelShape, teacher: ModelShape, batches: list[list[Batch]], weights: dict[str, float]
+    directory: Path,
+    student: ModelShape,
+    teacher: ModelShape,
+    batches: list[list[Batch]],
+    weights: dict[str, float],
+    rounded: Mapping[str, str] = MappingProxyType({}),
 ) -> ReferenceStep:
     whole, ignored = whole_batch(batches)
-    files = weights_of(directory, student)
+    files = weights_of(directory, student, rounded)
     return distillation_step(
         files["student"],
         student,
@@ -207,16 +233,21 @@ def bounds_of_the_filter(directory: Path) -> list[float]:
     return [call.args[-1] for call in asked.call_args_list]
 
 
-def teacher_stays_as_it_was(directory: Path) -> dict[str, Any]:
-    """After .train() and a step: what is in which mode, which parameters have gradients, what checkpoints hold."""
+def teacher_stays_as_it_was(
+    directory: Path, precision: str = "fp32", teacher_precision: str = "fp32"
+) -> dict[str, Any]:
+    """After .train() and a step: what is in which mode and dtype, which parameters have gradients, what checkpoints
+    hold; and the bytes of the teacher's weights."""
     parallel.initialize(2)
     write_models(directory)
-    pair = build_pair(directory, STUDENT, TEACHER, {})
+    pair = build_pair(directory, STUDENT, TEACHER, {"precision": precision}, teacher_precision)
     assert pair.teacher is not None
     before = {name: p.clone() for name, p in pair.teacher.named_parameters()}
     model = wrap(pair)
     training_step(model, random_batches(1, 1, STUDENT.vocab_size)[0])
     return {
+        "dtypes": {n: {p.dtype for p in m.parameters()} for n, m in (("student", pair), ("teacher", pair.teacher))},
+        "teacher_bytes": sum(p.nbytes for p in pair.teacher.parameters()),
         "student_training": all(m.training for m in pair.student.modules()),
         "teacher_training": any(m.training for m in pair.teacher.modules()),
         "unchanged": all(torch.equal(p, before[name]) for name, p in pair.teacher.named_parameters()),
@@ -277,3 +308,47 @@ def kept_by_a_layer(recompute: bool) -> float:
         return sum(found.values())
 
     return (kept(4) - kept(2)) / 2 / (MICRO_BATCH * SEQUENCE)
+
+
+def offloaded_teacher(directory: Path, layers: int = 3, precision: str = "fp32", pipeline: int = 1) -> dict[str, Any]:
+    """Means, gradients and the teacher's memory, of two steps with its layers in host memory and of two without."""
+    parallel.initialize(dist.get_world_size() // pipeline, pipeline)
+    teacher = TEACHER.replace(num_hidden_layers=layers)
+    write_models(directory, STUDENT, teacher)
+    found: dict[str, Any] = {}
+    for name in ("resident", "offloaded"):
+        pair = build_pair(directory, STUDENT, teacher, {}, precision, ce_weight=0.3, temperature=2.0)
+        assert pair.teacher is not None
+        hosted = HostLayers(pair.teacher) if name == "offloaded" else None
+        model = wrap(pair)
+        states = []
+        pair.teacher.register_forward_hook(lambda *call, states=states: states.append(call[-1].clone()))
+        steps = [training_step(model, batches) for batches in random_batches(3, 2, STUDENT.vocab_size)]
+        gradients = [p.main_grad.clone() for p in pair.student.parameters()]
+        found[name] = {"means": steps, "states": states, "gradients": gradients}
+        if hosted is not None:
+            own = list(pair.teacher.decoder.layers.parameters())
+            found["on device"] = sum(b.nbytes for b in hosted.buffers)
+            found["layer"] = max(sum(p.nbytes for p in layer) for layer in hosted.parameters)
+            found["at home"] = all(any(p.data_ptr() in _span(m) for m in hosted.host) for p in own)
+    return found | {
+        "equal": all(
+            torch.equal(a, b)
+            for kind in ("states", "gradients")
+            for a, b in zip(found["resident"][kind], found["offloaded"][kind], strict=True)
+        )
+    }
+
+
+def _span(memory: torch.Tensor) -> range:
+    return range(memory.data_ptr(), memory.data_ptr() + memory.nbytes)
+
+
+def refused_offload(directory: Path) -> str:
+    parallel.initialize(1)
+    write_models(directory)
+    try:
+        HostLayers(build_pair(directory, STUDENT, TEACHER, {}).student)
+    except ValueError as error:
+        return str(error)
+    return "accepted"

@@ -60,6 +60,12 @@ def test_bf16(ranks: RankPools, tmp_path: Path) -> None:
     check(ranks(2, f"{CASES}:step_errors", directory=tmp_path, pipeline=2, precision="bf16")[0], 0.15, 0.1)
 
 
+def test_a_teacher_in_bf16_beside_a_student_in_fp32(ranks: RankPools, tmp_path: Path) -> None:
+    options = {"precision": "fp32", "teacher_precision": "bf16"}
+    for layout in ({"pipeline": 2}, {"tensor": 2, "sequence_parallel": True}):
+        check(ranks(2, f"{CASES}:step_errors", directory=tmp_path, **options, **layout)[0], 0.1, 0.05)
+
+
 def test_projections_are_drawn_alike_at_every_layout(ranks: RankPools, tmp_path: Path) -> None:
     whole = ranks(1, f"{CASES}:drawn_projections", directory=tmp_path)[0]
     assert set(whole) == {"hidden_mse_0_0", "hidden_mse_1_2", "hidden_mse_2_4", "hidden_cosine_2_4"}

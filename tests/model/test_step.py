@@ -4,11 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from pipelines import planning
 from pipelines.activations import layer_numbers
+from pipelines.compose import compose
 from pipelines.config import Layout
 from pipelines.core.divergence import Telemetry
-from tests.model.cases_step import STUDENT
+from tests.model.cases_step import STUDENT, TEACHER
 from tests.ranks import RankPools
 
 CASES = "tests.model.cases_step"
@@ -31,6 +34,12 @@ def check(errors: dict[str, float], tolerance: float, term_tolerance: float) -> 
     assert sum(name.endswith(".weight") for name in errors) >= 20, "every gradient is compared"
     for name, error in errors.items():
         assert error < (tolerance if name.endswith(".weight") else term_tolerance), name
+
+
+def continuous(errors: dict[str, float]) -> dict[str, float]:
+    """Without what a rounding moves by a whole token: agreement, bands and bins."""
+    terms = ("loss", "kd", "ce", "tokens", "overlap", "teacher_entropy")
+    return {n: e for n, e in errors.items() if n.endswith(".weight") or n.removeprefix("evaluation ") in terms}
 
 
 @pytest.mark.parametrize("world, layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -68,6 +77,60 @@ def test_bf16(ranks: RankPools, tmp_path: Path) -> None:
         check(errors, 0.05, 0.05)
         for weight in (weight for weight in errors if weight.endswith(".weight")):
             assert errors[weight] <= 2 * unsharded[weight], f"{name}: {weight}"
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [{"tensor": 2, "sequence_parallel": True}, {"pipeline": 2}],
+    ids=["tp2_sequence_parallel", "pp2"],
+)
+@pytest.mark.parametrize(
+    ("precision", "teacher"), [("fp32", "bf16"), ("bf16", "fp32")], ids=["bf16_teacher", "fp32_teacher"]
+)
+def test_a_teacher_in_another_precision(
+    ranks: RankPools, tmp_path: Path, layout: dict[str, Any], precision: str, teacher: str
+) -> None:
+    """Near a float64 reference of the same rounded weights; pipeline stages round nothing of a teacher's states."""
+    options = {"precision": precision, "teacher_precision": teacher}
+    whole = continuous(ranks(1, f"{CASES}:step_errors", directory=tmp_path / "whole", **options)[0])
+    check(whole, 0.05, 0.01)
+    errors = continuous(ranks(2, f"{CASES}:step_errors", directory=tmp_path / "cut", **options, **layout)[0])
+    check(errors, 0.05, 0.01)
+    if precision == "fp32" and "pipeline" in layout:
+        assert all(errors[name] == pytest.approx(error, abs=1e-6) for name, error in whole.items())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_teacher_keeps_its_own_dtype_under_every_wrapper(ranks: RankPools, tmp_path: Path, precision: str) -> None:
+    """Float16Module casts whole modules. In memory the teacher has the bytes that `plan` tells."""
+    teacher = "bf16" if precision == "fp32" else "fp32"
+    options = {"precision": precision, "teacher_precision": teacher}
+    dtypes = {"fp32": {torch.float32}, "bf16": {torch.bfloat16}}
+    settings = compose([f"distil.precision={precision}", f"distil.teacher_precision={teacher}"]).distil
+    planned = planning.bytes_per_device(TEACHER, STUDENT, Layout(2, 2, 1, 1, 1, "cpu", False), settings)
+    for result in ranks(2, f"{CASES}:teacher_stays_as_it_was", directory=tmp_path, **options):
+        assert result["dtypes"] == {"student": dtypes[precision], "teacher": dtypes[teacher]}
+        assert result["unchanged"] and result["teacher_gradients"] == []
+        assert result["teacher_bytes"] == planned["teacher_weights"]
+
+
+@pytest.mark.parametrize(
+    ("world", "options"),
+    [(2, {"layers": 3}), (1, {"layers": 2, "precision": "bf16"}), (2, {"layers": 2, "pipeline": 2})],
+    ids=["tp2_3_layers", "bf16_2_layers", "pp2_one_layer_each"],
+)
+def test_a_teacher_in_host_memory_gives_the_same_bits(
+    ranks: RankPools, tmp_path: Path, world: int, options: dict[str, Any]
+) -> None:
+    for found in ranks(world, f"{CASES}:offloaded_teacher", directory=tmp_path, **options):
+        assert found["equal"] and len(found["offloaded"]["states"]) == 6
+        assert found["offloaded"]["means"] == found["resident"]["means"]
+        assert found["at home"], "afterwards the device holds no layer's weights but the two buffers"
+        assert 2 * found["layer"] <= found["on device"] < 2 * (found["layer"] + 7 * 256)
+
+
+def test_a_model_that_is_trained_stays_on_the_device(ranks: RankPools, tmp_path: Path) -> None:
+    assert "frozen" in ranks(1, f"{CASES}:refused_offload", directory=tmp_path)[0]
 
 
 def test_vocabularies_padded_differently(ranks: RankPools, tmp_path: Path) -> None:
