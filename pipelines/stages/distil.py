@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from pipelines import artifacts, console, planning
-from pipelines.config import DistilConfig, UserError, layout, teacher_precision
+from pipelines.config import DistilConfig, Layout, UserError, layout, teacher_precision
 from pipelines.core.family import divergence_named
 from pipelines.core.kernels import kernels_for
 from pipelines.core.loss import LossWeights, loss_identity
@@ -49,21 +50,11 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
     identity = loss_identity(weights) + in_words(settings.hidden, settings.attention, settings.schedules, settings.taid)
     depths = {"student_layers": shape.num_hidden_layers, "teacher_layers": teacher_shape.num_hidden_layers}
     losses = feature_losses(settings.hidden, settings.attention, **depths)
-    options = {"sequence_parallel": ranks.sequence_parallel}
-    held = teacher_precision(settings).value
-    teacher_config = build.transformer_config(teacher_shape, precision=held, **options)
-    student_config = build.transformer_config(
-        shape, precision=settings.precision.value, recompute=settings.recompute, **options
-    )
+    teacher_config, student_config = _configurations(settings, ranks, teacher_shape, shape)
     pair_config = schedule_config(student_config, teacher_config)
 
     def built() -> DistillationPair:
-        teacher = build.build_model(teacher_shape, config=teacher_config, sequence_length=settings.sequence_length)
-        load_hugging_face(teacher, teacher_directory, teacher_shape)
-        teacher.requires_grad_(False)
-        if settings.teacher_offload:
-            HostLayers(teacher)
-        _check_teacher(context, teacher, teacher_shape, teacher_directory)
+        teacher = _teacher(context, teacher_config, teacher_shape, teacher_directory)
         student = build.build_model(shape, config=student_config, sequence_length=settings.sequence_length)
         load_hugging_face(student, start, shape)
         return DistillationPair(
@@ -85,8 +76,8 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
     console.say(
         f"distil  {shape.parameters():,} of {teacher_shape.parameters():,} parameters, {settings.steps} steps\n"
         f"distil  {identity}\n"
-        f"distil  teacher in {held}{', its layers in host memory' * settings.teacher_offload}, "
-        f"student in {settings.precision.value}\n"
+        f"distil  student in {settings.precision.value}, teacher in {teacher_precision(settings).value}"
+        f"{', its layers in host memory' * settings.teacher_offload}\n"
         f"distil  kernels of the loss: {kernels_for(ranks.device)[1]}"
     )
     follows = planning.needs_logits(settings)
@@ -112,6 +103,31 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
         "tokens": settings.steps * settings.global_batch_size * settings.sequence_length,
         "validation": validation,
     }
+
+
+def _configurations(
+    settings: DistilConfig, ranks: Layout, teacher: ModelShape, student: ModelShape
+) -> tuple[TransformerConfig, TransformerConfig]:
+    """Megatron's, of teacher and student."""
+    split, own = ranks.sequence_parallel, settings.precision.value
+    return (
+        build.transformer_config(teacher, sequence_parallel=split, precision=teacher_precision(settings).value),
+        build.transformer_config(student, sequence_parallel=split, precision=own, recompute=settings.recompute),
+    )
+
+
+def _teacher(
+    context: artifacts.StageContext, config: TransformerConfig, shape: ModelShape, directory: Path
+) -> GPTModel:
+    """Loaded, frozen, where the settings want it, and checked."""
+    settings = context.config.distil
+    teacher = build.build_model(shape, config=config, sequence_length=settings.sequence_length)
+    load_hugging_face(teacher, directory, shape)
+    teacher.requires_grad_(False)
+    if settings.teacher_offload:
+        HostLayers(teacher)
+    _check_teacher(context, teacher, shape, directory)
+    return teacher
 
 
 def _course(settings: DistilConfig, weights: LossWeights) -> Course:
