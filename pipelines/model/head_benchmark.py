@@ -38,6 +38,11 @@ class Case:
     teacher_hidden: int
     dtype: torch.dtype
 
+    @property
+    def flops(self) -> int:
+        """Of the products over the whole vocabulary: the student's forward and backward, the teacher's forward."""
+        return 2 * self.tokens * self.vocabulary * (3 * self.student_hidden + self.teacher_hidden)
+
 
 @dataclass
 class Heads:

@@ -72,6 +72,19 @@ def peak_bytes(work: Callable[[], Result], device: torch.device) -> tuple[int, R
     return int(greatest(peak, device)), result
 
 
+def matrix_ceiling(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s that a rank reaches in the product of two large square matrices while all ranks make theirs: what any work
+    made of products can at most reach on this machine. By the faster of a CPU's libraries. Collective, see `seconds`.
+    """
+    size, products = (8192, 20) if device.type == "cuda" else (2048, 1)
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    ways: list[Work] = [lambda: [torch.mm(left, right) for _ in range(products)]]
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+        ways.append(lambda: torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], ""))
+    fastest = min(seconds(way, device) for _ in range(4) for way in ways)
+    return 2 * size**3 * products / fastest
+
+
 def process_peak_bytes(device: torch.device) -> int:
     """The most that a rank has held since it started: tensors on its GPU, or on a CPU the resident memory of the whole
     process (Linux counts it in KiB). The largest rank's number, on every rank: one all-reduce of one number."""

@@ -41,7 +41,7 @@ HEADS = Kind(
     "results.json",
     "peak_bytes_beyond_gradients",
     {"vocabulary": "ids", "tokens": "tokens", "student_hidden": "hidden", "teacher_hidden": "teacher's"},
-    {"relative_error": ("error", "{:.1e}")},
+    {"share_of_ceiling": ("of ceiling", "{:.0%}"), "relative_error": ("error", "{:.1e}")},
 )
 STEPS = Kind(
     "steps.json",
@@ -53,7 +53,11 @@ STEPS = Kind(
         "sequence_length": "sequence",
         "micro_batch_size": "micro batch",
     },
-    {"tokens_per_second": ("tokens/s", "{:,.0f}"), "largest_micro_batch": ("largest micro batch", "{}")},
+    {
+        "tokens_per_second": ("tokens/s", "{:,.0f}"),
+        "share_of_ceiling": ("of ceiling", "{:.0%}"),
+        "largest_micro_batch": ("largest micro batch", "{}"),
+    },
 )
 
 
@@ -113,7 +117,8 @@ def _page(heads: list[Row], steps: list[Row], plots_drawn: list[str]) -> Iterabl
         yield "From the normed hidden states of both models and both heads to the mean forward KL at temperature 1,"
         yield "and back into the student's hidden states and head. Memory: the peak beyond inputs and gradients, on the"
         yield "largest rank. Seconds: the median of passes in turns, on the slowest rank. Error: of the gradients"
-        yield "against float64, norm(g - g*) / norm(g*)."
+        yield "against float64, norm(g - g*) / norm(g*). Ceiling: the FLOP/s that large products reach"
+        yield "here, to which those of this work, each counted once, are held."
         yield from _tables(heads, HEADS)
         for name in plots_drawn:
             yield ""

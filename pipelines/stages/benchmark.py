@@ -22,7 +22,7 @@ from rich.table import Table
 
 from pipelines import artifacts, console, files, lineage, planning
 from pipelines.config import BenchmarkConfig, Config, Contender, Layout, Precision, layout
-from pipelines.model import head_benchmark, parallel, step_benchmark
+from pipelines.model import head_benchmark, measure, parallel, step_benchmark
 from pipelines.model.measure import Unavailable
 from pipelines.model.random_model import write_random_model
 from pipelines.report import benchmark as table
@@ -40,19 +40,27 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
     config, settings, ranks = context.config, context.config.benchmark, layout(context.config.parallel)
     parallel.initialize(ranks.tensor, device=ranks.device, seed=config.run.seed)
     device = parallel.torch_device(ranks.device)
+    ceiling = measure.matrix_ceiling(DTYPES[settings.precision], device)
     here = {
         "tensor_parallel": ranks.tensor,
         "dtype": settings.precision.value,
         "device": device_name(device),
         "threads": torch.get_num_threads(),
+        "matrix_ceiling": ceiling,
         "commit": lineage.git_commit(),
         "date": datetime.date.today().isoformat(),
     }
     console.say(f"benchmark  TP {ranks.tensor}, {here['device']}, {here['threads']} threads per process")
+    console.say(
+        f"benchmark  ceiling: {ceiling / 1e12:.3g} TFLOP/s per process in large {settings.precision.value} products"
+    )
     for case, rows in heads(settings, ranks, device, config.run.seed):
+        rows = with_share_of(ceiling, rows, case.flops // ranks.tensor)
         keep(context.directory, [row | here for row in rows], table.HEADS)
         show(f"{case.tokens:,} tokens, {case.vocabulary:,} ids", rows, table.HEADS)
+    per_token = step_flops(config)
     for size, rows in steps(config, ranks, device, context.directory / "models"):
+        rows = with_share_of(ceiling, rows, per_token * rows[0]["tokens"] // ranks.processes)
         keep(context.directory, [row | here for row in rows], table.STEPS)
         show(f"whole step, micro batch {size} x {settings.sequence_length} tokens", rows, table.STEPS)
     if dist.get_rank() == 0:
@@ -206,6 +214,18 @@ def _row(name: str, what: Any, sizes: Row, kind: type) -> Row:
     if isinstance(what, Unavailable):
         return {"name": name, **sizes, **dict.fromkeys(kind.__dataclass_fields__), "reason": str(what)}
     return {"name": name, **sizes, **asdict(what)}
+
+
+def with_share_of(ceiling: float, rows: list[Row], flops: int) -> list[Row]:
+    """flops: of the work itself, on one rank; what a contender computes more than once does not count."""
+    return [row | {"share_of_ceiling": flops / (row["seconds"] * ceiling) if row["seconds"] else None} for row in rows]
+
+
+def step_flops(config: Config) -> int:
+    """Per token of the whole steps, causal attention included."""
+    teacher = planning.teacher_shape(config)
+    student = planning.target_shape(teacher, config.student)
+    return planning.distillation_flops(teacher, student, config.benchmark.sequence_length).total
 
 
 def keep(directory: Path, rows: list[Row], kind: table.Kind) -> None:

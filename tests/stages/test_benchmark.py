@@ -42,6 +42,9 @@ def test_every_contender_is_right_at_tp_1_and_2_and_ours_needs_a_fraction_of_the
     for row in found:
         assert row.keys() >= FIGURES and row["seconds"] >= row["fastest_seconds"] > 0
         assert 0 < row["relative_error"] < 1e-5 and row["loss_error"] < 1e-5, row
+        flops = 2 * 1024 * 16384 * (3 * 32 + 48) / row["tensor_parallel"]
+        assert row["share_of_ceiling"] == pytest.approx(flops / row["seconds"] / row["matrix_ceiling"])
+        assert row["matrix_ceiling"] > 1e8
     for tensor in (1, 2):
         memory = {r["name"]: r["peak_bytes_beyond_gradients"] for r in found if r["tensor_parallel"] == tensor}
         logits = 1024 * 16384 * 4 / tensor
@@ -114,9 +117,16 @@ def test_the_command_adds_rows_tells_who_is_not_here_and_writes_the_page_where_a
 
 def test_ratios_are_of_nemos_row() -> None:
     work = {"tokens": 8, "tensor_parallel": 1}
-    ours = {"name": "stillhouse", HEADS.memory: 1e6, "seconds": 0.5, "relative_error": 1e-6, **work}
+    ours = {
+        "name": "stillhouse",
+        HEADS.memory: 1e6,
+        "seconds": 0.5,
+        "share_of_ceiling": 0.4,
+        "relative_error": 1e-6,
+        **work,
+    }
     nemo = {"name": "nemo", HEADS.memory: 4e6, "seconds": 2.0, "relative_error": 1e-6, **work}
-    shown = ["stillhouse", "1.0 MB", "0.250", "0.5000", "0.250", "1.0e-06"]
+    shown = ["stillhouse", "1.0 MB", "0.250", "0.5000", "0.250", "40%", "1.0e-06"]
     assert table.cells(ours, [ours, nemo], HEADS) == shown
     assert table.cells(ours, [ours], HEADS)[2] == ""
     assert table.cells(ours, [ours, nemo | {"tensor_parallel": 2}], HEADS)[2] == "", "other work is no measure"
