@@ -70,11 +70,17 @@ def test_bf16(ranks: RankPools, tmp_path: Path) -> None:
 
     Layouts that see the same tokens. The terms are sums in fp32: not rounded to bf16 on their way out.
     """
-    (unsharded,) = ranks(1, f"{CASES}:step_errors", directory=tmp_path, precision="bf16")
-    check(unsharded, 0.05, 0.05)
+
+    def measured(world: int, **layout: Any) -> dict[str, float]:
+        found = ranks(world, f"{CASES}:step_errors", directory=tmp_path, precision="bf16", **layout)[0]
+        # A token near a bound lies in another band or bin; the teacher's entropy is of another size than the losses.
+        return {n: e for n, e in found.items() if "entropy" not in n and "calibration" not in n}
+
+    unsharded = measured(1)
+    check(unsharded, 0.05, 0.005)
     for name in ("tp2", "tp2_sequence_parallel", "pp2"):
-        errors = ranks(2, f"{CASES}:step_errors", directory=tmp_path, precision="bf16", **LAYOUTS[name][1])[0]
-        check(errors, 0.05, 0.05)
+        errors = measured(2, **LAYOUTS[name][1])
+        check(errors, 0.05, 0.005)
         for weight in (weight for weight in errors if weight.endswith(".weight")):
             assert errors[weight] <= 2 * unsharded[weight], f"{name}: {weight}"
 
@@ -136,11 +142,6 @@ def test_a_model_that_is_trained_stays_on_the_device(ranks: RankPools, tmp_path:
 def test_vocabularies_padded_differently(ranks: RankPools, tmp_path: Path) -> None:
     """The teacher knows 80 ids, the student 67 of them: other shards on every rank."""
     check(ranks(2, f"{CASES}:step_errors", directory=tmp_path, tensor=2, teacher_vocab_size=80)[0], 5e-6, 1e-6)
-
-
-def test_gradient_filter(ranks: RankPools, tmp_path: Path) -> None:
-    """What it leaves out: tests/core/test_linear_divergence.py."""
-    assert ranks(2, f"{CASES}:bounds_of_the_filter", directory=tmp_path) == [[1e-7, 1e-7]] * 2
 
 
 def test_teacher_stays_as_it_was(ranks: RankPools, tmp_path: Path) -> None:
