@@ -36,7 +36,15 @@ REQUIREMENTS = [
     "rich==15.0.0",
     "PyYAML==6.0.3",
 ]
+TRACKERS = [
+    "wandb==0.31.0",
+    "mlflow-skinny==3.17.2",
+    # What MLflow's client needs to keep its runs in a file.
+    "SQLAlchemy==2.0.58",  # 2.1 is for Python 3.11 and later
+    "alembic==1.20.1",
+]
 TEST = [
+    *TRACKERS,
     "pytest==9.2.0",
     "ruff==0.17.6",
     "mypy==2.4.1",
@@ -56,6 +64,6 @@ setup(
     package_dir={"pipelines.conf": "conf"},
     package_data={"pipelines.conf": ["*.yaml", "*/*.yaml"], "pipelines.report": ["*.jinja", "*.css"]},
     install_requires=REQUIREMENTS,
-    extras_require={"test": TEST, "dev": TEST},
+    extras_require={"trackers": TRACKERS, "test": TEST, "dev": TEST},
     entry_points={"console_scripts": ["stillhouse = pipelines.__main__:main"]},
 )

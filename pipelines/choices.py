@@ -71,6 +71,14 @@ class Contender(Enum):
     liger = "liger"  # Liger's fused-linear JSD, on one GPU
 
 
+class Tracker(Enum):
+    """Where figures of training go beside metrics.jsonl and TensorBoard (trainer/trackers.py). Offline unless
+    WANDB_MODE or MLFLOW_TRACKING_URI says otherwise. One run per stage, over restarts."""
+
+    wandb = "wandb"  # into <run>/wandb
+    mlflow = "mlflow"  # into <run>/mlflow.db
+
+
 class Format(Enum):
     text = "text"
     json = "json"

@@ -22,6 +22,7 @@ from pipelines.choices import (
     SourceKind,
     TeacherMode,
     TeacherPrecision,
+    Tracker,
 )
 from pipelines.signals import AttentionLossConfig, HiddenLossConfig, SchedulesConfig, TaidConfig
 
@@ -41,6 +42,10 @@ class RunConfig:
     name: str = "quickstart"
     directory: str = "runs"  # a run lives in <directory>/<name>/<stage>/
     seed: int = 1234
+    trackers: list[Tracker] = field(
+        default_factory=list
+    )  # of the stages that train; pip install 'stillhouse[trackers]'
+    project: str = "stillhouse"  # at Weights & Biases; at MLflow the experiment
 
 
 @dataclass

@@ -19,7 +19,17 @@ SMALL = 1 << 20  # bytes: below, a file is hashed at every look and needs no sid
 LARGE = 1 << 30  # bytes: above, hashing takes seconds and is told
 COMPLETE, MANIFEST = "complete", "manifest.json"
 _NO_ROOM = re.compile(r"(No space left on device|Disk quota exceeded|File too large)(: '[^'\n]*')?")
-BOOKKEEPING = (COMPLETE, MANIFEST, "config.yaml", "lock", "checkpoints", "tensorboard", "data_index", "logs")
+BOOKKEEPING = (
+    COMPLETE,
+    MANIFEST,
+    "config.yaml",
+    "lock",
+    "checkpoints",
+    "tensorboard",
+    "data_index",
+    "logs",
+    "trackers.json",
+)
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from pipelines import artifacts, files, lock
 from pipelines.artifacts import State
-from pipelines.config import Config, Optimizer, UserError
+from pipelines.config import Config, Optimizer, Tracker, UserError
 from pipelines.stages import FREE, PIPELINE, STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,7 +121,8 @@ def test_layout_logging_and_checkpoint_interval_may_change(config: Config) -> No
         value = getattr(config.teacher, name)
         others = {bool: lambda v: not v, int: lambda v: v + 1, Optimizer: lambda v: Optimizer.torch}
         setattr(config.teacher, name, others[type(value)](value))
-    assert {"checkpoint_interval", "log_interval", "micro_batch_size"} <= FREE & vars(config.teacher).keys()
+    config.run.trackers, config.run.project = [Tracker.wandb], "other"
+    assert {"checkpoint_interval", "log_interval", "micro_batch_size", "profile"} <= FREE & vars(config.teacher).keys()
     assert state(config, "teacher") is State.finished
 
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import fields, is_dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -324,11 +325,26 @@ def test_a_setting_without_effect_is_told() -> None:
     assert validate(compose(BASE), ["distil"]) == []
 
 
+@pytest.mark.parametrize(("tracker", "missing"), [("wandb", "wandb"), ("mlflow", "mlflow"), ("mlflow", "alembic")])
+def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, tracker: str, missing: str) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    there = ModuleSpec("there", None, origin="file")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == missing else there)
+    message = refusal("distil", *BASE, f"run.trackers=[{tracker}]")
+    assert f"run.trackers={tracker}: expected the package {missing}, found none" in message
+    assert "stillhouse[trackers]" in message
+    validate(compose([*BASE, f"run.trackers=[{tracker}]"]), ["prune"])  # which tracks nothing
+    if missing == "alembic":
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
+        assert validate(compose([*BASE, "run.trackers=[mlflow]"]), ["distil"]) == []
+
+
 @pytest.mark.parametrize(
     ("stages", "overrides", "part"),
     [
         (["distil"], ["distil.distributed_optimizer=true"], "distil.distributed_optimizer=true has no effect"),
         (["teacher"], ["teacher.distributed_optimizer=true"], "teacher.distributed_optimizer=true has no effect"),
+        (["distil"], ["distil.profile=true", "distil.steps=7", "distil.warmup_steps=0"], "distil.profile=true has no"),
         (["distil"], ["distil.temperature_squared=false"], "temperature_squared=false has no effect"),
         (["distil"], ["distil.kd_weight=0", "distil.temperature=2"], "distil.temperature has no effect"),
         (["distil"], ["distil.kd_weight=0", "distil.divergence=reverse_kl"], "distil.divergence has no effect"),

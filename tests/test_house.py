@@ -25,7 +25,10 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
     "validation": (set(), {"validation"}),
     "core": ({"torch", "triton"}, {"core"}),
     "model": ({"torch", "megatron", "safetensors", "transformer_engine", "numpy"}, {"core", "model", "text"}),
-    "trainer": ({"torch", "megatron", "nemo", "lightning", "transformer_engine", "yaml"}, {"core", "model", "trainer"}),
+    "trainer": (
+        {"torch", "megatron", "nemo", "lightning", "transformer_engine", "yaml", "wandb", "mlflow"},
+        {"core", "model", "trainer"},
+    ),
     "text": ({"numpy", "tokenizers", "datasets", "pyarrow", "transformers"}, {"text"}),
     "report": ({"jinja2", "matplotlib", "markupsafe", "numpy", "safetensors", "yaml"}, {"report"}),
     "stages": (

@@ -16,22 +16,25 @@ from pipelines.model.measure import process_peak_bytes
 from pipelines.model.step import Totals, reduce_reports
 from pipelines.trainer.finite import refuse_non_finite
 from pipelines.trainer.module import unwrap
+from pipelines.trainer.trackers import Trackers
 
 
 class Metrics(Callback):
-    """Writes metrics.jsonl and TensorBoard events on rank 0 and moves the progress bar.
+    """Writes metrics.jsonl, and the same to trackers, on rank 0 and moves the progress bar.
 
     Rows: step, split, every mean of model/step.py's Totals, and planning.speed_figures of the training steps since the
     last row of that split, without validations. For train also learning_rate, gradient_norm (before clipping) and time
     (seconds since the stage first started, over resumes), for validation peak_bytes (measure.process_peak_bytes). Rows
     past start, the step of the checkpoint that the run continues from, are taken back.
 
-    flops_per_token: of training. peak: FLOP/s of all devices together, None where that is not known.
+    trackers: where rows go besides. flops_per_token: of training. peak: FLOP/s of all devices together, None where that
+    is not known.
     """
 
     def __init__(
         self,
         directory: Path,
+        trackers: Trackers,
         *,
         description: str,
         start: int,
@@ -41,7 +44,8 @@ class Metrics(Callback):
         flops_per_token: int,
         peak: float | None,
     ) -> None:
-        self.directory, self.description, self.start, self.steps = directory, description, start, steps
+        self.directory, self.trackers = directory, trackers
+        self.description, self.start, self.steps = description, start, steps
         self.log_interval = log_interval
         self.speed = partial(planning.speed_figures, flops_per_token=flops_per_token, peak=peak)
         self.paces = {split: _Pace(tokens_per_step) for split in ("train", "validation")}
@@ -54,7 +58,7 @@ class Metrics(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         # Here and not at the first step: a run that continues from its last step takes none.
         if console.rank() == 0:
-            self.elapsed = _take_back_rows(self.directory / "metrics.jsonl", self.start)
+            self.elapsed, self._logged = _take_back_rows(self.directory / "metrics.jsonl", self.start)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         assert trainer.global_step == self.start, "the checkpoint's name tells its step"
@@ -62,10 +66,8 @@ class Metrics(Callback):
         self._started = time.monotonic()
         self._set_off(trainer.global_step)
         if console.rank() == 0:
-            from torch.utils.tensorboard import SummaryWriter
-
+            self.trackers.open(trainer.global_step, self._logged)
             self._file = open(self.directory / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 open for the whole run
-            self._events = SummaryWriter(str(self.directory / "tensorboard"), purge_step=trainer.global_step + 1)
         self._bar = console.progress(self.description, self.steps, "steps").__enter__()
         self._bar.advance(trainer.global_step)
 
@@ -124,11 +126,11 @@ class Metrics(Callback):
             pace.set_off(step)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self._close()
+        self._close(finished=True)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         if not files.is_disk_error(exception):  # TensorBoard would wait for what it cannot write
-            self._close()
+            self._close(finished=False)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         # The rows before a checkpoint survive what the checkpoint survives.
@@ -145,24 +147,30 @@ class Metrics(Callback):
         if console.rank() != 0:
             return
         self._file.write(json.dumps({"step": step, "split": split, **figures}) + "\n")
-        for name, value in figures.items():
-            self._events.add_scalar(f"{split}/{name}", value, step)
+        self.trackers.log(split, figures, step)
 
-    def _close(self) -> None:
+    def _close(self, finished: bool) -> None:
         if hasattr(self, "_bar"):
             self._bar.__exit__()
         if hasattr(self, "_file"):
             self._file.close()
-            self._events.close()
+            self.trackers.close(finished)
 
 
-def _take_back_rows(path: Path, step: int) -> float:
-    """Remove the rows after `step`, which will be written again; returns the seconds that the last kept row tells."""
+def _take_back_rows(path: Path, step: int) -> tuple[float, dict[str, int]]:
+    """Remove the rows after `step`, which will be written again.
+
+    Returns the seconds that the last kept row tells, and the last step of each split that there was before.
+    """
     if not path.exists():
-        return 0.0
-    rows = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+        return 0.0, {}
+    whole = [line for line in path.read_text().splitlines() if _step_of(line) < math.inf]
+    logged: dict[str, int] = {}
+    for row in map(json.loads, whole):
+        logged[row["split"]] = max(row["step"], logged.get(row["split"], 0))
+    rows = [line for line in whole if _step_of(line) <= step]
     files.write_atomic(path, "".join(row + "\n" for row in rows))
-    return max((json.loads(row).get("time", 0.0) for row in rows), default=0.0)
+    return max((json.loads(row).get("time", 0.0) for row in rows), default=0.0), logged
 
 
 def _step_of(line: str) -> float:

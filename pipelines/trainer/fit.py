@@ -29,6 +29,7 @@ from pipelines.trainer.data_index import DataIndex
 from pipelines.trainer.loop import TrainingLoop
 from pipelines.trainer.module import TrainedModel, unwrap
 from pipelines.trainer.profile import Trace
+from pipelines.trainer.trackers import Trackers, Tracking
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ def fit(
     device: str,
     callbacks: list[Callback],
     flops_per_token: int,
+    tracking: Tracking,
     end_of_document: int | None = None,
 ) -> tuple[MegatronModule, dict[str, float]]:
     """Train to schedule.steps. Returns the trained module, unwrapped, and the figures of its validation.
@@ -119,6 +121,7 @@ def fit(
     unset_num_microbatches_calculator()
     metrics = Metrics(
         directory,
+        Trackers(directory, description, tracking),
         description=description,
         start=checkpoints.step_of(checkpoint),
         steps=schedule.steps,

@@ -11,6 +11,7 @@ from pipelines.config import Layout, TrainingConfig, UserError
 from pipelines.model.course import Course
 from pipelines.model.pair import DistillationPair
 from pipelines.model.windows import end_of_document
+from pipelines.stages import STAGES
 
 
 def train(
@@ -32,6 +33,7 @@ def train(
         cpu_runtime.install()
     from pipelines.trainer.course import CourseCallback
     from pipelines.trainer.fit import Schedule, fit
+    from pipelines.trainer.trackers import Tracking
 
     corpus = artifacts.corpus_directory(context.config)
     schedule = {name: getattr(settings, name) for name in Schedule.__dataclass_fields__}
@@ -47,6 +49,11 @@ def train(
         seed=context.config.run.seed,
         device=ranks.device,
         flops_per_token=flops_per_token,
+        tracking=Tracking(
+            tuple(tracker.value for tracker in context.config.run.trackers),
+            context.config.run.project,
+            artifacts.settings(context.config, STAGES[context.stage]),
+        ),
         callbacks=[] if course is None else [CourseCallback(course)],
         end_of_document=end_of_document(corpus, "train", "validation") if settings.document_mask else None,
     )

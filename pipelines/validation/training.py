@@ -1,6 +1,7 @@
 """Settings of a training run against each other."""
 
 import importlib.util
+import os
 from collections.abc import Collection, Iterator
 
 from pipelines.config import (
@@ -9,7 +10,9 @@ from pipelines.config import (
     Divergence,
     Layout,
     Optimizer,
+    RunConfig,
     TeacherMode,
+    Tracker,
     TrainingConfig,
     VerifyConfig,
     expect,
@@ -20,6 +23,7 @@ def check(config: Config, stages: Collection[str], ranks: Layout, vocab_size: in
     """vocab_size: of teacher and student."""
     for name, training in trainings(config, stages):
         _check_run(name, training, ranks)
+        _check_trackers(config.run)
     for name, loss in (("distil", config.distil), ("verify", config.verify)):
         weighted = name not in stages or loss.kd_weight > 0 or loss.ce_weight > 0
         expect(weighted, name, "kd_weight or ce_weight above 0", "both 0", "Set one of them.")
@@ -54,6 +58,20 @@ def trainings(config: Config, stages: Collection[str]) -> Iterator[tuple[str, Tr
         yield "teacher", config.teacher
     if "distil" in stages:
         yield "distil", config.distil
+
+
+def _check_trackers(run: RunConfig) -> None:
+    named = bool(run.project.strip()) or not run.trackers
+    expect(named, "run.project", "a name", "nothing", "Leave it out.")
+    for tracker in run.trackers:
+        packages = [tracker.value]
+        if tracker is Tracker.mlflow and not os.environ.get("MLFLOW_TRACKING_URI"):
+            packages += ["sqlalchemy", "alembic"]  # of its database in a file
+        for package in packages:
+            found = importlib.util.find_spec(package)
+            installed = found is not None and found.origin is not None  # else a directory of that name
+            remedy = "pip install 'stillhouse[trackers]', or leave the tracker out."
+            expect(installed, f"run.trackers={tracker.value}", f"the package {package}", "none installed", remedy)
 
 
 def _check_run(name: str, training: TrainingConfig, ranks: Layout) -> None:

@@ -35,10 +35,12 @@ def fit_shortly(
     built: Any,
     callbacks: list[Any],
     end_of_document: int | None = None,
+    trackers: tuple[str, ...] = (),
     **settings: Any,
 ) -> Any:
     """What `fit` returns; settings: those of the Schedule that are not the usual ones here."""
     from pipelines.trainer.fit import Schedule, fit
+    from pipelines.trainer.trackers import Tracking
 
     usual = {
         "sequence_length": SEQUENCE,
@@ -71,6 +73,7 @@ def fit_shortly(
         device="cpu",
         callbacks=callbacks,
         flops_per_token=1000,
+        tracking=Tracking(trackers, settings={"test.steps": settings["steps"]}),
         end_of_document=end_of_document,
     )
 
