@@ -145,7 +145,41 @@ def _distil_plots(record: RunRecord, directory: Path) -> list[dict[str, Any]]:
             "KL to the teacher",
             "KL(teacher || student), the divergence that distillation lowers.",
         ),
+        _plot(
+            plots.validations(metrics, _bands(record), "divergence, nats/token", "distil_entropy", directory),
+            "Divergence by the teacher's entropy",
+            "Tokens by the teacher's entropy in nats: near 0 it is sure of what comes.",
+        ),
+        _plot(
+            plots.validations(
+                metrics, {"agreement": "agreement", "overlap": "overlap"}, "share", "distil_overlap", directory
+            ),
+            "Agreement and overlap",
+            "How often both hold the same token most likely, and the probability that their distributions share.",
+        ),
+        _plot(
+            plots.validations(
+                metrics,
+                {f"{model}_calibration_error": model for model in ("student", "teacher")},
+                "expected calibration error",
+                "distil_calibration",
+                directory,
+            ),
+            "Calibration",
+            "How far confidence lies from being right, over 15 bins of confidence; 0 is best.",
+        ),
     )
+
+
+def _bands(record: RunRecord) -> dict[str, str]:
+    """The keys of the bands of the teacher's entropy, in the order of their bounds, with their names."""
+    prefix = "kd_entropy_"
+    keys = {key for row in record.distil_metrics.rows for key in row if key.startswith(prefix)}
+    bounds = {key: key.removeprefix(prefix).split("_") for key in keys}
+    return {
+        key: f"from {low}" if high == "up" else f"{low} to {high}"
+        for key, (low, high) in sorted(bounds.items(), key=lambda item: float(item[1][0]))
+    }
 
 
 def _teacher_plots(record: RunRecord, directory: Path) -> list[dict[str, Any]]:

@@ -113,12 +113,34 @@ def curves(
         for text, value in references:
             line = axes.axhline(value, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
             line.set_label(f"{text} {value:.3f}")
-        axes.set(xlabel="optimizer step", ylabel=label)
-        axes.margins(x=0.02)
-        axes.set_xlim(left=0)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.legend(loc="outside upper right", ncols=3, columnspacing=1.4)
+        _over_steps(figure, axes, label)
         return _write(figure, name, directory)
+
+
+def validations(metrics: Metrics, keys: Mapping[str, str], label: str, name: str, directory: Path) -> str | None:
+    """What validations measured, one line per key that has values. keys: {key of a row: its name in the legend}."""
+    series = {title: points for key, title in keys.items() if (points := metrics.series("validation", key))}
+    if not series:
+        return None
+    with _figure() as (figure, axes):
+        for number, (title, points) in enumerate(series.items()):
+            axes.plot(*zip(*points, strict=True), **_line(number), marker="o", markersize=3.2, label=title)
+        _over_steps(figure, axes, label)
+        return _write(figure, name, directory)
+
+
+def _line(number: int) -> dict[str, str]:
+    """Colour and style of one line of several; the first in the accent colour."""
+    colour = ACCENT if number == 0 else (INK, MUTED, FAINT)[(number - 1) % 3]
+    return {"color": colour, "linestyle": ("-", "--", ":", "-.")[number % 4]}
+
+
+def _over_steps(figure: Figure, axes: Axes, label: str) -> None:
+    axes.set(xlabel="optimizer step", ylabel=label)
+    axes.margins(x=0.02)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(loc="outside upper right", ncols=4, columnspacing=1.4)
 
 
 def importance(axis: AxisImportance, name: str, directory: Path) -> str:
@@ -237,13 +259,8 @@ def lines(
 ) -> str:
     """One line per name over x, both axes logarithmic; the first in the accent colour."""
     with _figure() as (figure, axes):
-        styles = ("-", "--", ":", "-.")
         for number, (label, points) in enumerate(series.items()):
-            colour = ACCENT if number == 0 else (INK, MUTED, FAINT)[(number - 1) % 3]
-            style = styles[number % len(styles)]
-            axes.plot(
-                *zip(*points, strict=True), color=colour, linestyle=style, marker="o", markersize=3.2, label=label
-            )
+            axes.plot(*zip(*points, strict=True), **_line(number), marker="o", markersize=3.2, label=label)
         _log_scale(axes)
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted({x for points in series.values() for x, _ in points}))

@@ -14,6 +14,8 @@ FIGURES = (
     ("bits_per_byte", "Bits per byte", "", "{:.4f}"),
     ("kl", "KL to teacher", "nats/token", "{:.4f}"),
     ("agreement", "Agreement with teacher", "top-1", "{:.1%}"),
+    ("overlap", "Overlap with teacher", "probability", "{:.1%}"),
+    ("calibration_error", "Calibration error", "expected", "{:.4f}"),
     ("tokens_per_second", "Speed", "tokens/s", "{:,.0f}"),
 )
 
@@ -82,7 +84,7 @@ def table(models: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         cells = []
         for role in MODELS:
             value = models.get(role, {}).get(key)
-            known = _is_number(value) and not (role == "teacher" and key in ("kl", "agreement"))
+            known = _is_number(value) and not (role == "teacher" and key in ("kl", "agreement", "overlap"))
             cells.append(form.format(value) if known else "–")
         rows.append({"key": key, "title": title, "unit": unit, "cells": cells})
     return rows

@@ -64,13 +64,13 @@ def print_closing(results: dict[str, Any], page_path: Path, export_path: Path) -
 
 
 def _print_table(results: dict[str, Any]) -> None:
-    rows = summary.table(results["models"])
+    wide = ("perplexity", "overlap", "calibration_error")  # on the page alone
+    rows = [row for row in summary.table(results["models"]) if row["key"] not in wide]
     table = Table(box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     table.add_column("")
     for row in rows:
-        if row["key"] != "perplexity":
-            table.add_column(row["title"] + (f"\n{row['unit']}" if row["unit"] else ""), justify="right")
+        table.add_column(row["title"] + (f"\n{row['unit']}" if row["unit"] else ""), justify="right")
     for number, role in enumerate(MODELS):
         if role in results["models"]:
-            table.add_row(role, *(row["cells"][number] for row in rows if row["key"] != "perplexity"))
+            table.add_row(role, *(row["cells"][number] for row in rows))
     console.terminal().print(table)

@@ -67,8 +67,16 @@ def _curve(directory: Path, steps: int, start: float, end: float, *, kd: bool) -
         train = {name: number + 0.05 * random.standard_normal() * number for name, number in terms.items()}
         rows.append({"step": step, "split": "train", "loss": train[next(iter(train))], **train})
         if step % 20 == 0:
-            rows.append({"step": step, "split": "validation", "loss": terms[next(iter(terms))], **terms})
+            watched = _watched(terms["kd"]) if kd else {}
+            rows.append({"step": step, "split": "validation", "loss": terms[next(iter(terms))], **terms, **watched})
     (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _watched(kd: float) -> dict[str, float]:
+    """What a validation of distillation tells besides; no token of this teacher has an entropy of 4 or more."""
+    bands = {f"kd_entropy_{band}": factor * kd for band, factor in (("0_1", 0.4), ("1_2", 0.9), ("2_4", 1.3))}
+    shares = {"agreement": math.exp(-kd / 2), "overlap": math.exp(-kd / 1.5)}
+    return bands | shares | {"student_calibration_error": 0.02 + kd / 20, "teacher_calibration_error": 0.021}
 
 
 def _teacher(directory: Path) -> None:
@@ -105,10 +113,10 @@ def _distil(directory: Path) -> None:
 
 def sample_models() -> dict[str, dict[str, Any]]:
     models = {}
-    for role, parameters, loss, kl, agreement, speed in (
-        ("teacher", 5_834_240, 2.90, 0.0, 1.0, 21_034.0),
-        ("pruned", 3_301_440, 5.40, 2.61, 0.31, 35_120.0),
-        ("student", 3_301_440, 2.93, 0.041, 0.913, 35_377.0),
+    for role, parameters, loss, kl, agreement, overlap, calibration, speed in (
+        ("teacher", 5_834_240, 2.90, 0.0, 1.0, 1.0, 0.0113, 21_034.0),
+        ("pruned", 3_301_440, 5.40, 2.61, 0.31, 0.284, 0.1521, 35_120.0),
+        ("student", 3_301_440, 2.93, 0.041, 0.913, 0.887, 0.0187, 35_377.0),
     ):
         models[role] = {
             "parameters": parameters,
@@ -117,6 +125,8 @@ def sample_models() -> dict[str, dict[str, Any]]:
             "bits_per_byte": loss / math.log(2) / 3.25,
             "kl": kl,
             "agreement": agreement,
+            "overlap": overlap,
+            "calibration_error": calibration,
             "tokens_per_second": speed,
         }
     return models

@@ -98,6 +98,10 @@ def test_every_part_of_a_whole_run_is_on_the_page(whole: tuple[Page, dict[str, A
         "5,834,240",
         "2.9300",
         "91.3%",
+        "88.7%",
+        "0.0187",
+        "Divergence by the teacher's entropy",
+        "2 to 4",
         "Hidden channels",
         "Attention heads",
         "KL(teacher || student, T=1.0)",
@@ -105,7 +109,7 @@ def test_every_part_of_a_whole_run_is_on_the_page(whole: tuple[Page, dict[str, A
         assert shown in document.text, shown
     for shown in ("0123456789ab-dirty", "2.13.0", "learning_rate: 0.001", "3 min 24 s", "seed 1234"):
         assert shown in document.text, shown
-    assert sum(tag == "svg" for tag, _ in document.elements) == len(list((directory / "plots").glob("*.png"))) == 8
+    assert sum(tag == "svg" for tag, _ in document.elements) == len(list((directory / "plots").glob("*.png"))) == 11
     for file in (directory / "plots").glob("*.png"):
         assert file.read_bytes().startswith(b"\x89PNG")
 
