@@ -104,7 +104,9 @@ class Metrics(Callback):
         row |= self.speed(tokens_per_second) | {"time": self.elapsed + time.monotonic() - self._started}
         self._write(step, "train", row)
         shown = "  ".join(f"{name} {means[name]:.3f}" for name in ("loss", "kd", "ce") if name in means)
-        speed = f"{tokens_per_second:,.0f} tokens/s  {row['flops_per_second'] / 1e12:,.3g} TFLOP/s"
+        achieved = row["flops_per_second"]
+        unit, name = (1e12, "TFLOP/s") if achieved >= 1e12 else (1e9, "GFLOP/s")
+        speed = f"{tokens_per_second:,.0f} tokens/s  {achieved / unit:,.1f} {name}"
         planned = f"  {row['percent_of_plan']:.0f} % of plan" if "percent_of_plan" in row else ""
         self._bar.advance(step - self._bar.done, f"{shown}  {speed}{planned}")
 
