@@ -3,6 +3,7 @@
 import importlib
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.util
 import os
 import socket
 import tempfile
@@ -35,7 +36,9 @@ def _worker(rank: int, world: int, port: int, pipe: Connection, log: str, enviro
         try:
             target, arguments = pipe.recv()
         except EOFError:
-            return
+            # What this process started ends with it; taking an interpreter full of modules apart takes seconds.
+            multiprocessing.util._exit_function()
+            os._exit(0)
         try:
             module, function = target.split(":")
             result = getattr(importlib.import_module(module), function)(**arguments)

@@ -15,17 +15,26 @@ SHORT = {"steps": 10, "validation_interval": 4, "checkpoint_interval": 3, "keep_
 
 pytestmark = pytest.mark.slow
 Run = Callable[..., list[dict[str, Any]]]
+Whole = tuple[Path, dict[str, Any]]
 
 
 @pytest.fixture
 def run(ranks: RankPools, tmp_path: Path, made: Path) -> Run:
-    """A run of that name in tmp_path on two ranks; what each rank left."""
-    return lambda name, **settings: ranks(
-        2, CASE, directory=str(tmp_path), corpus=str(made), name=name, **(SHORT | settings)
+    """A run of that name in tmp_path, on two ranks where `world` says nothing else; what each rank left."""
+    return lambda name, world=2, **settings: ranks(
+        world, CASE, directory=str(tmp_path), corpus=str(made), name=name, **(SHORT | settings)
     )
 
 
 OF_THE_MACHINE = ("time", "tokens_per_second", "flops_per_second", "peak_bytes")
+
+
+@pytest.fixture(scope="module")
+def whole(ranks: RankPools, tmp_path_factory: pytest.TempPathFactory, made: Path) -> Whole:
+    """The directory of a run at DP 2 that nothing cut off, and what it left."""
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    (first, _) = ranks(2, CASE, directory=str(directory), corpus=str(made), name="whole", **SHORT)
+    return directory, first
 
 
 def rows(result: dict[str, Any]) -> list[dict[str, float]]:
@@ -44,33 +53,34 @@ def largest(directory: Path, pattern: str) -> Path:
     return max(directory.rglob(pattern), key=lambda file: file.stat().st_size)
 
 
-def test_a_run_continues_from_a_checkpoint_between_two_validations(run: Run, tmp_path: Path) -> None:
-    (whole, _) = run("whole")
+def test_a_run_continues_from_a_checkpoint_between_two_validations(run: Run, whole: Whole, tmp_path: Path) -> None:
+    _, uncut = whole
     (tmp_path / "cut" / "checkpoints" / "partial-step-0000007").mkdir(parents=True)
     run("cut", fault="stop", at=6)
     with open(tmp_path / "cut" / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "split": "tr')  # a row that a kill cut in two
     (cut, _) = run("cut")
-    assert rows(cut) == rows(whole)
-    assert cut["figures"] == whole["figures"]
-    assert cut["checkpoints"] == whole["checkpoints"] == ["step-0000009", "step-0000010"]
-    assert whole["forks"] == 0, "a rank has threads, whose locks a forked process would wait for"
+    assert rows(cut) == rows(uncut)
+    assert cut["figures"] == uncut["figures"]
+    assert cut["checkpoints"] == uncut["checkpoints"] == ["step-0000009", "step-0000010"]
+    assert uncut["forks"] == 0, "a rank has threads, whose locks a forked process would wait for"
 
 
-def test_the_figures_of_a_run_are_those_of_its_last_step(run: Run) -> None:
-    (first, _) = run("whole")
+def test_the_figures_of_a_run_are_those_of_its_last_step(ranks: RankPools, whole: Whole, made: Path) -> None:
+    directory, first = whole
     validations = [row for row in rows(first) if row["split"] == "validation"]
     assert [row["step"] for row in validations] == [4, 8, 10]
     assert {name: validations[-1][name] for name in first["figures"]} == first["figures"]
-    (again, _) = run("whole")  # as after a kill between the last checkpoint and the end of the stage
+    # As after a kill between the last checkpoint and the end of the stage.
+    (again, _) = ranks(2, CASE, directory=str(directory), corpus=str(made), name="whole", **SHORT)
     assert again == first
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_killed_with_nine_continues_bit_by_bit(
-    ranks: RankPools, run: Run, tmp_path: Path, made: Path, precision: str
+def test_a_run_in_bf16_killed_with_nine_continues_bit_by_bit(
+    ranks: RankPools, run: Run, tmp_path: Path, made: Path
 ) -> None:
-    layout = {"tensor": 2, "precision": precision}
+    """In fp32: tests/test_pipeline.py."""
+    layout = {"tensor": 2, "precision": "bf16"}
     (whole, _) = run("whole", **layout)
     doomed = RankPool(2)
     with pytest.raises(RuntimeError, match="died"):
@@ -83,13 +93,18 @@ def test_a_run_killed_with_nine_continues_bit_by_bit(
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_layout_gives_the_same_losses(run: Run, precision: str) -> None:
-    layouts = {
+    layouts: dict[str, dict[str, Any]] = {
         "dp2": {},
         "dp2 with the distributed optimizer": {"distributed_optimizer": True},
         "tp2": {"tensor": 2},
         "tp2 with sequence parallelism": {"tensor": 2, "sequence_parallel": True},
         "pp2": {"pipeline": 2},
     }
+    if precision == "fp32":
+        layouts |= {
+            "one process": {"world": 1},
+            "tp2 and dp2": {"world": 4, "tensor": 2, "distributed_optimizer": True},
+        }
     found = {name: rows(run(name, precision=precision, **layout)[0]) for name, layout in layouts.items()}
     tolerance = {"fp32": 1e-5, "bf16": 2e-2}[precision]
     for name, curve in found.items():
@@ -135,6 +150,15 @@ def test_a_profile_is_a_trace_of_three_steps_with_named_ranges(run: Run, tmp_pat
     assert not list((tmp_path / "plain").rglob("*.trace.json"))
 
 
+def test_a_run_continues_at_another_layout(run: Run, whole: Whole) -> None:
+    for name, layout in (("tp2", {"tensor": 2}), ("pp2", {"pipeline": 2})):
+        run(name, distributed_optimizer=True, fault="stop", at=8)  # at DP 2
+        continued = run(name, distributed_optimizer=True, **layout)[0]
+        for row, expected in zip(rows(continued), rows(whole[1]), strict=True):
+            row.pop("split"), (expected := dict(expected)).pop("split")
+            assert row == pytest.approx(expected, rel=1e-5), name
+
+
 def test_without_clipping_the_norm_is_known_all_the_same(run: Run) -> None:
     unclipped = {tensor: rows(run(f"0-{tensor}", gradient_clip=0.0, tensor=tensor)[0]) for tensor in (1, 2)}
     never_clipped = rows(run("1e9", gradient_clip=1e9)[0])
@@ -163,13 +187,12 @@ def test_a_number_that_is_not_finite_on_one_rank_stops_every_rank(
         assert all(result["finite"] for result in results)  # the step was not taken
 
 
-def test_a_checkpoint_with_one_flipped_bit_is_moved_aside(run: Run, tmp_path: Path) -> None:
-    (whole, _) = run("whole")
+def test_a_checkpoint_with_one_flipped_bit_is_moved_aside(run: Run, whole: Whole, tmp_path: Path) -> None:
     run("cut", fault="stop", at=8)
     checkpoints = tmp_path / "cut" / "checkpoints"
     flip_a_bit(largest(checkpoints / "step-0000006", "*.distcp"))
     (continued, _) = run("cut")
-    assert rows(continued) == rows(whole)
+    assert rows(continued) == rows(whole[1])
     assert continued["checkpoints"] == ["damaged-step-0000006", "step-0000009", "step-0000010"]
 
 
@@ -191,8 +214,9 @@ def test_a_run_with_none_but_damaged_checkpoints_does_not_begin_again(
 
 
 @pytest.mark.parametrize("recorded", [True, False])
-def test_an_index_of_samples_that_was_cut_short_is_rebuilt(run: Run, tmp_path: Path, recorded: bool) -> None:
-    (whole, _) = run("whole")
+def test_an_index_of_samples_that_was_cut_short_is_rebuilt(
+    run: Run, whole: Whole, tmp_path: Path, recorded: bool
+) -> None:
     run("cut", fault="stop", at=8)
     index = tmp_path / "cut" / "data_index"
     shuffled = largest(index, "*train-shuffle_index.npy")
@@ -200,4 +224,4 @@ def test_an_index_of_samples_that_was_cut_short_is_rebuilt(run: Run, tmp_path: P
     if not recorded:  # a kill before the index was whole
         (index / "whole.json").unlink()
     (continued, _) = run("cut")
-    assert rows(continued) == rows(whole)
+    assert rows(continued) == rows(whole[1])
