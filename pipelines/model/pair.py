@@ -18,7 +18,7 @@ from pipelines.core.family import divergence_named
 from pipelines.core.linear_divergence import LinearTerms, linear_divergence
 from pipelines.core.loss import LossWeights, valid_tokens
 from pipelines.core.vocab_parallel import Shard, align_columns
-from pipelines.model.projections import sharded_state_dict
+from pipelines.model.projections import Read, sharded_state_dict
 from pipelines.model.signals import FeatureLosses
 
 TERMS = ("loss", "kd", "ce", "agreement")
@@ -91,6 +91,7 @@ class DistillationPair(MegatronModule):
         self.vocab_size, self.gradient_filter = vocab_size, gradient_filter
         self.student, self.features = student, features
         object.__setattr__(self, "teacher", teacher)  # torch would register it as a submodule
+        self.head = Read(head_weight(student)) if student.post_process else None
         # t of TAID while training, a number or a tensor without dims; like `weights`, whoever schedules it sets it.
         self.teacher_share: Tensor | float | None = None
         self._aligned_teacher_head: Tensor | None = None
@@ -139,7 +140,8 @@ class DistillationPair(MegatronModule):
 
     def _terms(self, student: Tensor, teacher: Tensor | None, labels: Tensor, loss_mask: Tensor) -> dict[str, Tensor]:
         """student, teacher: (sequence, batch, own hidden size), or this rank's part of the sequence."""
-        head = head_weight(self.student)
+        assert self.head is not None
+        (head,) = self.head()
         into = self._head_gradient(head)
         by_sequence = labels.t().reshape(-1)
         terms = linear_divergence(
@@ -265,7 +267,7 @@ def hidden_states(
         model.post_process = last
 
 
-def head_weight(model: GPTModel) -> Tensor:
+def head_weight(model: GPTModel) -> torch.nn.Parameter:
     """The output layer's weight on the last pipeline stage, (padded vocabulary / tp, hidden): its own or the shared."""
     if model.share_embeddings_and_output_weights:
         return model.shared_embedding_or_output_weight()

@@ -16,6 +16,22 @@ from torch import Tensor
 from pipelines.signals import FeatureLoss, projection_sizes
 
 
+class Read(torch.nn.Module):
+    """Parameters that are read without a forward pass of their own module. Calling this gives them.
+
+    Megatron's DistributedDataParallel gathers weights over the data-parallel ranks while the forward pass runs, and
+    waits for those of a module when it is called: what is read past its module's call may still be the last step's.
+    """
+
+    def __init__(self, *parameters: torch.nn.Parameter) -> None:
+        super().__init__()
+        for number, parameter in enumerate(parameters):
+            self.register_parameter(str(number), parameter)
+
+    def forward(self) -> list[Tensor]:
+        return list(self.parameters())
+
+
 class Projection(torch.nn.Module):
     """y = x @ factors[0].T (@ factors[1].T): one factor (teacher width, student width), or two of rank r."""
 
@@ -23,13 +39,19 @@ class Projection(torch.nn.Module):
         """sizes: (out, in) of each factor; entries are drawn with variance 1 / in, which keeps the states' size."""
         super().__init__()
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
-        self.factors = torch.nn.ParameterList()
+        factors = []
         for out_width, in_width in sizes:
             drawn = torch.randn(out_width, in_width, generator=generator) / math.sqrt(in_width)
             factor = torch.nn.Parameter(drawn.to(device=device, dtype=config.params_dtype))
             # Under sequence parallelism each rank sees its part of the tokens: Megatron sums these gradients over TP.
             factor.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-            self.factors.append(factor)
+            factors.append(factor)
+        self.factors = Read(*factors)
+
+    def forward(self) -> list[Tensor]:
+        """The factors."""
+        factors: list[Tensor] = self.factors()
+        return factors
 
 
 def build_projections(

@@ -126,7 +126,7 @@ class FeatureLosses(torch.nn.Module):
         if split:
             ranks, rank = torch.distributed.get_world_size(tensor_group), torch.distributed.get_rank(tensor_group)
             weights = weights.chunk(ranks)[rank]
-        factors = list(self.projections[loss.name].parameters()) if loss.name in self.projections else []
+        factors = self.projections[loss.name]() if loss.name in self.projections else []
         return hidden_loss(student, teacher, weights, kind=loss.kind, factors=factors)
 
     def _hook(self, who: str, model: GPTModel, attends: bool, layer: int) -> None:

@@ -139,19 +139,24 @@ def reduce_reports(reports: Sequence[Report], features: FeatureLosses | None = N
     return Totals(tokens, totals, seen.tolist() if "overlap" in present else None)
 
 
-def wrap(pair: DistillationPair, *, distributed_optimizer: bool = False) -> DistributedDataParallel:
+def wrap(pair: DistillationPair, *, distributed_optimizer: bool = False, **settings: Any) -> DistributedDataParallel:
     """The pair under Megatron's DistributedDataParallel (and Float16Module for bf16), gradients reduced in fp32.
 
-    Sets finalize_model_grads_func on pair.config, without which gradients would stay unreduced in silence.
+    settings: other fields of its DistributedDataParallelConfig. Sets finalize_model_grads_func on pair.config, without
+    which gradients would stay unreduced in silence, and no_sync_func, by which an overlapped reduction waits for the
+    last micro batch.
     """
     config = pair.config
     assert config.calculate_per_token_loss, "the loss function returns sums, which only per-token loss divides"
     config.finalize_model_grads_func = finalize_model_grads
     module = Float16Module(config, pair) if config.bf16 else pair
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer, overlap_grad_reduce=False
+        grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer, **settings
     )
-    return DistributedDataParallel(config, ddp_config, module)
+    model = DistributedDataParallel(config, ddp_config, module)
+    if ddp_config.overlap_grad_reduce:
+        config.no_sync_func = model.no_sync
+    return model
 
 
 def training_step(model: DistributedDataParallel, batches: Sequence[Batch]) -> dict[str, float]:
