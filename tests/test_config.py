@@ -132,6 +132,8 @@ def test_composed_values_are_plain_dataclasses_of_the_schema() -> None:
 @pytest.mark.parametrize(
     ("stage", "overrides", "parts"),
     [
+        ("plan", ["parallel.pipeline=4", "distil.hidden=[{kind: mse}]"], ["parallel.pipeline=4", "6 layers"]),
+        ("plan", ["parallel.tensor=3"], ["parallel.tensor=3", "8 attention heads"]),
         ("plan", ["plan.gpu=A1000"], ["plan.gpu", "A100, H100 PCIe", "A1000"]),
         ("plan", ["distil.hidden=[{student_layer: 9, teacher_layer: 1}]"], ["distil.hidden[0].student_layer", "9"]),
         ("prune", ["student.hidden_size=512"], ["student.hidden_size", "at most the teacher's 256", "512"]),

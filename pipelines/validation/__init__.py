@@ -28,6 +28,8 @@ from pipelines.validation import (
 # On ranks, on the run's models; verify makes shapes to fit the layout, and the benchmark has models of its own.
 RANKED = frozenset(name for name, stage in STAGES.items() if stage.ranks) - {"verify", "benchmark"}
 
+DIVIDED = RANKED | {"plan"}  # the run's models, on its layout: plan counts no step that distil would refuse
+
 WITH_STUDENT = frozenset({"plan", "prune", "distil", "evaluate", "export"})
 
 
@@ -44,9 +46,9 @@ def validate(config: Config, stages: Collection[str]) -> list[str]:
         if artifacts.is_hugging_face(made):
             teacher, where = read_shape(made), str(made)
     student = _student(config, stages, teacher)
-    if RANKED & set(stages):
+    if DIVIDED & set(stages):
         layouts.check_division(ranks, teacher, "teacher")
-    if WITH_STUDENT & RANKED & set(stages):
+    if WITH_STUDENT & DIVIDED & set(stages):
         layouts.check_division(ranks, student, "student")
     if any(STAGES[name].ranks for name in stages):
         layouts.check_processes(ranks)
