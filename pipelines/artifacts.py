@@ -191,9 +191,14 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
 
 
 def changes(manifest: dict[str, Any], now_settings: dict[str, Any], now_inputs: dict[str, Any]) -> list[str]:
-    """What differs between a manifest and now, one line each: `distil.steps: 200 -> 300`."""
+    """What differs between a manifest and now, one line each: `distil.steps: 200 -> 300`.
+
+    A setting that the manifest does not know and that is off is no difference: the version that wrote it had none.
+    """
     lines = []
     before = manifest.get("settings", {})
+    off = {key: value for key, value in now_settings.items() if value is None or value is False or value == []}
+    before = {key: value for key, value in off.items() if key not in before} | before
     for key in sorted(before.keys() | now_settings.keys()):
         if key not in before or key not in now_settings or before[key] != now_settings[key]:
             old, new = (json.dumps(side[key]) if key in side else "(not there)" for side in (before, now_settings))

@@ -96,6 +96,21 @@ def test_a_changed_setting_says_what_changed_and_asks_for_overwrite(config: Conf
     attempt.release()
 
 
+def test_a_setting_that_an_older_version_did_not_have_asks_for_nothing_while_it_is_off(config: Config) -> None:
+    make(config, "corpus", {"blend.json": "{}"})
+    attempt = artifacts.begin(config, "teacher", print)
+    for setting in ("document_mask", "weight_decay"):
+        del attempt.manifest["settings"][f"teacher.{setting}"]
+    attempt.finish({})
+    with pytest.raises(UserError) as caught:
+        artifacts.examine(config, STAGES["teacher"])
+    assert "teacher.weight_decay: (not there) -> 0.1" in str(caught.value)
+    assert "document_mask" not in str(caught.value)
+    config.teacher.document_mask = True
+    with pytest.raises(UserError, match=r"teacher.document_mask: \(not there\) -> true"):
+        artifacts.examine(config, STAGES["teacher"])
+
+
 def test_a_changed_input_says_which_file(config: Config) -> None:
     corpus = make(config, "corpus", {"blend.json": "{}", "tokenizer/tokenizer.json": "a"})
     make(config, "teacher", {"hf/config.json": "{}"})
