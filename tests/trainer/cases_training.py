@@ -93,6 +93,8 @@ def first_step(
     distributed_optimizer: bool,
     pipeline: int = 1,
     document_mask: bool = False,
+    precision: str = "fp32",
+    teacher_precision: str = "fp32",
 ) -> dict[str, Any]:
     """One step through NeMo and one through model/step.py on the same batches; the largest relative difference.
 
@@ -124,12 +126,15 @@ def first_step(
     if document_mask:
         corpus = str(root / "corpus")
     end = end_of_document(Path(corpus), "train") if document_mask else None
-    student_config, teacher_config = build.transformer_config(shape), build.transformer_config(teacher_shape)
+    student_config = build.transformer_config(shape, precision=precision)
+    teacher_config = build.transformer_config(teacher_shape, precision=teacher_precision)
     config = schedule_config(student_config, teacher_config)
+    teachers = []
 
     def built() -> DistillationPair:
         teacher = build.build_model(teacher_shape, config=teacher_config, sequence_length=SEQUENCE)
         load_hugging_face(teacher, root / "teacher", teacher_shape)
+        teachers.append(teacher)
         student = build.build_model(shape, config=student_config, sequence_length=SEQUENCE)
         load_hugging_face(student, root / "student", shape)
         return DistillationPair(
@@ -154,7 +159,7 @@ def first_step(
 
     capture = Capture()
     run = root / f"run-{tensor}-{pipeline}-{distributed_optimizer}"
-    settings = {"steps": 1, "validation_interval": 1, "checkpoint_interval": 10}
+    settings = {"steps": 1, "validation_interval": 1, "checkpoint_interval": 10, "precision": precision}
     distributed = {"distributed_optimizer": distributed_optimizer}
     fit_shortly(run, corpus, config, built, [capture], end_of_document=end, **distributed, **settings)
     model = step.wrap(built(), distributed_optimizer=distributed_optimizer)
@@ -169,7 +174,13 @@ def first_step(
     parallel_state.destroy_model_parallel()
     ends = sum(int((batch["tokens"] == (-1 if end is None else end)).sum()) for batch in capture.batches)
     documents = sum(len(batch.get("cu_seqlens", [0])) - 1 for batch in capture.batches)
-    found = {"documents": documents, "ends": ends, "shapes": {tuple(b["tokens"].shape) for b in capture.batches}}
+    held = {str(p.dtype) for teacher in teachers for p in teacher.parameters()}
+    found = {
+        "teacher": held,
+        "documents": documents,
+        "ends": ends,
+        "shapes": {tuple(b["tokens"].shape) for b in capture.batches},
+    }
     return {"differences": differences, "means": means, "row": row, "data": (rank, ranks)} | found
 
 

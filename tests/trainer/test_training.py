@@ -36,6 +36,31 @@ def test_first_step_has_the_gradients_of_the_plain_step(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("precision", "teacher"), [("bf16", "fp32"), ("fp32", "bf16")])
+def test_the_teacher_keeps_its_precision_beside_nemos(
+    ranks: RankPools, tmp_path: Path, made: Path, precision: str, teacher: str
+) -> None:
+    """Two pipeline stages, whose messages have the dtype that NeMo's mixed precision writes into the configuration."""
+    results = ranks(
+        2,
+        f"{CASES}:first_step",
+        directory=str(tmp_path),
+        corpus=str(made),
+        tensor=1,
+        pipeline=2,
+        distributed_optimizer=False,
+        precision=precision,
+        teacher_precision=teacher,
+    )
+    for result in results:
+        assert result["teacher"] == {{"fp32": "torch.float32", "bf16": "torch.bfloat16"}[teacher]}
+        assert max(result["differences"].values()) < 1e-6, result["differences"]
+    row = json.loads(results[0]["row"])
+    for name in ("loss", "kd", "ce"):
+        assert row[name] == pytest.approx(results[0]["means"][name], rel=1e-6)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("pipeline", [1, 2], ids=["dp2", "pp2"])
 def test_documents_apart_in_the_trainer_as_in_the_plain_step(
     ranks: RankPools, tmp_path: Path, made: Path, pipeline: int
