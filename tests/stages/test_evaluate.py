@@ -1,5 +1,6 @@
 """The evaluate stage against transformers, plain float64 arithmetic and decoded text, at several layouts."""
 
+import functools
 import itertools
 import json
 import math
@@ -36,6 +37,7 @@ def pieces(stream: np.ndarray, length: int, end: int | None) -> Iterator[tuple[n
                 yield inputs[begin:stop], labels[begin:stop]
 
 
+@functools.cache
 def plain_results(root: Path, length: int = 16, end: int | None = None) -> dict[str, dict[str, float]]:
     """Every figure from transformers' logits in float64, windows cut by hand, bytes from decoded text."""
     stream = small_run.ids_of_test_split(root)
