@@ -133,6 +133,9 @@ def test_composed_values_are_plain_dataclasses_of_the_schema() -> None:
     ("stage", "overrides", "parts"),
     [
         ("plan", ["parallel.pipeline=4", "distil.hidden=[{kind: mse}]"], ["parallel.pipeline=4", "6 layers"]),
+        ("plan", ["distil.global_batch_size=12"], ["distil.global_batch_size", "multiple of 8", "12"]),
+        ("plan", ["distil.gradient_filter=1e-5", "distil.top_k=4"], ["distil.gradient_filter", "top_k=4"]),
+        ("plan", ["distil.teacher_precision=fp8", "distil.teacher_offload=true"], ["distil.teacher_offload", "fp8"]),
         ("plan", ["parallel.tensor=3"], ["parallel.tensor=3", "8 attention heads"]),
         ("plan", ["plan.gpu=A1000"], ["plan.gpu", "A100, H100 PCIe", "A1000"]),
         ("plan", ["distil.hidden=[{student_layer: 9, teacher_layer: 1}]"], ["distil.hidden[0].student_layer", "9"]),

@@ -10,7 +10,8 @@ FP8_WIDTH, FP8_TOKENS = 16, 8  # what the sides of Transformer Engine's matrices
 
 
 def check(config: Config, stages: Collection[str], ranks: Layout, teacher: ModelShape) -> None:
-    if "distil" not in stages:
+    """For `plan` all but what the device must be able to: it counts for another machine."""
+    if not {"plan", "distil"} & set(stages):
         return
     setting, precision = "distil.teacher_precision", teacher_precision(config.distil)
     mixed = precision is TeacherPrecision.bf16 and config.distil.precision is Precision.fp32
@@ -19,14 +20,19 @@ def check(config: Config, stages: Collection[str], ranks: Layout, teacher: Model
     expect(not odd, setting, expected, precision.value, "Set it to fp32, or parallel.pipeline=1.")
     if precision is not TeacherPrecision.fp8:
         return
-    remedy = "Set it to bf16."
-    expect(ranks.device == "cuda", setting, "fp32 or bf16 on the CPU", "fp8", remedy)
-    engine = importlib.util.find_spec("transformer_engine") is not None
-    expect(engine, setting, "fp32 or bf16 without Transformer Engine", "fp8", f"Use NVIDIA's container. {remedy}")
+    if "distil" in stages:
+        _check_device(setting, ranks)
     # Its tensors in FP8 are made of several parts, whose memory cannot be exchanged under them as that of others can.
     expected, offload = "false with distil.teacher_precision=fp8", "distil.teacher_offload"
     expect(not config.distil.teacher_offload, offload, expected, "true", "Set it to false, or the teacher to bf16.")
     _check_sizes(config, ranks, teacher)
+
+
+def _check_device(setting: str, ranks: Layout) -> None:
+    remedy = "Set it to bf16."
+    expect(ranks.device == "cuda", setting, "fp32 or bf16 on the CPU", "fp8", remedy)
+    engine = importlib.util.find_spec("transformer_engine") is not None
+    expect(engine, setting, "fp32 or bf16 without Transformer Engine", "fp8", f"Use NVIDIA's container. {remedy}")
 
 
 def _check_sizes(config: Config, ranks: Layout, teacher: ModelShape) -> None:

@@ -24,12 +24,14 @@ def check(config: Config, stages: Collection[str], ranks: Layout, vocab_size: in
     for name, training in trainings(config, stages):
         _check_run(name, training, ranks)
         _check_trackers(config.run)
+    if "plan" in stages:
+        _check_batch("distil", config.distil, ranks)
     for name, loss in (("distil", config.distil), ("verify", config.verify)):
         weighted = name not in stages or loss.kd_weight > 0 or loss.ce_weight > 0
         expect(weighted, name, "kd_weight or ce_weight above 0", "both 0", "Set one of them.")
         if name in stages:
             _check_divergence(name, loss)
-    if "distil" in stages and config.distil.gradient_filter:
+    if {"plan", "distil"} & set(stages) and config.distil.gradient_filter:
         bounded = config.distil.divergence is not Divergence.reverse_kl and not config.distil.top_k
         unbounded = f"distil.divergence={config.distil.divergence.value}, distil.top_k={config.distil.top_k}"
         needed = "a divergence whose slope is bounded, which reverse_kl and top_k are not"
@@ -74,7 +76,7 @@ def _check_trackers(run: RunConfig) -> None:
             expect(installed, f"run.trackers={tracker.value}", f"the package {package}", "none installed", remedy)
 
 
-def _check_run(name: str, training: TrainingConfig, ranks: Layout) -> None:
+def _check_batch(name: str, training: TrainingConfig, ranks: Layout) -> None:
     unit = training.micro_batch_size * ranks.data
     expect(
         training.global_batch_size % unit == 0,
@@ -83,6 +85,10 @@ def _check_run(name: str, training: TrainingConfig, ranks: Layout) -> None:
         training.global_batch_size,
         f"Take {max(1, training.global_batch_size // unit) * unit}, or change the micro batch.",
     )
+
+
+def _check_run(name: str, training: TrainingConfig, ranks: Layout) -> None:
+    _check_batch(name, training, ranks)
     expect(
         training.warmup_steps < training.steps,
         f"{name}.warmup_steps",
