@@ -146,6 +146,7 @@ def test_text_becomes_a_student_and_a_report(finished: tuple[Path, str]) -> None
         for key in ("parameters", "loss", "perplexity", "bits_per_byte", "kl", "agreement", "tokens_per_second"):
             assert isinstance(figures[key], int | float), (name, key)
     assert results["teacher"]["loss"] < 5.5  # random: log(600) = 6.4
+    assert "distil  training reads 3,840 tokens, 0.00" in output and "each validation reads 512 tokens, 0.0" in output
     assert results["student"]["kl"] < results["pruned"]["kl"]
     assert results["pruned"]["parameters"] == results["student"]["parameters"] < results["teacher"]["parameters"]
     for line in ("tokens/s", "loss = 1.0 * T^2 * KL(teacher || student, T=1.0) + 0.0 * CE", "teacher's own loss"):

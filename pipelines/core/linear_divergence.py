@@ -36,6 +36,8 @@ from pipelines.core.vocab_parallel import Shard
 # Of one buffer of logits, fp32: what a processor's cache and a GPU's matrix units like.
 CHUNK_BYTES = {"cpu": 32 << 20}
 CHUNK_BYTES_ELSEWHERE = 256 << 20
+# From here on more tokens make a processor's products no faster: a narrow shard needs no full buffer.
+CHUNK_TOKENS = {"cpu": 256}
 
 
 class LinearTerms(NamedTuple):
@@ -347,4 +349,5 @@ class _Chunks:
 def _chunk_tokens(width: int, device: torch.device) -> int:
     """How many tokens a buffer holds; whole tiles of matrix products where there are that many."""
     tokens = max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES_ELSEWHERE) // (4 * max(1, width)))
+    tokens = min(tokens, CHUNK_TOKENS.get(device.type, tokens))
     return tokens // 32 * 32 or tokens

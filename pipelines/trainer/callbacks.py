@@ -104,9 +104,7 @@ class Metrics(Callback):
         row |= self.speed(tokens_per_second) | {"time": self.elapsed + time.monotonic() - self._started}
         self._write(step, "train", row)
         shown = "  ".join(f"{name} {means[name]:.3f}" for name in ("loss", "kd", "ce") if name in means)
-        achieved = row["flops_per_second"]
-        unit, name = (1e12, "TFLOP/s") if achieved >= 1e12 else (1e9, "GFLOP/s")
-        speed = f"{tokens_per_second:,.0f} tokens/s  {achieved / unit:,.1f} {name}"
+        speed = f"{tokens_per_second:,.0f} tokens/s  {_in_words(row['flops_per_second'])}"
         planned = f"  {row['percent_of_plan']:.0f} % of plan" if "percent_of_plan" in row else ""
         self._bar.advance(step - self._bar.done, f"{shown}  {speed}{planned}")
 
@@ -118,8 +116,11 @@ class Metrics(Callback):
         assert self.validation is not None
         self.last_validation = self.validation.means()
         refuse_non_finite({"validation loss": math.isfinite(self.last_validation["loss"])}, trainer.global_step)
-        memory = {"peak_bytes": process_peak_bytes(torch.device(torch.cuda.current_device()))}
-        self._write(trainer.global_step, "validation", self.last_validation | self._training_speed | memory)
+        beside = {
+            "gradient_norm": self.gradient_norm,  # of the step before
+            "peak_bytes": process_peak_bytes(torch.device(torch.cuda.current_device())),
+        }
+        self._write(trainer.global_step, "validation", self.last_validation | self._training_speed | beside)
         self._set_off(trainer.global_step)
 
     def _set_off(self, step: int) -> None:
@@ -157,6 +158,12 @@ class Metrics(Callback):
         if hasattr(self, "_file"):
             self._file.close()
             self.trackers.close(finished)
+
+
+def _in_words(flops_per_second: float) -> str:
+    unit, name = (1e12, "TFLOP/s") if flops_per_second >= 1e12 else (1e9, "GFLOP/s")
+    value = flops_per_second / unit
+    return f"{value:,.0f} {name}" if value >= 100 else f"{value:.3g} {name}"
 
 
 def _take_back_rows(path: Path, step: int) -> tuple[float, dict[str, int]]:

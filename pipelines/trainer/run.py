@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from pipelines import artifacts
+from pipelines import artifacts, console
 from pipelines.config import Layout, TrainingConfig, UserError
+from pipelines.files import read_object
 from pipelines.model.course import Course
 from pipelines.model.pair import DistillationPair
 from pipelines.model.windows import end_of_document
@@ -36,6 +38,8 @@ def train(
     from pipelines.trainer.trackers import Tracking
 
     corpus = artifacts.corpus_directory(context.config)
+    if word := _passes(corpus, settings):
+        console.say(f"{description}  {word}")
     schedule = {name: getattr(settings, name) for name in Schedule.__dataclass_fields__}
     schedule |= {"precision": settings.precision.value, "optimizer": settings.optimizer.value}
     pair, validation = fit(
@@ -61,7 +65,23 @@ def train(
     return pair, validation
 
 
-def _blend(corpus: Any, split: str) -> list[str]:
+def _passes(corpus: Path, settings: TrainingConfig) -> str:
+    """How often the splits are read, as far as the corpus tells how many tokens they have; nothing where it does not."""
+    counts = corpus / "counts.json"
+    splits = read_object(counts).get("splits", {}) if counts.is_file() else {}
+    per_step = settings.global_batch_size * settings.sequence_length
+    parts = []
+    for name, what, steps in (
+        ("train", "training", settings.steps),
+        ("validation", "each validation", settings.validation_batches),
+    ):
+        if held := splits.get(name, {}).get("tokens"):
+            read = steps * per_step
+            parts.append(f"{what} reads {read:,} tokens, {read / held:.3g} times the {held:,} of its split")
+    return "; ".join(parts)
+
+
+def _blend(corpus: Path, split: str) -> list[str]:
     """Megatron's blend: weight and prefix in turns."""
     entries = json.loads((corpus / "blend.json").read_text())["splits"].get(split) or []
     if not entries:

@@ -126,6 +126,8 @@ def test_every_validation_tells_what_it_watched_and_what_the_machine_did(run: Ru
         assert watched <= row.keys() and any(name.startswith("kd_entropy_") for name in row)
         assert 0 < row["overlap"] < 1 and 0 < row["student_calibration_error"] < 1
         assert row["peak_bytes"] > 50 << 20 and row["tokens"] == 2 * 8 * 32
+        before = [step for step in by_split["train"] if step["step"] == row["step"]]
+        assert [row["gradient_norm"]] == [step["gradient_norm"] for step in before]
     for row in by_split["train"]:
         assert not watched & row.keys() and "peak_bytes" not in row
     for row in parsed:
