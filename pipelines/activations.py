@@ -8,10 +8,10 @@ per token, in numbers of the training's precision, t being the tensor-parallel s
     2 (query + key_value) / t   queries, keys, values, and the attention's result
     3 ffn / t                   gate and up before SwiGLU, and what it makes of them
 
-which for GPT's widths is the paper's 34 s b h bytes without its two dropout masks. With recompute a layer keeps its
-input, and one layer at a time is there whole. A pipeline stage holds as many micro batches as are on their way behind
-it. Left out: what lives within one operation, the teacher's layers (each is gone when the next is done), communication
-buffers, and the allocator's own waste.
+which for ffn = 8/3 hidden, as many weights as GPT's MLP has, is the paper's 34 s b h bytes without its two dropout
+masks. With recompute a layer keeps its input, and one layer at a time is there whole. A pipeline stage holds as many
+micro batches as are on their way behind it. Left out: what lives within one operation, the teacher's layers (each is
+gone when the next is done), communication buffers, and the allocator's own waste.
 """
 
 from collections.abc import Sequence

@@ -11,7 +11,7 @@ from pipelines import planning
 from pipelines.compose import compose
 from pipelines.config import Layout, TeacherMode, UserError, layout, without_context
 from pipelines.stages import PIPELINE
-from pipelines.validation import validate
+from pipelines.validation import layouts, validate
 
 STAGES = ["corpus", "distil"]
 
@@ -152,6 +152,15 @@ def test_what_context_parallelism_does_not_take_is_named(
     with pytest.raises(UserError) as caught:
         validate(compose(["experiment=quickstart", *CONTEXT, *overrides]), ["corpus", *stages])
     assert expected in str(caught.value)
+
+
+def test_sequence_parallelism_cuts_the_parts_of_context_parallel_ranks_again() -> None:
+    ranks = Layout(8, 4, 1, 2, 1, "cuda", True)
+    teacher = planning.shape_from_config(compose([]).model.shape)
+    with pytest.raises(UserError, match=r"multiple of parallel.tensor \* parallel.context=8 under .* found 132"):
+        layouts.check_length("distil", 132, ranks, teacher)
+    layouts.check_length("distil", 136, ranks, teacher)
+    layouts.check_length("evaluate", 132, ranks, teacher)  # whose sequences stay whole
 
 
 def test_context_parallelism_has_no_sliding_window(gpus: set[str], tmp_path: Path) -> None:

@@ -166,6 +166,13 @@ def test_one_weight_may_take_over_from_the_other() -> None:
     assert validate(compose([*BASE, *late, "signals=minitron"]), ["distil"]) == []
 
 
+def test_a_weight_and_a_temperature_that_come_later_have_an_effect() -> None:
+    later = ["distil.kd_weight=0", "distil.ce_weight=1", "distil.schedules.kd.end=1", "distil.temperature=2"]
+    assert validate(compose([*BASE, *later]), ["distil"]) == []
+    rising = ["distil.temperature_squared=false", "distil.schedules.temperature.end=2"]
+    assert validate(compose([*BASE, *rising]), ["distil"]) == []
+
+
 def test_evenly_paired_layers_are_taken_under_pipeline_parallelism() -> None:
     assert validate(compose([*BASE, "parallel=pp2", "signals=tinybert"]), ["distil"]) == []
 

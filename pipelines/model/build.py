@@ -39,7 +39,7 @@ def transformer_config(
     tensor = parallel_state.get_tensor_model_parallel_world_size()
     pipeline = parallel_state.get_pipeline_model_parallel_world_size()
     check_layout(shape, tensor=tensor, pipeline=pipeline)
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}[precision]
     settings: dict[str, Any] = {
         "num_layers": shape.num_hidden_layers,
         "hidden_size": shape.hidden_size,

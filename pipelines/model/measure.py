@@ -79,7 +79,8 @@ def matrix_ceiling(dtype: torch.dtype, device: torch.device) -> float:
     size, products = (8192, 20) if device.type == "cuda" else (2048, 1)
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     ways: list[Work] = [lambda: [torch.mm(left, right) for _ in range(products)]]
-    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+    onednn = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if onednn and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         ways.append(lambda: torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], ""))
     fastest = min(seconds(way, device) for _ in range(4) for way in ways)
     return 2 * size**3 * products / fastest

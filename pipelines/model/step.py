@@ -113,7 +113,8 @@ def reduce_reports(reports: Sequence[Report], features: FeatureLosses | None = N
     """
     names = (*MEANS, "tokens")
     found = torch.zeros(2 * len(names) + telemetry.SIZE, dtype=torch.float64, device=torch.cuda.current_device())
-    sums, counts, seen = found.split([len(names), len(names), telemetry.SIZE])
+    parts = [len(names), len(names), telemetry.SIZE]
+    sums, counts, seen = found.split(parts)
     for report in reports:
         for index, name in enumerate(names):
             if name in report:
@@ -126,6 +127,7 @@ def reduce_reports(reports: Sequence[Report], features: FeatureLosses | None = N
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         last = parallel_state.get_pipeline_model_parallel_last_rank()
         torch.distributed.broadcast(found, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+    sums, counts, seen = found.cpu().split(parts)  # the host waits for the device once
     present = {name for name, count in zip(names, counts.tolist(), strict=True) if count}
     totals = {name: total for name, total in zip(names, sums.tolist(), strict=True) if name in present}
     tokens = totals.pop("tokens")

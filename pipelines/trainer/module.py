@@ -45,7 +45,7 @@ class TrainedModel(GPTModel):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """By the names of a plain Megatron model, as checkpoints have them, under whatever wrappers: torch would go by
-        the tree of submodules, where the student lies beside its teacher."""
+        the tree of submodules, where the student lies inside the pair."""
         own = {re.sub(r"^(module\.)+", "", name): value for name, value in state_dict.items()}
         return unwrap(self.module).load_state_dict(own, strict=strict)
 

@@ -47,7 +47,9 @@ def _planned(config: Config) -> Iterator[str]:
 
 
 def _loss(config: Config, stages: Collection[str]) -> Iterator[str]:
-    if "distil" in stages and config.distil.kd_weight == 0:
+    if "distil" not in stages:
+        return
+    if not planning.needs_logits(config.distil):
         if config.distil.temperature != 1:
             yield "distil.temperature has no effect with distil.kd_weight=0"
         if not config.distil.temperature_squared:
@@ -56,7 +58,9 @@ def _loss(config: Config, stages: Collection[str]) -> Iterator[str]:
             yield "distil.divergence has no effect with distil.kd_weight=0"
         if config.distil.top_k:
             yield "distil.top_k has no effect with distil.kd_weight=0"
-    elif "distil" in stages and config.distil.temperature == 1 and not config.distil.temperature_squared:
+        return
+    always_1 = config.distil.temperature == 1 and config.distil.schedules.temperature.end is None
+    if always_1 and not config.distil.temperature_squared:
         yield "distil.temperature_squared=false has no effect with distil.temperature=1"
 
 

@@ -76,10 +76,12 @@ def check_length(name: str, length: int, ranks: Layout, teacher: ModelShape) -> 
         engine = importlib.util.find_spec("transformer_engine") is not None
         expected = f"at most the sliding window {window} without Transformer Engine"
         expect(not window or window >= length or engine, setting, expected, length, "Shorten it.")
-    if ranks.sequence_parallel:
-        expected = f"a multiple of parallel.tensor={ranks.tensor} under sequence parallelism"
+    parts = ranks.context if name in ("teacher", "distil") else 1
+    if ranks.sequence_parallel:  # cuts what context parallelism leaves of a sequence
+        unit = ranks.tensor * parts
+        which = "parallel.tensor" + " * parallel.context" * (parts > 1)
         remedy = "Change it, or parallel.sequence_parallel=false."
-        expect(length % ranks.tensor == 0, setting, expected, length, remedy)
-    if ranks.context > 1 and name in ("teacher", "distil"):
-        unit = 2 * ranks.context
+        expect(length % unit == 0, setting, f"a multiple of {which}={unit} under sequence parallelism", length, remedy)
+    if parts > 1:
+        unit = 2 * parts
         expect(length % unit == 0, setting, f"a multiple of 2 * parallel.context={unit}", length, "Change it.")

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator
 
+from pipelines import planning
 from pipelines.config import Config, DistilConfig, Layout, expect
 from pipelines.families import ModelShape
 from pipelines.signals import (
@@ -134,7 +135,7 @@ def _check_schedule(name: str, schedule: ScheduleConfig) -> None:
 def warnings(config: Config) -> Iterator[str]:
     """Of the distil stage."""
     settings = config.distil
-    if settings.taid.enabled and settings.kd_weight == 0 and not settings.schedules.kd.end:
+    if settings.taid.enabled and not planning.needs_logits(settings):
         yield "distil.taid has no effect with distil.kd_weight=0"
     if settings.schedules.features.end is not None and not settings.hidden and not settings.attention:
         yield "distil.schedules.features has no effect without distil.hidden or distil.attention"
