@@ -18,8 +18,8 @@ quickstart test test-fast benchmark: export CUDA_VISIBLE_DEVICES :=
 
 help:
 	@echo "make quickstart   the whole pipeline on real text, two CPU processes; about 10 minutes with installation"
-	@echo "make test         every test but those for GPUs, about 25 minutes; make test-fast: the short ones"
-	@echo "make benchmark    loss and training step beside NeMo's, ModelOpt's and torch's; about 20 minutes"
+	@echo "make test         every test but those for GPUs, about 17 minutes; make test-fast: the short ones"
+	@echo "make benchmark    loss and training step beside NeMo's, ModelOpt's and torch's; about 12 minutes"
 	@echo "make install      builds $(VENV) alone, which the others do where it is missing"
 	@echo "make lint         ruff and mypy;  make clean: removes what building and tests leave"
 	@echo "README.md says how to run it on your own model."

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -66,7 +65,7 @@ def train(
 
 
 def _passes(corpus: Path, settings: TrainingConfig) -> str:
-    """How often the splits are read, as far as the corpus tells how many tokens they have; nothing where it does not."""
+    """How often the splits are read, where the corpus tells how many tokens they have; else nothing."""
     counts = corpus / "counts.json"
     splits = read_object(counts).get("splits", {}) if counts.is_file() else {}
     per_step = settings.global_batch_size * settings.sequence_length
