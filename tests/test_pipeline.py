@@ -78,7 +78,7 @@ def output_of(process: subprocess.Popen[str], directory: Path) -> str:
     """What a run printed that ended well. One that hangs is ended, and the stacks of its threads, which its logs have
     then, are told."""
     try:
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=600)
     except subprocess.TimeoutExpired:
         for pid in descendants(process.pid):
             with contextlib.suppress(ProcessLookupError):
@@ -86,7 +86,7 @@ def output_of(process: subprocess.Popen[str], directory: Path) -> str:
         process.kill()
         output, _ = process.communicate(timeout=60)
         logs = "\n".join(f"{log}:\n{log.read_text()[-20_000:]}" for log in sorted(directory.rglob("logs/*.log")))
-        pytest.fail(f"no end after five minutes:\n{output}\n{logs}")
+        pytest.fail(f"no end after ten minutes:\n{output}\n{logs}")
     assert process.returncode == 0, output
     return output
 

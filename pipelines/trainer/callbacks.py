@@ -22,10 +22,11 @@ from pipelines.trainer.trackers import Trackers
 class Metrics(Callback):
     """Writes metrics.jsonl, and the same to trackers, on rank 0 and moves the progress bar.
 
-    Rows: step, split, every mean of model/step.py's Totals, and planning.speed_figures of the training steps since the
-    last row of that split, without validations. For train also learning_rate, gradient_norm (before clipping) and time
-    (seconds since the stage first started, over resumes), for validation peak_bytes (measure.process_peak_bytes). Rows
-    past start, the step of the checkpoint that the run continues from, are taken back.
+    Rows: step, split, every mean of model/step.py's Totals, gradient_norm of the last training step (before clipping),
+    and planning.speed_figures of the training steps since the last row of that split or the last validation. For train
+    also learning_rate and time (seconds since the stage first started, over resumes), for validation peak_bytes
+    (measure.process_peak_bytes). Rows past start, the step of the checkpoint that the run continues from, are taken
+    back.
 
     trackers: where rows go besides. flops_per_token: of training. peak: FLOP/s of all devices together, None where that
     is not known.
