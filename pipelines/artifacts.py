@@ -48,6 +48,10 @@ class StageContext:
     stage: str
     directory: Path
 
+    def settings(self) -> dict[str, Any]:
+        """As the function of this name gives them for the stage."""
+        return settings(self.config, STAGES[self.stage])
+
 
 # Where things are
 

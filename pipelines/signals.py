@@ -105,9 +105,19 @@ class FeatureLoss:
     heads: str | None = None
 
     @property
+    def across_tokens(self) -> bool:
+        """Whether it compares the tokens of a row with each other; such a loss needs no projection."""
+        return self.heads is not None or self.kind == "relational"
+
+    @property
     def name(self) -> str:
         what = "attention" if self.heads else "hidden"
         return f"{what}_{self.kind}_{self.student_layer}_{self.teacher_layer}"
+
+
+def across_tokens(hidden: list[HiddenLossConfig], attention: list[AttentionLossConfig]) -> bool:
+    """Whether a loss compares the tokens of a row with each other, whichever documents they are of."""
+    return bool(attention) or any(entry.kind is HiddenKind.relational for entry in hidden)
 
 
 def feature_losses(
@@ -168,7 +178,7 @@ def _from_the_front(layer: int, layers: int) -> int:
 
 def projection_sizes(loss: FeatureLoss, student_width: int, teacher_width: int) -> list[tuple[int, int]]:
     """(out, in) of each factor of the projection that a loss needs; empty where it needs none."""
-    if loss.heads is not None or loss.kind == "relational" or (loss.rank is None and student_width == teacher_width):
+    if loss.across_tokens or (loss.rank is None and student_width == teacher_width):
         return []
     if loss.rank is None:
         return [(teacher_width, student_width)]

@@ -63,6 +63,7 @@ def breaches(path: Path, names: list[str]) -> list[str]:
         parts = name.split(".")
         if parts[0] == "pipelines":
             table = parts[1:] == ["stages"] or (parts[1:2] == ["stages"] and parts[2:3] and parts[2][0].isupper())
+            table = table and room not in ("core", "model", "trainer")
             allowed = len(parts) == 1 or parts[1] in SHARED | ours or table
             if path.name == "__main__.py" and name.startswith("pipelines.stages"):
                 allowed = True
@@ -87,6 +88,7 @@ def test_no_module_imports_against_the_law_of_the_rooms(path: Path) -> None:
         ("model/step.py", "pipelines.trainer.fit"),
         ("model/step.py", "hydra"),
         ("trainer/fit.py", "pipelines.stages.distil"),
+        ("trainer/run.py", "pipelines.stages.STAGES"),
         ("stages/distil.py", "pipelines.stages.teacher"),
         ("stages/distil.py", "nemo.collections"),
         ("text/sources.py", "torch"),

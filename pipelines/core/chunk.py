@@ -72,6 +72,19 @@ class Chunk(NamedTuple):
         """Whether `statistics` alone gives the divergence."""
         return self.teacher is None or (self.divergence.under is not None and self.threshold is None)
 
+    @property
+    def statistics_rows(self) -> int:
+        """How many of STATISTICS are asked for."""
+        return OF_STUDENT if self.teacher is None else OF_BOTH if self.threshold is None else len(STATISTICS)
+
+    def statistics_without_columns(self) -> Tensor:
+        """What `statistics` gives on a rank without a column: sums of 0, maxima and tails of -inf."""
+        rows = torch.zeros(self.statistics_rows, self.student.shape[0], device=self.student.device)
+        for name in ("student_max", "teacher_max", "teacher_tail", "student_tail"):
+            if STATISTICS.index(name) < len(rows):
+                rows[STATISTICS.index(name)] = -torch.inf
+        return rows
+
 
 class Normalizers(NamedTuple):
     """Over the whole vocabulary, (tokens,) fp32 each: log q = (logit - student_max) / T - student_log_sum.
@@ -107,13 +120,9 @@ def statistics(chunk: Chunk) -> Tensor:
     One read of the logits. A rank without a column gives maxima and tails of -inf and sums of 0.
     """
     student, teacher, T = chunk.student, chunk.teacher, chunk.temperature
-    count = OF_STUDENT if teacher is None else OF_BOTH if chunk.threshold is None else len(STATISTICS)
-    rows = torch.zeros(count, student.shape[0], device=student.device)
     if student.shape[1] == 0:
-        for name in ("student_max", "teacher_max", "teacher_tail", "student_tail"):
-            if STATISTICS.index(name) < count:
-                rows[STATISTICS.index(name)] = -torch.inf
-        return rows
+        return chunk.statistics_without_columns()
+    rows = torch.zeros(chunk.statistics_rows, student.shape[0], device=student.device)
     for part in _blocks(student):
         row = dict(zip(STATISTICS, rows[:, part].unbind(), strict=False))
         logits = student[part].float()

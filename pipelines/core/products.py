@@ -73,12 +73,15 @@ def in_parts(device: torch.device) -> bool:
     )
 
 
+def onednn_linear(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right^T by oneDNN, on a CPU whose torch has it: a private operation, what torch.compile makes of a linear
+    layer, and the one way to oneDNN's fp32 product that packs nothing for good."""
+    return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+
+
 def _linear(left: Tensor, right: Tensor) -> Tensor:
     """left @ right^T of fp32."""
-    if in_parts(left.device):
-        # What torch.compile makes of a linear layer: the one way to oneDNN's fp32 product that packs nothing for good.
-        return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
-    return left @ right.t()
+    return onednn_linear(left, right) if in_parts(left.device) else left @ right.t()
 
 
 def _parts(head: Tensor) -> Iterator[slice]:

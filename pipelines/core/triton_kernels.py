@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pipelines.core import triton_pointwise as pointwise
-from pipelines.core.chunk import OF_BOTH, OF_STUDENT, STATISTICS, SUMS, Chunk, Normalizers
+from pipelines.core.chunk import SUMS, Chunk, Normalizers
 
 # Columns in a block, fewer where the shard is narrower: 8 of each model for a thread of 8 warps, which leaves registers
 # and shared memory for 4 programs at once on a multiprocessor.
@@ -48,14 +48,9 @@ def statistics(chunk: Chunk) -> Tensor:
     """As chunk.statistics. One launch, none where there is no row or no column."""
     student, teacher = chunk.student, chunk.teacher
     tokens, width = student.shape
-    count = OF_STUDENT if teacher is None else OF_BOTH if chunk.threshold is None else len(STATISTICS)
-    rows = torch.empty(count, tokens, device=student.device)
     if width == 0:
-        rows.zero_()
-        for name in ("student_max", "teacher_max", "teacher_tail", "student_tail"):
-            if STATISTICS.index(name) < count:
-                rows[STATISTICS.index(name)] = -torch.inf
-        return rows
+        return chunk.statistics_without_columns()
+    rows = torch.empty(chunk.statistics_rows, tokens, device=student.device)
     if tokens == 0:
         return rows
     with torch.cuda.device_of(student):

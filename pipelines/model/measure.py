@@ -8,6 +8,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from pipelines.core.products import onednn_linear
+
 Work = Callable[[], object]
 Result = TypeVar("Result")
 
@@ -81,7 +83,7 @@ def matrix_ceiling(dtype: torch.dtype, device: torch.device) -> float:
     ways: list[Work] = [lambda: [torch.mm(left, right) for _ in range(products)]]
     onednn = device.type == "cpu" and torch.backends.mkldnn.is_available()
     if onednn and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        ways.append(lambda: torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], ""))
+        ways.append(lambda: onednn_linear(left, right))
     fastest = min(seconds(way, device) for _ in range(4) for way in ways)
     return 2 * size**3 * products / fastest
 

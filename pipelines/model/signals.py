@@ -101,7 +101,7 @@ class FeatureLosses(torch.nn.Module):
 
     def across_tokens(self) -> bool:
         """Whether a loss compares the tokens of a row with each other, whichever documents they are of."""
-        return any(loss.heads is not None or loss.kind == "relational" for loss in self.losses)
+        return any(loss.across_tokens for loss in self.losses)
 
     def take_sums(self) -> Tensor:
         """(names,) fp64: each loss's sums over the valid tokens of this data-parallel rank's micro batches since the
@@ -191,7 +191,7 @@ def _check(loss: FeatureLoss, student: TransformerConfig, teacher: TransformerCo
             f"{loss.name}: expected no recompute, found full. Queries and keys exist inside the layer alone: set "
             "distil.recompute=false, or compare hidden states."
         )
-    if student.context_parallel_size > 1 and (loss.heads is not None or loss.kind == "relational"):
+    if student.context_parallel_size > 1 and loss.across_tokens:
         raise UserError(
             f"{loss.name}: expected parallel.context=1, found {student.context_parallel_size}: it compares whole "
             "sequences."

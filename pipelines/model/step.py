@@ -183,9 +183,10 @@ def evaluation_step(model: Any, batches: Sequence[Batch]) -> dict[str, float]:
     return means
 
 
-def _run_schedule(model: Any, batches: Sequence[Batch], *, forward_only: bool) -> dict[str, float]:
+def run_micro_batches(model: Any, batches: Sequence[Batch], *, forward_only: bool) -> list[Report]:
+    """Megatron's schedule over this rank's micro batches, of equal shape; their reports on the last pipeline stage."""
     micro_batch_size, sequence_length = batches[0]["tokens"].shape
-    reports = get_forward_backward_func()(
+    reports: list[Report] = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iter(batches),
         model=[model],
@@ -194,6 +195,11 @@ def _run_schedule(model: Any, batches: Sequence[Batch], *, forward_only: bool) -
         micro_batch_size=micro_batch_size,
         forward_only=forward_only,
     )
+    return reports
+
+
+def _run_schedule(model: Any, batches: Sequence[Batch], *, forward_only: bool) -> dict[str, float]:
+    reports = run_micro_batches(model, batches, forward_only=forward_only)
     if not forward_only:
         assert get_model_config(model).finalize_model_grads_func is not None, "gradients were not reduced"
     return reduce_reports(reports, get_attr_wrapped_model(model, "features")).means()

@@ -127,6 +127,10 @@ class Windows:
             start += count
         return numpy.concatenate(parts)
 
+    def laid_out(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A batch of some windows as models take it: with end_of_document one row, as documents.separated gives it."""
+        return batch if self.end_of_document is None else separated(batch, self.end_of_document)
+
 
 def batches(
     windows: Windows, micro_batch_size: int, data_rank: int = 0, data_size: int = 1, limit: int | None = None
@@ -155,7 +159,7 @@ def batches(
             "position_ids": positions,
             "loss_mask": mask,
         }
-        yield batch if windows.end_of_document is None else separated(batch, windows.end_of_document)
+        yield windows.laid_out(batch)
 
 
 def chosen_windows(windows: Windows, micro_batch_size: int, data_size: int = 1, limit: int | None = None) -> list[int]:

@@ -23,7 +23,6 @@ from pipelines.core.selection import Kept, check_heads, check_layers, check_targ
 from pipelines.families import ModelShape, read_shape
 from pipelines.model import parallel
 from pipelines.model.build import build_model
-from pipelines.model.documents import separated
 from pipelines.model.scoring import score
 from pipelines.model.slicing import slice_checkpoint, sliced_shape
 from pipelines.model.weights import load_hugging_face
@@ -171,7 +170,7 @@ def calibration_batches(
             "position_ids": torch.arange(tokens.shape[1]).expand_as(tokens),
             "loss_mask": mask,
         }
-        yield batch if windows.end_of_document is None else separated(batch, windows.end_of_document)
+        yield windows.laid_out(batch)
 
 
 def _calibration_windows(config: Config, directory: Path, teacher: ModelShape) -> Windows:

@@ -32,7 +32,7 @@ from pipelines.model.safetensors_stream import Tensors, Writer
 from pipelines.model.signals import FeatureLosses
 from pipelines.model.step import Batch, gather_gradients, training_step, wrap
 from pipelines.model.weights import load_hugging_face
-from pipelines.signals import FeatureLoss, HiddenKind, everywhere
+from pipelines.signals import FeatureLoss, across_tokens, everywhere
 
 END_OF_DOCUMENT = 3  # of the random tokens
 GROUPS = ("embedding", "qkv", "proj", "fc1", "fc2", "norms", "head")
@@ -353,8 +353,7 @@ def _describe(ranks: Layout) -> str:
 
 
 def _check(settings: VerifyConfig, ranks: Layout, distil: DistilConfig) -> None:
-    across = distil.attention or any(entry.kind is HiddenKind.relational for entry in distil.hidden)
-    if settings.document_mask and across:
+    if settings.document_mask and across_tokens(distil.hidden, distil.attention):
         raise UserError(
             "verify.document_mask: expected false with losses on attention or relations, found true. Set it to false, "
             "or leave those losses out."

@@ -174,21 +174,22 @@ def _take_back_rows(path: Path, step: int) -> tuple[float, dict[str, int]]:
     """
     if not path.exists():
         return 0.0, {}
-    whole = [line for line in path.read_text().splitlines() if _step_of(line) < math.inf]
+    rows = [row for line in path.read_text().splitlines() if (row := _parsed(line)) is not None]
     logged: dict[str, int] = {}
-    for row in map(json.loads, whole):
+    for row in rows:
         logged[row["split"]] = max(row["step"], logged.get(row["split"], 0))
-    rows = [line for line in whole if _step_of(line) <= step]
-    files.write_atomic(path, "".join(row + "\n" for row in rows))
-    return max((json.loads(row).get("time", 0.0) for row in rows), default=0.0), logged
+    kept = [row for row in rows if row["step"] <= step]
+    files.write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
+    return max((row.get("time", 0.0) for row in kept), default=0.0), logged
 
 
-def _step_of(line: str) -> float:
-    """The row's step; infinity for a row that a kill cut in two."""
+def _parsed(line: str) -> dict[str, Any] | None:
+    """The row; None for one that a kill cut in two."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
-        return math.inf
+        row: dict[str, Any] = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if "step" in row else None
 
 
 class _Pace:

@@ -12,7 +12,6 @@ from pipelines.files import read_object
 from pipelines.model.course import Course
 from pipelines.model.pair import DistillationPair
 from pipelines.model.windows import end_of_document
-from pipelines.stages import STAGES
 
 
 def train(
@@ -55,7 +54,7 @@ def train(
         tracking=Tracking(
             tuple(tracker.value for tracker in context.config.run.trackers),
             context.config.run.project,
-            artifacts.settings(context.config, STAGES[context.stage]),
+            context.settings(),
         ),
         callbacks=[] if course is None else [CourseCallback(course)],
         end_of_document=end_of_document(corpus, "train", "validation") if settings.document_mask else None,

@@ -4,7 +4,7 @@ import importlib.util
 from collections.abc import Collection, Iterator
 
 from pipelines.config import Config, Layout, Precision, TeacherPrecision, document_mask, expect, teacher_precision
-from pipelines.signals import HiddenKind
+from pipelines.signals import across_tokens
 from pipelines.validation.training import trainings
 
 
@@ -15,7 +15,7 @@ def check(config: Config, stages: Collection[str], ranks: Layout) -> None:
         expect(ranks.context == 1 or not training.document_mask, f"{name}.document_mask", expected, "true", remedy)
     distil = config.distil
     if "distil" in stages and distil.document_mask:
-        across = [*distil.attention, *(entry for entry in distil.hidden if entry.kind is HiddenKind.relational)]
+        across = across_tokens(distil.hidden, distil.attention)
         expected = "false with losses on attention or relations, which compare all tokens of a row"
         expect(not across, "distil.document_mask", expected, "true", "Set it to false, or leave those losses out.")
     prune = config.prune

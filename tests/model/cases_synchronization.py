@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipelines.model import parallel
-from pipelines.model.step import forward_step, wrap
+from pipelines.model.step import run_micro_batches, wrap
 from tests.model.cases_signals import DEEP, build, losses_of
-from tests.model.cases_step import MICRO_BATCH, SEQUENCE, STUDENT, TEACHER, build_pair, random_batches, write_models
+from tests.model.cases_step import STUDENT, TEACHER, build_pair, random_batches, write_models
 
 aten = torch.ops.aten
 # Each needs a value, or a number of values, on the host before the next line can run.
@@ -69,15 +68,7 @@ def waits_of_a_step(
     model.train()
     model.zero_grad_buffer()
     with Waits() as waits:
-        get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(batches),
-            model=[model],
-            num_microbatches=len(batches),
-            seq_length=SEQUENCE,
-            micro_batch_size=MICRO_BATCH,
-            forward_only=False,
-        )
+        run_micro_batches(model, batches, forward_only=False)
     assert all(p.main_grad.abs().sum() > 0 for p in pair.parameters() if p.requires_grad)
     return waits.found
 

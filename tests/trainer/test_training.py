@@ -8,6 +8,7 @@ import pytest
 
 from tests.ranks import RankPools
 from tests.trainer import cases_training
+from tests.trainer.test_runs import OF_THE_MACHINE
 
 CASES = "tests.trainer.cases_training"
 
@@ -121,7 +122,7 @@ def test_projections_schedules_and_taid_continue_where_they_were(
     found = ranks(2, f"{CASES}:course_stopped_and_continued", directory=str(tmp_path), corpus=str(made), **layout)
     rows = {name: [json.loads(row) for row in found[0][name]] for name in ("whole", "stopped")}
     for row in rows["whole"] + rows["stopped"]:
-        for name in ("time", "tokens_per_second", "flops_per_second", "peak_bytes"):
+        for name in OF_THE_MACHINE:
             row.pop(name, None)
     assert rows["stopped"] == rows["whole"]
     assert all(result["equal"] for result in found)
