@@ -25,9 +25,40 @@ class SourceKind(Enum):
     standard_library = "standard_library"  # the running Python's own
 
 
+class Importance(Enum):
+    """What ranks channels, neurons, heads and KV groups."""
+
+    activation = "activation"  # their activations
+    taylor = "taylor"  # the first-order change of the loss without them
+    random = "random"  # the control
+
+
+class Aggregation(Enum):
+    """Of absolute values."""
+
+    mean = "mean"
+    l1 = "l1"
+    l2 = "l2"
+    max = "max"
+
+
 class DepthMethod(Enum):
+    """Which layers go."""
+
     layers = "layers"  # student.drop_layers
-    block_influence = "block_influence"
+    block_influence = "block_influence"  # those whose output is most like their input
+    taylor = "taylor"  # those of the least first-order change of the loss
+    random = "random"  # the control
+    loss = "loss"  # those whose removal, each by itself, hurts least
+    contiguous = "contiguous"  # the block of neighbours whose removal hurts least
+    greedy = "greedy"  # one after the other, each time the one whose removal hurts least
+
+
+class Measure(Enum):
+    """What tells how much a removal hurts."""
+
+    loss = "loss"  # cross-entropy of the calibration split, nats/token
+    task = "task"  # of multiple-choice questions (prune.task)
 
 
 class Divergence(Enum):

@@ -13,7 +13,6 @@ from typing import Any
 
 from pipelines.choices import (
     Contender,
-    DepthMethod,
     Device,
     Divergence,
     Format,
@@ -24,6 +23,7 @@ from pipelines.choices import (
     TeacherPrecision,
     Tracker,
 )
+from pipelines.prune_settings import PruneConfig
 from pipelines.signals import AttentionLossConfig, HiddenLossConfig, SchedulesConfig, TaidConfig
 
 
@@ -83,7 +83,8 @@ class StudentConfig:
     path: str | None = None  # a pruned Hugging Face directory to distil into, instead of the prune stage's
     hidden_size: int | None = None
     intermediate_size: int | None = None
-    num_attention_heads: int | None = None  # per-group heads are dropped: must be a multiple of the KV groups
+    num_attention_heads: int | None = None  # the same number in each KV group that stays
+    num_key_value_heads: int | None = None  # whole KV groups go, with their heads
     num_hidden_layers: int | None = None
     drop_layers: list[int] | None = None  # counted from 1
 
@@ -155,16 +156,6 @@ class TrainingConfig:
 @dataclass
 class TeacherConfig(TrainingConfig):
     mode: TeacherMode = TeacherMode.take
-
-
-@dataclass
-class PruneConfig:
-    depth_method: DepthMethod = DepthMethod.block_influence
-    calibration_samples: int = 128  # sequences, spread evenly over the calibration split
-    sequence_length: int = 256  # tokens
-    micro_batch_size: int = 8  # sequences per data-parallel rank and pass
-    precision: Precision = Precision.fp32  # of the teacher while it is scored; the student keeps the files' own
-    document_mask: bool = False  # as in training; with micro_batch_size 1
 
 
 @dataclass

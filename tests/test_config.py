@@ -11,6 +11,7 @@ from pipelines import config as configuration
 from pipelines import planning
 from pipelines.compose import compose, known_keys
 from pipelines.config import Config, ParallelConfig, UserError, layout
+from pipelines.prune_settings import OfLayerConfig
 from pipelines.validation import validate
 from pipelines.validation.numbers import RANGES
 from pipelines.vocabulary import tokenizer_size
@@ -280,7 +281,8 @@ def test_every_number_of_the_schema_has_a_range() -> None:
                 names.add(entry.name)
         return names
 
-    entries = (configuration.SourceConfig, configuration.HiddenLossConfig, configuration.AttentionLossConfig)
+    listed = (configuration.SourceConfig, configuration.HiddenLossConfig, configuration.AttentionLossConfig)
+    entries = (*listed, OfLayerConfig)
     assert leaves(Config).union(*map(leaves, entries)) == RANGES.keys()
 
 

@@ -4,7 +4,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from pipelines import artifacts, planning
-from pipelines.config import PROFILED, Config, DepthMethod, Divergence, Format, Layout, SourceKind, TeacherMode
+from pipelines.choices import DepthMethod
+from pipelines.config import PROFILED, Config, Divergence, Format, Layout, SourceKind, TeacherMode
 from pipelines.families import ModelShape, read_shape
 from pipelines.nemo_context import is_nemo_checkpoint
 from pipelines.validation import signals

@@ -53,6 +53,10 @@ RANGES: dict[str, Range] = {
     "warmup": NOT_NEGATIVE,
     **dict.fromkeys(("limit_bytes", "document_bytes", "tokenizer_vocab_size", "rank"), ONE_OR_MORE),
     **dict.fromkeys(("divergence_parameter", "gradient_filter"), BETWEEN_0_AND_1),
+    **dict.fromkeys(("parameters", "bytes_per_gpu", "seconds", "tokens_per_second"), POSITIVE),
+    **dict.fromkeys(("ratio", "smallest"), Range(0, 1 + 1e-9, above=True)),
+    **dict.fromkeys(("depth_samples", "measured", "candidates", "sequences", "layer", "layers"), ONE_OR_MORE),
+    **dict.fromkeys(("hidden", "indices", "random_seed", "distil_tokens"), NOT_NEGATIVE),
     "seed": SEED,
 }
 

@@ -1,6 +1,7 @@
 """The student's shape against the teacher's."""
 
-from pipelines.config import Config, DepthMethod, expect
+from pipelines.choices import DepthMethod
+from pipelines.config import Config, expect
 from pipelines.families import ModelShape
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from pipelines.config import DepthMethod
+from pipelines.choices import DepthMethod
 from pipelines.families import ModelShape, read_shape
 from pipelines.model.slicing import sliced_shape
 from pipelines.text.indexed import Writer
