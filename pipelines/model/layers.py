@@ -1,9 +1,9 @@
 """Transformer layers for Megatron's GPTModel: Transformer Engine's on GPUs that have it, plain torch elsewhere.
 
 The plain layers carry Transformer Engine's parameter names: `linear_qkv` and `linear_fc1` own the weight of the RMSNorm
-before them as `layer_norm_weight`. So weights, checkpoints and hooks address one set of names on every machine. They do
-causal grouped-query attention over whole sequences or over each document of a row (model/documents.py), with tensor
-and sequence parallelism, and refuse anything else.
+before them as `layer_norm_weight`, and its `eps`. So weights, checkpoints and hooks address one set of names on every
+machine. They do causal grouped-query attention over whole sequences or over each document of a row
+(model/documents.py), with tensor and sequence parallelism, and refuse anything else.
 """
 
 from typing import Any
@@ -98,10 +98,10 @@ class NormColumnParallelLinear(ColumnParallelLinear):
 
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any) -> None:
         super().__init__(input_size, output_size, config=config, **kwargs)
-        self.layer_norm_weight = _norm_weight(config, input_size)
+        self.eps, self.layer_norm_weight = config.layernorm_epsilon, _norm_weight(config, input_size)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        normed = F.rms_norm(x, x.shape[-1:], self.layer_norm_weight, self.config.layernorm_epsilon)
+        normed = F.rms_norm(x, x.shape[-1:], self.layer_norm_weight, self.eps)
         return super().forward(normed, *args, **kwargs)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> Any:
