@@ -28,8 +28,11 @@ from pipelines.families import ModelShape
 
 @contextmanager
 def pruned(model: GPTModel, kept: Kept, teacher: ModelShape) -> Iterator[None]:
-    """Inside, `model` computes what the student sliced by `kept` would, at any TP x SP x PP. Afterwards it is as before,
-    bit for bit, after an exception too. Not to be entered twice. No collectives; every rank enters with the same kept.
+    """Inside, `model` computes what the student sliced by `kept` would, at any TP x SP x PP.
+
+    Afterwards it is as before, bit for bit, after an exception too. Not to be entered twice. No collectives; every rank
+    enters with the same kept.
+
 
     model: this rank's pipeline stage of the whole teacher, of shape `teacher`; a stage may lose all of its layers.
     Without gradients of the norms' weights: these are scaled in place, in their own dtype. So with bf16 weights the
