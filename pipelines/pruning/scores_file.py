@@ -2,12 +2,15 @@
 in its metadata what they were made of. Never the layout."""
 
 import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save
 
-from pipelines import artifacts, console
+from pipelines import artifacts, console, files
 from pipelines.core.importance import Scores
 from pipelines.families import ModelShape
 
@@ -64,3 +67,18 @@ def read_scores(context: artifacts.StageContext, teacher: ModelShape) -> Scores 
             samples=found["samples"],
             tokens=found["tokens"],
         )
+
+
+def update(path: Path, arrays: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
+    """Put arrays and metadata (values become JSON) into the file, beside what it holds under other names.
+
+    Whole or not at all; the file is made where there is none. For one process.
+    """
+    held: dict[str, torch.Tensor] = {}
+    words: dict[str, str] = {}
+    if path.is_file():
+        with safe_open(path, framework="pt") as file:
+            held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            words = file.metadata() or {}
+    told = {name: json.dumps(value) for name, value in metadata.items()}
+    files.write_atomic(path, save({**held, **arrays}, words | told))

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import parallel_state
-from safetensors.torch import save
 
 from pipelines import artifacts, console, files
 from pipelines.choices import DepthMethod
@@ -25,7 +24,7 @@ from pipelines.model.scoring import score
 from pipelines.model.slicing import slice_checkpoint, sliced_shape
 from pipelines.model.weights import load_hugging_face
 from pipelines.pruning.calibration import calibration_batches, calibration_windows
-from pipelines.pruning.scores_file import named_arrays, provenance, read_scores
+from pipelines.pruning.scores_file import named_arrays, provenance, read_scores, update
 
 QUICKLY_WRITTEN = 100_000_000  # parameters: below, writing takes a second or two and shows no bar
 
@@ -151,8 +150,7 @@ def _write(
     context: artifacts.StageContext, directory: Path, teacher: ModelShape, kept: Kept, scores: Scores | None
 ) -> None:
     arrays = named_arrays(scores) if scores else {}
-    data = save(arrays, {"provenance": json.dumps(provenance(context, scores))})
-    files.write_atomic(context.directory / "scores.safetensors", data)
+    update(context.directory / "scores.safetensors", arrays, {"provenance": provenance(context, scores)})
     student = sliced_shape(teacher, kept)
     content = {**asdict(kept), "teacher": teacher.to_hugging_face(), "student": student.to_hugging_face()}
     files.write_atomic(context.directory / "kept.json", json.dumps(content) + "\n")
