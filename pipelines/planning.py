@@ -32,6 +32,7 @@ from pipelines.config import (
 )
 from pipelines.families import EMBEDDING, FAMILIES, HEAD, ModelShape, check_rope_scaling, read_shape
 from pipelines.nemo_context import is_nemo_checkpoint, read_nemo_shape
+from pipelines.prune_settings import PRUNED_SIZES
 from pipelines.signals import FeatureLoss, feature_losses, pipeline_stage, projection_sizes
 
 FORWARD, FORWARD_AND_BACKWARD = 1, 3  # in units of a forward pass
@@ -115,9 +116,14 @@ def student_shape(config: Config) -> ModelShape:
 
 
 def target_shape(teacher: ModelShape, student: StudentConfig) -> ModelShape:
-    """The teacher's shape with what `student` makes smaller; head_dim stays the teacher's."""
-    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
-    changes = {name: value for name in names if (value := getattr(student, name)) is not None}
+    """The teacher's shape with what `student` makes smaller; head_dim stays the teacher's.
+
+    KV groups without a number of heads: each keeps the teacher's.
+    """
+    changes = {name: value for name in PRUNED_SIZES if (value := getattr(student, name)) is not None}
+    if student.num_key_value_heads is not None:
+        per_group = teacher.num_attention_heads // teacher.num_key_value_heads
+        changes.setdefault("num_attention_heads", student.num_key_value_heads * per_group)
     if student.drop_layers:
         left = teacher.num_hidden_layers - len(set(student.drop_layers))
         if changes.setdefault("num_hidden_layers", left) != left:

@@ -7,6 +7,15 @@ from dataclasses import dataclass, field
 
 from pipelines.choices import Aggregation, DepthMethod, Importance, Measure, Precision
 
+# What pruning makes smaller, in the words of config.json.
+PRUNED_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_key_value_heads",
+    "num_attention_heads",
+    "num_hidden_layers",
+)
+
 
 @dataclass
 class OfLayerConfig:

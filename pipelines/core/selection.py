@@ -1,56 +1,84 @@
-"""Which channels, neurons, heads and layers stay: pure functions from scores to kept indices.
+"""Which channels, neurons, KV groups, heads and layers stay: pure functions from scores to kept indices.
 
 Indices are sorted ascending, so that what stays keeps its order. Of equal scores the lowest index stays first. Indices
-of channels, neurons and heads count from 0, layers from 1.
+of channels, neurons, groups and heads count from 0, layers from 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from pipelines.config import UserError
 from pipelines.core.importance import Scores
+from pipelines.protection import NOTHING, Protected
 
 
 @dataclass(frozen=True)
 class Kept:
     """What stays of a teacher.
 
-    hidden: channels, one set for the whole model; ffn and heads: by the teacher's layer number (from 1), for kept
-    layers; layers: the teacher's layer numbers, in the order of the student.
+    hidden: channels, one set for the whole model; ffn, heads and groups: by the teacher's layer number (from 1), for
+    kept layers; layers: the teacher's layer numbers, in the order of the student. groups: KV groups; heads are numbered
+    as Hugging Face's query projection, group by group, and are those of kept groups alone, the same number in each.
     """
 
     hidden: list[int]
     ffn: dict[int, list[int]]
     heads: dict[int, list[int]]
     layers: list[int]
+    groups: dict[int, list[int]]
 
 
-def select_channels(scores: torch.Tensor, keep: int, *, what: str = "channels", multiple: int = 1) -> list[int]:
-    """The `keep` highest of scores: (channels,). what: the setting's name in the errors."""
+def select_channels(
+    scores: torch.Tensor, keep: int, *, what: str = "channels", protected: Iterable[int] = ()
+) -> list[int]:
+    """The `keep` highest of scores: (channels,), the protected among them. what: the setting's name in the errors."""
     check_target(what, keep, len(scores))
-    if keep % multiple:
+    first = sorted(set(protected))
+    if len(first) > keep:
         raise UserError(
-            f"{what}: expected a multiple of {multiple}, found {keep}. Take {max(keep // multiple, 1) * multiple}."
+            f"{what}: expected room for the {len(first)} that prune.protect names, found {keep}. Raise it, or protect "
+            "fewer."
         )
-    order = torch.sort(scores, descending=True, stable=True).indices
+    ranked = scores.clone()
+    ranked[first] = torch.inf
+    order = torch.sort(ranked, descending=True, stable=True).indices
     return sorted(order[:keep].tolist())
 
 
-def select_heads(scores: torch.Tensor, keep: int, groups: int) -> list[int]:
-    """The highest of scores: (heads,) within each KV group, the same number in each, `keep` in all.
+def select_heads(
+    scores: torch.Tensor,
+    keep: int,
+    groups: int,
+    *,
+    kept_groups: Sequence[int] | None = None,
+    protected: Iterable[int] = (),
+) -> list[int]:
+    """The highest of scores: (heads,) within each KV group that stays, the same number in each, `keep` in all.
 
-    Heads are numbered as Hugging Face's query projection: group by group.
+    Heads are numbered as Hugging Face's query projection: group by group. groups: the teacher's; kept_groups: all
+    where None.
     """
-    check_heads(keep, len(scores), groups)
-    per_group = len(scores) // groups
+    chosen = range(groups) if kept_groups is None else kept_groups
+    check_heads(keep, len(scores), groups, len(chosen))
+    per_group, wanted = len(scores) // groups, set(protected)
     rows = scores.view(groups, per_group)
     return [
         group * per_group + head
-        for group in range(groups)
-        for head in select_channels(rows[group], keep // groups, what="heads per KV group")
+        for group in chosen
+        for head in select_channels(
+            rows[group],
+            keep // len(chosen),
+            what="heads per KV group",
+            protected=[head for head in range(per_group) if group * per_group + head in wanted],
+        )
     ]
+
+
+def group_scores(heads: torch.Tensor, groups: int) -> torch.Tensor:
+    """heads: (..., heads), numbered group by group. Returns (..., groups): the L2 norm of a group's heads' scores."""
+    return heads.unflatten(-1, (groups, -1)).square().sum(-1).sqrt()
 
 
 def select_layers(
@@ -59,15 +87,23 @@ def select_layers(
     keep: int | None = None,
     drop: Sequence[int] | None = None,
     block_influence: torch.Tensor | None = None,
+    protected: Iterable[int] = (),
 ) -> list[int]:
     """Layer numbers that stay, counted from 1: all but `drop`, or the `keep` of highest block_influence: (layers,)."""
     check_layers(layers, keep=keep, drop=drop)
     if drop:
+        against = sorted(set(drop) & set(protected))
+        if against:
+            raise UserError(
+                f"student.drop_layers: expected no layer that prune.protect names, or that holds what it names, found "
+                f"{against}. Drop others, or protect fewer."
+            )
         return [number for number in range(1, layers + 1) if number not in drop]
     if keep is None or keep == layers:
         return list(range(1, layers + 1))
     assert block_influence is not None and len(block_influence) == layers
-    return [index + 1 for index in select_channels(block_influence, keep, what="layers")]
+    places = [number - 1 for number in protected]
+    return [i + 1 for i in select_channels(block_influence, keep, what="student.num_hidden_layers", protected=places)]
 
 
 def select(
@@ -81,39 +117,64 @@ def select(
     keep_hidden: int | None = None,
     keep_ffn: int | None = None,
     keep_heads: int | None = None,
+    keep_groups: int | None = None,
     keep_layers: int | None = None,
     drop_layers: Sequence[int] | None = None,
-    multiple: int = 1,
+    protected: Protected = NOTHING,
 ) -> Kept:
     """Every selection of one pruning; None keeps all. scores may be None where nothing has to be ranked.
 
-    multiple: of the hidden size and of the neurons that stay.
+    keep_groups without keep_heads: every head of the groups that stay.
     """
     influence = scores.block_influence if scores is not None else None
-    numbers = select_layers(layers, keep=keep_layers, drop=drop_layers, block_influence=influence)
+    numbers = select_layers(
+        layers, keep=keep_layers, drop=drop_layers, block_influence=influence, protected=protected.all_layers
+    )
+    per_group, nothing = heads // groups, frozenset[int]()
+    left = groups if keep_groups is None else keep_groups
+    in_all = left * per_group if keep_heads is None else keep_heads
+    check_heads(in_all, heads, groups, left)
 
-    def channels(size: int, keep: int | None, ranked: torch.Tensor | None, what: str) -> list[int]:
+    def highest(size: int, keep: int | None, ranked: torch.Tensor | None, what: str, named: frozenset[int]) -> list:
         if keep is None or keep == size:
             return list(range(size))
-        check_target(what, keep, size)
+        check_target(f"student.{what}", keep, size)
         assert ranked is not None
-        return select_channels(ranked, keep, what=what, multiple=multiple)
+        return select_channels(ranked, keep, what=f"student.{what}", protected=named)
+
+    def of_layer(ranked: torch.Tensor | None, number: int) -> torch.Tensor | None:
+        return None if ranked is None else ranked[number - 1]
+
+    ranked_groups = None if scores is None else group_scores(scores.heads, groups)
+    kept_groups = {
+        n: highest(
+            groups,
+            keep_groups,
+            of_layer(ranked_groups, n),
+            "num_key_value_heads",
+            protected.groups_of(n, per_group),
+        )
+        for n in numbers
+    }
 
     def kept_heads(number: int) -> list[int]:
-        if keep_heads is None or keep_heads == heads:
-            return list(range(heads))
-        check_heads(keep_heads, heads, groups)
+        chosen = kept_groups[number]
+        if in_all == left * per_group:
+            return [group * per_group + head for group in chosen for head in range(per_group)]
         assert scores is not None
-        return select_heads(scores.heads[number - 1], keep_heads, groups)
+        named = protected.heads.get(number, nothing)
+        return select_heads(scores.heads[number - 1], in_all, groups, kept_groups=chosen, protected=named)
 
+    hidden, ffn = (scores.hidden, scores.ffn) if scores is not None else (None, None)
     return Kept(
-        hidden=channels(hidden_size, keep_hidden, scores.hidden if scores else None, "student.hidden_size"),
+        hidden=highest(hidden_size, keep_hidden, hidden, "hidden_size", protected.hidden),
         ffn={
-            n: channels(ffn_size, keep_ffn, scores.ffn[n - 1] if scores else None, "student.intermediate_size")
+            n: highest(ffn_size, keep_ffn, of_layer(ffn, n), "intermediate_size", protected.ffn.get(n, nothing))
             for n in numbers
         },
         heads={n: kept_heads(n) for n in numbers},
         layers=numbers,
+        groups=kept_groups,
     )
 
 
@@ -125,15 +186,22 @@ def check_target(what: str, keep: int, size: int) -> None:
         raise UserError(f"{what}: expected at least 1, found {keep}. Take a number from 1 to {size}.")
 
 
-def check_heads(keep: int, heads: int, groups: int) -> None:
-    """Raises UserError where the target is larger than the teacher or not the same number in every KV group."""
+def check_heads(keep: int, heads: int, groups: int, kept_groups: int | None = None) -> None:
+    """Raises UserError where the target is larger than what the groups that stay have, or not the same in each.
+
+    heads, groups: the teacher's. kept_groups: all where None.
+    """
+    left = groups if kept_groups is None else kept_groups
+    check_target("student.num_key_value_heads", left, groups)
     check_target("student.num_attention_heads", keep, heads)
-    if keep % groups:
-        below, above = keep // groups * groups, -(-keep // groups) * groups
-        remedy = f"{below} or {above}" if below else f"{above}"
+    most = left * (heads // groups)
+    if keep % left or keep > most:
+        below, above = min(keep // left * left, most), -(-keep // left) * left
+        remedy = " or ".join(str(value) for value in (below, above) if 0 < value <= most)
+        whose = f"the teacher's {groups}" if left == groups else f"the {left}"
         raise UserError(
-            f"student.num_attention_heads: expected a multiple of the teacher's {groups} KV groups (each keeps the "
-            f"same number of heads), found {keep}. Take {remedy}."
+            f"student.num_attention_heads: expected a multiple of {whose} KV groups (each keeps the same number of "
+            f"heads, at most the teacher's {heads // groups}), found {keep}. Take {remedy}."
         )
 
 

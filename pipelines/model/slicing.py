@@ -13,12 +13,13 @@ from pipelines.text.tokenizer_files import has_tokenizer
 
 
 def sliced_shape(teacher: ModelShape, kept: Kept) -> ModelShape:
-    """The student's shape. head_dim, KV groups and vocabulary are the teacher's."""
+    """The student's shape. head_dim and vocabulary are the teacher's."""
     first = kept.layers[0]
     return teacher.replace(
         hidden_size=len(kept.hidden),
         intermediate_size=len(kept.ffn[first]),
         num_attention_heads=len(kept.heads[first]),
+        num_key_value_heads=len(kept.groups[first]),
         num_hidden_layers=len(kept.layers),
     )
 
@@ -77,9 +78,10 @@ def _indices(axis: str, teacher: ModelShape, kept: Kept, number: int) -> list[in
         return kept.hidden
     if axis == "ffn":
         return kept.ffn[number]
-    if axis == "query":
-        return [head * teacher.head_dim + channel for head in kept.heads[number] for channel in range(teacher.head_dim)]
-    assert axis in ("key_value", "vocabulary"), axis
+    if axis in ("query", "key_value"):
+        units = kept.heads[number] if axis == "query" else kept.groups[number]
+        return [unit * teacher.head_dim + channel for unit in units for channel in range(teacher.head_dim)]
+    assert axis == "vocabulary", axis
     return None
 
 

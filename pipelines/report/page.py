@@ -200,6 +200,7 @@ def _importance_plots(record: RunRecord, directory: Path) -> list[dict[str, Any]
     captions = {
         "hidden": "One set for the whole model, in the order of the scores.",
         "ffn": "In each layer: the 5th to 95th percentile of kept and of dropped neurons, a dot at the median.",
+        "kv_groups": "One dot per KV group; a group goes with its heads.",
         "heads": "One dot per query head; heads are ranked within their KV group.",
         "layers": "1 minus the cosine between a layer's input and its output.",
     }

@@ -16,6 +16,11 @@ from pipelines.config import Config, UserError
 
 MODELS = ("teacher", "pruned", "student")
 STAGES = ("corpus", "teacher", "prune", "distil", "evaluate", "export")
+BY_LAYER = (  # axes of which each layer has its own: name in scores.safetensors, title, unit
+    ("ffn", "Feed-forward neurons", "neurons"),
+    ("kv_groups", "KV groups", "groups"),
+    ("heads", "Attention heads", "heads"),
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Metrics:
 class AxisImportance:
     """Scores of one axis and what was kept: one array per layer, or a single one for an axis of the whole model."""
 
-    name: str  # "hidden", "ffn", "heads" or "layers"
+    name: str  # "hidden", "ffn", "kv_groups", "heads" or "layers"
     title: str
     unit: str  # what one score belongs to, in the plural
     label: str  # of the score axis
@@ -171,7 +176,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_importance(scores_file: Path, kept: dict[str, Any]) -> tuple[AxisImportance, ...]:
     """Axes that were scored, each with what was kept.
 
-    scores_file: hidden, ffn.<layer>, heads.<layer>, block_influence, or nothing where nothing had to be ranked.
+    scores_file: hidden, ffn.<layer>, heads.<layer>, kv_groups.<layer>, block_influence, or nothing where nothing had
+        to be ranked. KV groups that all stay are left out.
     kept: layers by the teacher's numbers from 1; channels, neurons and heads from 0, per kept layer.
     """
     if not kept or not scores_file.is_file():
@@ -186,16 +192,17 @@ def read_importance(scores_file: Path, kept: dict[str, Any]) -> tuple[AxisImport
         axes.append(
             AxisImportance("hidden", "Hidden channels", "channels", "activation norm", (scores["hidden"],), (mask,))
         )
-    for name, title, unit in (("ffn", "Feed-forward neurons", "neurons"), ("heads", "Attention heads", "heads")):
+    for name, title, unit in BY_LAYER:
         if f"{name}.1" in scores:
             rows = tuple(scores[f"{name}.{n}"] for n in range(1, len(scores["block_influence"]) + 1))
-            by_layer = kept.get(name) or {}
+            by_layer = kept.get("groups" if name == "kv_groups" else name) or {}
             dropped = kept.get("layers") and set(range(1, len(rows) + 1)) - set(kept["layers"])
             masks = tuple(
                 np.zeros(len(row), bool) if dropped and n in dropped else _mask(by_layer.get(str(n)), len(row))
                 for n, row in enumerate(rows, start=1)
             )
-            axes.append(AxisImportance(name, title, unit, "activation norm", rows, masks))
+            if name != "kv_groups" or any(not mask.all() for mask in masks):
+                axes.append(AxisImportance(name, title, unit, "activation norm", rows, masks))
     if "block_influence" in scores:
         influence = scores["block_influence"]
         mask = _mask([n - 1 for n in kept["layers"]] if kept.get("layers") else None, len(influence))

@@ -142,10 +142,11 @@ def lineage(record: RunRecord) -> list[dict[str, Any]]:
 def kept_in_words(kept: dict[str, Any]) -> dict[str, str]:
     """kept.json as ranges: {"hidden": "0-3, 7", "layers": "1-4", "ffn of layer 1": ...}."""
     words: dict[str, str] = {}
-    for axis in ("layers", "hidden", "heads", "ffn"):
+    for axis in ("layers", "hidden", "groups", "heads", "ffn"):
         indices = kept.get(axis)
         if isinstance(indices, dict):
-            words |= {f"{axis} of layer {layer}": ranges(values) for layer, values in indices.items()}
+            title = "KV groups" if axis == "groups" else axis
+            words |= {f"{title} of layer {layer}": ranges(values) for layer, values in indices.items()}
         elif indices is not None:
             words[axis] = ranges(indices)
     return words

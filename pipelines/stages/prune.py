@@ -13,10 +13,9 @@ from typing import Any
 from megatron.core import parallel_state
 
 from pipelines import artifacts, console, files
-from pipelines.choices import DepthMethod
-from pipelines.config import Config, Layout, StudentConfig, UserError, layout, without_context
+from pipelines.config import Config, Layout, layout, without_context
 from pipelines.core.importance import Scores
-from pipelines.core.selection import Kept, check_heads, check_layers, check_target, select
+from pipelines.core.selection import Kept
 from pipelines.families import ModelShape, read_shape
 from pipelines.model import parallel
 from pipelines.model.build import build_model
@@ -24,6 +23,7 @@ from pipelines.model.scoring import score
 from pipelines.model.slicing import slice_checkpoint, sliced_shape
 from pipelines.model.weights import load_hugging_face
 from pipelines.pruning.calibration import calibration_batches, calibration_windows
+from pipelines.pruning.choice import checked_target, choose, needs_scores
 from pipelines.pruning.scores_file import named_arrays, provenance, read_scores, update
 
 QUICKLY_WRITTEN = 100_000_000  # parameters: below, writing takes a second or two and shows no bar
@@ -33,25 +33,25 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
     config, ranks = context.config, without_context(layout(context.config.parallel))
     directory = artifacts.teacher_directory(config)
     teacher = read_shape(directory)
-    check_student(config.student, config.prune.depth_method, teacher)
+    target = checked_target(config, teacher)
     parallel.initialize(ranks.tensor, ranks.pipeline, ranks.context, device=ranks.device, seed=config.run.seed)
     started = time.monotonic()
     scores, seconds = None, 0.0
-    if needs_scores(config.student, teacher):
+    if needs_scores(config.student, teacher, target):
         scores = read_scores(context, teacher)
         if scores is None:
             scores = _score(config, ranks, directory, teacher)
             seconds = time.monotonic() - started
     else:
         console.say("prune  nothing has to be ranked: no scoring, the prune.* calibration settings have no effect")
-    kept = _select(scores, config.student, teacher)
+    kept = choose(scores, teacher, target, drop_layers=config.student.drop_layers, protect=config.prune.protect)
     student = sliced_shape(teacher, kept)
     parallel.on_first_rank(lambda: _write(context, directory, teacher, kept, scores))
     before = teacher.parameters()
     console.say(
         f"prune  {before:,} -> {student.parameters():,} parameters ({student.parameters() / before:.1%}); hidden "
-        f"{student.hidden_size}, ffn {student.intermediate_size}, heads {student.num_attention_heads}, "
-        f"layers {student.num_hidden_layers}"
+        f"{student.hidden_size}, ffn {student.intermediate_size}, heads {student.num_attention_heads} in "
+        f"{student.num_key_value_heads} KV groups, layers {student.num_hidden_layers}"
     )
     return {
         "model": str(context.directory / "hf"),
@@ -66,50 +66,6 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
         "scoring_seconds": round(seconds, 2),
         "scoring_tokens_per_second": round(scores.tokens / seconds, 1) if scores and seconds else None,
     }
-
-
-# The target
-
-
-def check_student(student: StudentConfig, method: DepthMethod, teacher: ModelShape) -> None:
-    """Raises UserError where the target does not fit the teacher or contradicts itself. Needs no scores."""
-    for name in ("hidden_size", "intermediate_size"):
-        if getattr(student, name) is not None:
-            check_target(f"student.{name}", getattr(student, name), getattr(teacher, name))
-    if student.num_attention_heads is not None:
-        check_heads(student.num_attention_heads, teacher.num_attention_heads, teacher.num_key_value_heads)
-    layers = teacher.num_hidden_layers
-    check_layers(layers, keep=student.num_hidden_layers, drop=student.drop_layers)
-    if method is DepthMethod.layers and not student.drop_layers and (student.num_hidden_layers or layers) < layers:
-        raise UserError(
-            f"prune.depth_method=layers: expected student.drop_layers with {layers - (student.num_hidden_layers or 0)} "
-            f"layers, counted from 1, to reach student.num_hidden_layers={student.num_hidden_layers}, found none. "
-            "Name the layers, or set prune.depth_method=block_influence."
-        )
-
-
-def needs_scores(student: StudentConfig, teacher: ModelShape) -> bool:
-    """Whether anything has to be ranked: an axis that shrinks, or layers to choose."""
-    axes = ["hidden_size", "intermediate_size", "num_attention_heads"]
-    if not student.drop_layers:
-        axes.append("num_hidden_layers")
-    return any(getattr(student, name) not in (None, getattr(teacher, name)) for name in axes)
-
-
-def _select(scores: Scores | None, student: StudentConfig, teacher: ModelShape) -> Kept:
-    return select(
-        scores,
-        hidden_size=teacher.hidden_size,
-        ffn_size=teacher.intermediate_size,
-        heads=teacher.num_attention_heads,
-        groups=teacher.num_key_value_heads,
-        layers=teacher.num_hidden_layers,
-        keep_hidden=student.hidden_size,
-        keep_ffn=student.intermediate_size,
-        keep_heads=student.num_attention_heads,
-        keep_layers=student.num_hidden_layers,
-        drop_layers=student.drop_layers,
-    )
 
 
 # Scoring

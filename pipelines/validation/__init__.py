@@ -8,7 +8,7 @@ that another launcher started pass here too, so that a stage need not check its 
 from collections.abc import Collection
 
 from pipelines import artifacts, planning
-from pipelines.config import Config, layout
+from pipelines.config import Config, Layout, layout
 from pipelines.families import ModelShape, read_shape
 from pipelines.stages import STAGES
 from pipelines.validation import (
@@ -45,7 +45,7 @@ def validate(config: Config, stages: Collection[str]) -> list[str]:
         made = artifacts.teacher_directory(config)  # what these stages read, whatever the settings say by now
         if artifacts.is_hugging_face(made):
             teacher, where = read_shape(made), str(made)
-    student = _student(config, stages, teacher)
+    student = _student(config, stages, ranks, teacher)
     if DIVIDED & set(stages):
         layouts.check_division(ranks, teacher, "teacher")
     if WITH_STUDENT & DIVIDED & set(stages):
@@ -67,7 +67,7 @@ def validate(config: Config, stages: Collection[str]) -> list[str]:
     return list(effects.warnings(config, ranks, stages, teacher, student))
 
 
-def _student(config: Config, stages: Collection[str], teacher: ModelShape) -> ModelShape:
+def _student(config: Config, stages: Collection[str], ranks: Layout, teacher: ModelShape) -> ModelShape:
     """The shape of the student that the stages make or read. Raises UserError where it cannot be the teacher's."""
     start = artifacts.student_start_directory(config)
     if config.student.path and artifacts.is_hugging_face(start):
@@ -78,5 +78,5 @@ def _student(config: Config, stages: Collection[str], teacher: ModelShape) -> Mo
         return read_shape(start)  # what an earlier prune made, whatever the settings say by now
     student = planning.target_shape(teacher, config.student)
     if WITH_STUDENT & set(stages):
-        shapes.check_target(config, teacher, student)
+        shapes.check_target(config, ranks, teacher, student)
     return student

@@ -9,6 +9,7 @@ from pipelines.config import Config, SourceConfig, SourceKind, TeacherMode, expe
 from pipelines.families import ModelShape
 from pipelines.files import read_object
 from pipelines.nemo_context import tokenizer_directories
+from pipelines.prune_settings import PRUNED_SIZES
 from pipelines.vocabulary import TOKENIZERS, check_vocabulary, read_blend, tokenizer_size
 
 HELD_OUT = ("validation", "test", "calibration")
@@ -104,8 +105,8 @@ def needed_splits(config: Config, stages: Collection[str]) -> Iterator[tuple[str
             yield name, "train"
             yield name, "validation"
     student = config.student
-    narrower = student.hidden_size or student.intermediate_size or student.num_attention_heads
-    scored = narrower or (student.num_hidden_layers and not student.drop_layers)
+    sizes = [name for name in PRUNED_SIZES if name != "num_hidden_layers" or not student.drop_layers]
+    scored = any(getattr(student, name) for name in sizes)
     if "prune" in stages and not student.path and scored:
         yield "prune", "calibration"
     for name in ("evaluate", "export"):

@@ -8,6 +8,7 @@ from pipelines.choices import DepthMethod
 from pipelines.config import PROFILED, Config, Divergence, Format, Layout, SourceKind, TeacherMode
 from pipelines.families import ModelShape, read_shape
 from pipelines.nemo_context import is_nemo_checkpoint
+from pipelines.prune_settings import PRUNED_SIZES
 from pipelines.validation import signals
 from pipelines.validation.data import given_tokenizer, makes_corpus
 from pipelines.validation.training import trainings
@@ -87,7 +88,7 @@ def _student(config: Config, stages: Collection[str], teacher: ModelShape, stude
     made = artifacts.student_start_directory(config)
     if "distil" in stages and "prune" not in stages and artifacts.is_hugging_face(made):
         there, asked = read_shape(made), planning.target_shape(teacher, config.student)
-        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"):
+        for name in PRUNED_SIZES:
             wanted, found = getattr(asked, name), getattr(there, name)
             if wanted != found:
                 yield f"student.{name}={wanted} has no effect without stage=prune: {made} has {found}"

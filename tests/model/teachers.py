@@ -33,8 +33,9 @@ def silence(weights: dict[str, torch.Tensor], shape: ModelShape, kept: Kept) -> 
     """Change the weights so that everything outside `kept` has no effect on the logits, and scores lowest.
 
     Hidden: half the channels stay; every other one repeats a kept one in the residual stream, which leaves each norm's
-    mean square as it is, and has norm weight 0. Neurons: the gate is 0. Heads: attend evenly (query 0), where kept ones
-    attend sharply, and the output projection drops them. Layers: add nothing to the residual stream.
+    mean square as it is, and has norm weight 0. Neurons: the gate is 0. KV groups: values are 0. Heads: attend evenly
+    (query 0), where kept ones attend sharply, and the output projection drops them. Layers: add nothing to the residual
+    stream.
     """
     assert 2 * len(kept.hidden) == shape.hidden_size
     away = [channel for channel in range(shape.hidden_size) if channel not in kept.hidden]
@@ -50,7 +51,7 @@ def silence(weights: dict[str, torch.Tensor], shape: ModelShape, kept: Kept) -> 
             weight[away] = weight[kept.hidden]
     for number in range(1, shape.num_hidden_layers + 1):
         prefix = f"model.layers.{number - 1}"
-        query, output = (weights[f"{prefix}.self_attn.{part}_proj.weight"] for part in "qo")
+        query, value, output = (weights[f"{prefix}.self_attn.{part}_proj.weight"] for part in "qvo")
         gate, down = (weights[f"{prefix}.mlp.{part}_proj.weight"] for part in ("gate", "down"))
         if number not in kept.layers:
             output.zero_()
@@ -61,6 +62,8 @@ def silence(weights: dict[str, torch.Tensor], shape: ModelShape, kept: Kept) -> 
             rows = slice(head * shape.head_dim, (head + 1) * shape.head_dim)
             query[rows] = 0
             output[:, rows] = 0
+        for group in set(range(shape.num_key_value_heads)) - set(kept.groups[number]):
+            value[group * shape.head_dim : (group + 1) * shape.head_dim] = 0
         gate[sorted(set(range(shape.intermediate_size)) - set(kept.ffn[number]))] = 0
 
 
@@ -75,7 +78,7 @@ def sample_rows(vocab_size: int, samples: int, length: int) -> tuple[torch.Tenso
 
 def random_case(seed: int, tensor: int = 1) -> tuple[ModelShape, Kept]:
     """A random shape that `tensor` ranks can share, and what stays of it: half the hidden channels, and any part of
-    neurons, heads and layers.
+    neurons, KV groups, heads and layers.
     """
     draw = random.Random(seed)
     hidden, groups, per_group = 2 * draw.randint(4, 12), tensor * draw.randint(1, 3), draw.randint(1, 4)
@@ -92,13 +95,16 @@ def random_case(seed: int, tensor: int = 1) -> tuple[ModelShape, Kept]:
     )
     layers = sorted(draw.sample(range(1, shape.num_hidden_layers + 1), draw.randint(1, shape.num_hidden_layers)))
     neurons, heads = draw.randint(1, shape.intermediate_size), draw.randint(1, per_group)
+    left = draw.randint(1, groups)
+    kept_groups = {n: sorted(draw.sample(range(groups), left)) for n in layers}
     kept = Kept(
         hidden=sorted(draw.sample(range(hidden), hidden // 2)),
         ffn={n: sorted(draw.sample(range(shape.intermediate_size), neurons)) for n in layers},
         heads={
-            n: [g * per_group + h for g in range(groups) for h in sorted(draw.sample(range(per_group), heads))]
+            n: [g * per_group + h for g in kept_groups[n] for h in sorted(draw.sample(range(per_group), heads))]
             for n in layers
         },
         layers=layers,
+        groups=kept_groups,
     )
     return shape, kept

@@ -49,9 +49,15 @@ def students(shape: ModelShape, seed: int = 3) -> dict[str, Kept]:
         ffn={n: list(range(shape.intermediate_size)) for n in layers},
         heads={n: list(range(shape.num_attention_heads)) for n in layers},
         layers=layers,
+        groups={n: list(range(shape.num_key_value_heads)) for n in layers},
     )
     hidden = some(shape.hidden_size, 13)
     ffn, fewer_heads = {n: some(shape.intermediate_size, 11) for n in layers}, {n: heads() for n in layers}
+    groups = {n: some(shape.num_key_value_heads, shape.num_key_value_heads // 2) for n in layers}
+
+    def heads_of(groups: dict[int, list[int]]) -> dict[int, list[int]]:
+        return {n: [g * per_group + h for g in kept for h in range(per_group)] for n, kept in groups.items()}
+
     return {
         "whole": whole,
         "hidden": replace(whole, hidden=hidden),
@@ -60,8 +66,9 @@ def students(shape: ModelShape, seed: int = 3) -> dict[str, Kept]:
         "depth": replace(whole, layers=[1, 4]),
         "first stage alone": replace(whole, layers=[1, 2]),
         "second stage alone": replace(whole, layers=[3]),
-        "width": Kept(hidden, ffn, fewer_heads, layers),
-        "both": Kept(hidden, ffn, fewer_heads, [2, 3]),
+        "kv groups": replace(whole, groups=groups, heads=heads_of(groups)),
+        "width": Kept(hidden, ffn, fewer_heads, layers, whole.groups),
+        "both": Kept(hidden, ffn, heads_of(groups), [2, 3], groups),
     }
 
 

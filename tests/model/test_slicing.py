@@ -1,6 +1,7 @@
 """Students are exactly the kept part of their teachers, on disk and in transformers."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +22,13 @@ SHAPE = ModelShape(
     num_key_value_heads=2,
     head_dim=4,
 )
-KEPT = Kept(hidden=[0, 2, 3, 5], ffn={1: [1, 4], 3: [0, 3]}, heads={1: [0, 3], 3: [1, 2]}, layers=[1, 3])
+KEPT = Kept(
+    hidden=[0, 2, 3, 5],
+    ffn={1: [1, 4], 3: [0, 3]},
+    heads={1: [0, 3], 3: [1, 2]},
+    layers=[1, 3],
+    groups={1: [0, 1], 3: [0, 1]},
+)
 
 
 def logits(directory, tokens: torch.Tensor) -> torch.Tensor:
@@ -67,6 +74,24 @@ def test_every_tensor_is_the_kept_part_of_the_teachers(tmp_path):
         "mlp.down_proj": weights[f"{third}.mlp.down_proj.weight"][h][:, [0, 3]],
     }.items():
         assert torch.equal(written[f"model.layers.1.{name}.weight"], expected), name
+
+
+def test_a_dropped_kv_group_goes_with_its_heads_each_layer_by_its_own(tmp_path):
+    weights = random_weights(SHAPE)
+    teacher = write_teacher(tmp_path / "teacher", SHAPE, weights)
+    kept = replace(KEPT, groups={1: [0], 3: [1]}, heads={1: [0, 1], 3: [2, 3]})
+    student = slice_checkpoint(teacher, tmp_path / "student", SHAPE, kept)
+    assert (student.num_key_value_heads, student.num_attention_heads, student.head_dim) == (1, 2, 4)
+    written = load_file(tmp_path / "student" / "model.safetensors")
+    for layer, number, groups, heads in ((0, 1, slice(0, 4), slice(0, 8)), (1, 3, slice(4, 8), slice(8, 16))):
+        own, origin = (f"model.layers.{index}.self_attn" for index in (layer, number - 1))
+        for name in ("k", "v"):
+            expected = weights[f"{origin}.{name}_proj.weight"][groups][:, KEPT.hidden]
+            assert torch.equal(written[f"{own}.{name}_proj.weight"], expected)
+        assert torch.equal(written[f"{own}.q_proj.weight"], weights[f"{origin}.q_proj.weight"][heads][:, KEPT.hidden])
+        assert torch.equal(written[f"{own}.o_proj.weight"], weights[f"{origin}.o_proj.weight"][KEPT.hidden][:, heads])
+    config = json.loads((tmp_path / "student" / "config.json").read_text())
+    assert (config["num_key_value_heads"], config["head_dim"]) == (1, 4)
 
 
 def test_config_names_head_dim_and_the_tokenizer_is_copied(tmp_path):

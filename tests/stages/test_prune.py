@@ -1,6 +1,7 @@
 """The prune stage end to end: from a teacher and a corpus on disk to a student, its scores and its kept indices."""
 
 import json
+import random
 
 import numpy
 import pytest
@@ -9,8 +10,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from pipelines.choices import DepthMethod
+from pipelines.core.selection import Kept
 from pipelines.families import ModelShape, read_shape
 from pipelines.model.slicing import sliced_shape
+from pipelines.prune_settings import PRUNED_SIZES, OfLayerConfig, ProtectConfig
 from pipelines.text.indexed import Writer
 from tests.model.teachers import random_case, random_weights, silence, write_teacher
 
@@ -53,11 +56,10 @@ def logits(directory, tokens):
 
 
 def target(student: ModelShape) -> dict[str, int]:
-    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
-    return {f"student.{name}": getattr(student, name) for name in names}
+    return {f"student.{name}": getattr(student, name) for name in PRUNED_SIZES}
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(6))
 def test_what_does_nothing_is_found_and_removed_at_tensor_parallel_2(ranks, tmp_path, seed):
     shape, kept = random_case(seed, tensor=2)
     weights = random_weights(shape, seed)
@@ -73,10 +75,64 @@ def test_what_does_nothing_is_found_and_removed_at_tensor_parallel_2(ranks, tmp_
     assert found["layers"] == kept.layers
     assert found["ffn"] == {str(number): indices for number, indices in kept.ffn.items()}
     assert found["heads"] == {str(number): indices for number, indices in kept.heads.items()}
+    assert found["groups"] == {str(number): indices for number, indices in kept.groups.items()}
     assert (found["teacher"], found["student"]) == (shape.to_hugging_face(), student.to_hugging_face())
     assert figures["parameters_before"] == shape.parameters()
     assert figures["parameters_after"] == student.parameters()
     assert read_shape(tmp_path / "run" / "prune" / "hf") == student
+    tokens = torch.randint(0, shape.vocab_size, (3, 20), generator=torch.Generator().manual_seed(seed))
+    expected = logits(teacher, tokens)
+    assert (logits(tmp_path / "run" / "prune" / "hf", tokens) - expected).norm() < 1e-5 * expected.norm()
+
+
+def widened(shape: ModelShape, kept: Kept, draw: random.Random, protect: bool) -> tuple[Kept, ProtectConfig]:
+    """`kept` with some of what does nothing: with protect any, named; else those of the lowest index, as ties go."""
+
+    def more(size: int, left: dict[int, list[int]]) -> tuple[dict[int, list[int]], list[OfLayerConfig]]:
+        extra = draw.randint(0, size - len(left[kept.layers[0]]))
+        wider, named = {}, []
+        for number, indices in left.items():
+            silent = [index for index in range(size) if index not in indices]
+            chosen = draw.sample(silent, extra) if protect else silent[:extra]
+            wider[number] = sorted(indices + chosen)
+            named.append(OfLayerConfig(layer=number, indices=chosen))
+        return wider, named if protect else []
+
+    per_group = shape.num_attention_heads // shape.num_key_value_heads
+    in_group = len(kept.heads[kept.layers[0]]) // len(kept.groups[kept.layers[0]])
+    ffn, neurons = more(shape.intermediate_size, kept.ffn)
+    groups, kv_groups = more(shape.num_key_value_heads, kept.groups)
+    heads = {  # a group without values ties all its heads at 0
+        number: [
+            head
+            for group in groups[number]
+            for head in (
+                [head for head in kept.heads[number] if head // per_group == group]
+                or range(group * per_group, group * per_group + in_group)
+            )
+        ]
+        for number in kept.layers
+    }
+    protected = ProtectConfig(layers=kept.layers[:1] * protect, ffn=neurons, kv_groups=kv_groups)
+    return Kept(hidden=kept.hidden, ffn=ffn, heads=heads, layers=kept.layers, groups=groups), protected
+
+
+@pytest.mark.parametrize("seed", range(10, 14))
+@pytest.mark.parametrize("protect", [False, True])
+def test_of_what_does_nothing_the_protected_stays_else_the_lowest_index(ranks, tmp_path, seed, protect):
+    shape, live = random_case(seed, tensor=2)
+    weights = random_weights(shape, seed)
+    silence(weights, shape, live)
+    teacher = write_teacher(tmp_path / "teacher", shape, weights)
+    corpus = write_corpus(tmp_path / "corpus", shape.vocab_size)
+    kept, protected = widened(shape, live, random.Random(seed), protect)
+    settings = {**target(sliced_shape(shape, kept)), "parallel.tensor": 2, "prune.protect": protected}
+    arguments = {"directory": str(tmp_path / "run"), "teacher": str(teacher), "corpus": str(corpus)}
+    ranks(2, RUN, settings=settings, **arguments)
+    found = json.loads((tmp_path / "run" / "prune" / "kept.json").read_text())
+    assert found["ffn"] == {str(number): indices for number, indices in kept.ffn.items()}
+    assert found["groups"] == {str(number): indices for number, indices in kept.groups.items()}
+    assert found["heads"] == {str(number): indices for number, indices in kept.heads.items()}
     tokens = torch.randint(0, shape.vocab_size, (3, 20), generator=torch.Generator().manual_seed(seed))
     expected = logits(teacher, tokens)
     assert (logits(tmp_path / "run" / "prune" / "hf", tokens) - expected).norm() < 1e-5 * expected.norm()
@@ -166,6 +222,10 @@ def test_scores_of_a_killed_attempt_are_taken_and_those_of_another_teacher_are_n
         (
             {"student.num_hidden_layers": 3, "prune.depth_method": DepthMethod.layers},
             ["expected student.drop_layers with 1 layers", "block_influence"],
+        ),
+        (
+            {"student.hidden_size": 4, "prune.protect": ProtectConfig(hidden=[0, 3, 5, 7, 9])},
+            ["at most the 4 of student.hidden_size", "found 5 that stay"],
         ),
         (
             {"student.hidden_size": 8, "prune.calibration_samples": 39},
