@@ -59,10 +59,16 @@ def peak_flops(device_name: str) -> float | None:
 
     None for a device that is not in BF16_PEAKS and for a slice of one (MIG).
     """
+    name = named_gpu(device_name)
+    return None if name is None else BF16_PEAKS[name]
+
+
+def named_gpu(device_name: str) -> str | None:
+    """Its name in BF16_PEAKS."""
     words = set(re.findall("[a-z0-9]+", device_name.lower()))
     if "mig" in words:
         return None
-    return next((peak for name, peak in BF16_PEAKS.items() if words.issuperset(name.lower().split())), None)
+    return next((name for name in BF16_PEAKS if words.issuperset(name.lower().split())), None)
 
 
 def speed_figures(tokens_per_second: float, flops_per_token: int, peak: float | None) -> dict[str, float]:
@@ -330,11 +336,12 @@ def counts(shape: ModelShape) -> dict[str, int]:
     }
 
 
-def plan(config: Config) -> dict[str, Any]:
-    """Everything that can be said of the distillation of an experiment without starting it."""
+def plan(config: Config, student: ModelShape | None = None) -> dict[str, Any]:
+    """Everything that can be said of the distillation of an experiment without starting it. student: its shape where
+    the settings do not give it."""
     teacher, student, ranks, training = (
         teacher_shape(config),
-        student_shape(config),
+        student or student_shape(config),
         layout(config.parallel),
         config.distil,
     )

@@ -1,16 +1,59 @@
-"""The plan of an experiment: parameters, tokens, FLOPs, bytes per device, as a table or as JSON. Imports no torch."""
+"""The plan of an experiment: parameters, tokens, FLOPs, bytes per device, as a table or as JSON. Imports no torch.
+
+Where the student's shape is searched for, the plan is that of the largest candidate: the most that it can cost.
+"""
 
 import json
 from typing import Any
 
-from pipelines import artifacts, planning
-from pipelines.config import Format
+from pipelines import artifacts, capacity, grid, planning
+from pipelines.config import Config, Format, Layout, layout
+from pipelines.families import ModelShape
+from pipelines.speeds import pass_tokens, speeds
+
+SHOWN = 8  # candidates
 
 
 def run(context: artifacts.StageContext) -> dict[str, Any]:
-    figures = planning.plan(context.config)
+    figures = plan(context.config)
     print(json.dumps(figures, indent=2) if context.config.format is Format.json else as_text(figures))
     return figures
+
+
+def plan(config: Config) -> dict[str, Any]:
+    """planning.plan's figures; with `search` where prune.target is set, `capacity` where the student is far below."""
+    teacher, ranks = planning.teacher_shape(config), layout(config.parallel)
+    student, found = _search(config, ranks, teacher) if grid.searches(config) else (planning.student_shape(config), {})
+    if far := capacity.advice(config, ranks, teacher, student):
+        found["capacity"] = far
+    return planning.plan(config, student) | found
+
+
+def _search(config: Config, ranks: Layout, teacher: ModelShape) -> tuple[ModelShape, dict[str, Any]]:
+    """(the largest candidate, limits and candidates)."""
+    candidates, values = grid.candidates(config, ranks, teacher)
+    known, tokens, settings = speeds(config, ranks, teacher), pass_tokens(config), config.prune.search
+    largest = [
+        {
+            "name": candidate.name,
+            "parameters": candidate.parameters,
+            "share": round(candidate.parameters / teacher.parameters(), 4),
+            "bytes_per_gpu": candidate.bytes_per_gpu,
+            "tokens_per_second": candidate.tokens_per_second(tokens),
+        }
+        for candidate in candidates[:SHOWN]
+    ]
+    found = {
+        "limits": grid.described(config, teacher),
+        "speeds": known.source if known else f"yet to be measured, {settings.speed}",
+        "values": {axis: list(sizes) for axis, sizes in values.items()},
+        "candidates": len(candidates),
+        "largest": largest,
+        "measured": min(settings.measured, len(candidates)),
+        "followed": min(settings.candidates, len(candidates)),
+        "distil_tokens": settings.distil_tokens,
+    }
+    return candidates[0].shape, {"search": found}
 
 
 def as_text(figures: dict[str, Any]) -> str:
@@ -33,7 +76,35 @@ def as_text(figures: dict[str, Any]) -> str:
     for name, size in sizes.items():
         if size and name != "total":
             rows["  " + name.replace("_", " ")] = f"{size / 2**30:,.3f} GiB"
-    return "\n".join(lines + [f"{name:<34}{value}" for name, value in rows.items()])
+    if "capacity" in figures:
+        rows["capacity"] = capacity.in_words(figures["capacity"])
+    text = "\n".join(lines + [f"{name:<34}{value}" for name, value in rows.items()])
+    return "\n".join([text, "", *_found(figures["search"])]) if "search" in figures else text
+
+
+def _found(search: dict[str, Any]) -> list[str]:
+    bounds = {
+        "parameters": "at most {:,.0f} parameters",
+        "bytes_per_gpu": "at most {:,.0f} bytes of bf16 weights per GPU",
+        "seconds": "at most {:.3g} s for a forward pass",
+        "tokens_per_second": "at least {:,.0f} tokens/s",
+    }
+    limits = ", ".join(bounds[name].format(value) for name, value in search["limits"].items())
+    follow = f"distilled on {search['distil_tokens']:,.0f} tokens" if search["distil_tokens"] else "compared again"
+    lines = [
+        f"the student is searched for: {limits}",
+        f"{search['candidates']:,} candidates; {search['measured']} are measured, {search['followed']} {follow}. "
+        "The figures above are the largest one's",
+        *(f"  {axis.replace('_', ' '):<22}{', '.join(map(str, values))}" for axis, values in search["values"].items()),
+        f"the largest; speeds {search['speeds']}:",
+    ]
+    for entry in search["largest"]:
+        speed = f"{entry['tokens_per_second']:>14,.0f} tokens/s" if entry["tokens_per_second"] else ""
+        lines.append(
+            f"  {entry['name']:<28}{entry['parameters']:>16,} parameters  {entry['share']:>6.1%}  "
+            f"{entry['bytes_per_gpu'] / 2**30:>9.3f} GiB{speed}"
+        )
+    return lines
 
 
 def _flops(figures: dict[str, Any]) -> dict[str, str]:

@@ -7,7 +7,7 @@ that another launcher started pass here too, so that a stage need not check its 
 
 from collections.abc import Collection
 
-from pipelines import artifacts, planning
+from pipelines import artifacts, grid, planning
 from pipelines.config import Config, Layout, layout
 from pipelines.families import ModelShape, read_shape
 from pipelines.stages import STAGES
@@ -20,6 +20,7 @@ from pipelines.validation import (
     frozen_teacher,
     layouts,
     numbers,
+    search,
     shapes,
     signals,
     training,
@@ -45,7 +46,8 @@ def validate(config: Config, stages: Collection[str]) -> list[str]:
         made = artifacts.teacher_directory(config)  # what these stages read, whatever the settings say by now
         if artifacts.is_hugging_face(made):
             teacher, where = read_shape(made), str(made)
-    student = _student(config, stages, ranks, teacher)
+    students = _students(config, stages, ranks, teacher)
+    student, used = students[0], search.stages_with(config, stages)
     if DIVIDED & set(stages):
         layouts.check_division(ranks, teacher, "teacher")
     if WITH_STUDENT & DIVIDED & set(stages):
@@ -53,30 +55,37 @@ def validate(config: Config, stages: Collection[str]) -> list[str]:
     if any(STAGES[name].ranks for name in stages):
         layouts.check_processes(ranks)
     layouts.check_gpu(config, stages)
-    layouts.check_context(config, stages, ranks, teacher)
-    for name, length in layouts.lengths(config, stages):
+    layouts.check_context(config, used, ranks, teacher)
+    for name, length in layouts.lengths(config, used):
         layouts.check_length(name, length, ranks, teacher)
-    training.check(config, stages, ranks, teacher.vocab_size)
-    frozen_teacher.check(config, stages, ranks, teacher)
+    training.check(config, used, ranks, teacher.vocab_size)
+    frozen_teacher.check(config, used, ranks, teacher)
     benchmark.check(config, stages, ranks)
-    signals.check(config, stages, ranks, teacher, student)
+    for shape in students:
+        signals.check(config, used, ranks, teacher, shape)
     data.check_tokenizer(config, stages, teacher, where)
     data.check_splits(config, stages, teacher)
-    documents.check(config, stages, ranks)
+    documents.check(config, used, ranks)
     directories.check_weights(config, stages)
     return list(effects.warnings(config, ranks, stages, teacher, student))
 
 
-def _student(config: Config, stages: Collection[str], ranks: Layout, teacher: ModelShape) -> ModelShape:
-    """The shape of the student that the stages make or read. Raises UserError where it cannot be the teacher's."""
+def _students(config: Config, stages: Collection[str], ranks: Layout, teacher: ModelShape) -> list[ModelShape]:
+    """The shape of the student that the stages make or read; where it is yet to be found, shapes that stand for all it
+    may be, the largest first. Raises UserError where it cannot be the teacher's."""
     start = artifacts.student_start_directory(config)
     if config.student.path and artifacts.is_hugging_face(start):
         student = read_shape(start)
         shapes.check_given_student(config, teacher, student)
-        return student
+        return [student]
     if not {"plan", "prune"} & set(stages) and artifacts.is_hugging_face(start):
-        return read_shape(start)  # what an earlier prune made, whatever the settings say by now
+        return [read_shape(start)]  # what an earlier prune made, whatever the settings say by now
     student = planning.target_shape(teacher, config.student)
     if WITH_STUDENT & set(stages):
+        if grid.searches(config):
+            found = search.representatives(search.check(config, ranks, teacher))
+            for shape in found:
+                shapes.check_target(config, ranks, teacher, shape)
+            return found
         shapes.check_target(config, ranks, teacher, student)
-    return student
+    return [student]

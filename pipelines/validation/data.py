@@ -4,7 +4,7 @@ import glob
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from pipelines import artifacts
+from pipelines import artifacts, grid
 from pipelines.config import Config, SourceConfig, SourceKind, TeacherMode, expect
 from pipelines.families import ModelShape
 from pipelines.files import read_object
@@ -106,9 +106,13 @@ def needed_splits(config: Config, stages: Collection[str]) -> Iterator[tuple[str
             yield name, "validation"
     student = config.student
     sizes = [name for name in PRUNED_SIZES if name != "num_hidden_layers" or not student.drop_layers]
-    scored = any(getattr(student, name) for name in sizes)
+    scored = any(getattr(student, name) for name in sizes) or grid.searches(config)
     if "prune" in stages and not student.path and scored:
         yield "prune", "calibration"
+    if "prune" in stages and grid.searches(config):
+        yield "prune", "validation"
+        if grid.distils(config):
+            yield "prune", "train"
     for name in ("evaluate", "export"):
         if name in stages:
             yield name, config.evaluate.split

@@ -3,13 +3,13 @@
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from pipelines import artifacts, planning
+from pipelines import artifacts, grid, planning
 from pipelines.choices import DepthMethod
 from pipelines.config import PROFILED, Config, Divergence, Format, Layout, SourceKind, TeacherMode
 from pipelines.families import ModelShape, read_shape
 from pipelines.nemo_context import is_nemo_checkpoint
 from pipelines.prune_settings import PRUNED_SIZES
-from pipelines.validation import signals
+from pipelines.validation import search, signals
 from pipelines.validation.data import given_tokenizer, makes_corpus
 from pipelines.validation.training import trainings
 
@@ -37,6 +37,7 @@ def warnings(
         yield from _corpus(config)
     if config.model.path and config.teacher.mode is TeacherMode.pretrain:
         yield f"model.path={config.model.path} has no effect with teacher.mode=pretrain"
+    yield from search.warnings(config, stages, ranks, teacher, student)
     yield from _student(config, stages, teacher, student)
 
 
@@ -86,7 +87,8 @@ def _student(config: Config, stages: Collection[str], teacher: ModelShape, stude
     if "prune" in stages and config.prune.depth_method is DepthMethod.layers and not config.student.drop_layers:
         yield "prune.depth_method=layers has no effect without student.drop_layers"
     made = artifacts.student_start_directory(config)
-    if "distil" in stages and "prune" not in stages and artifacts.is_hugging_face(made):
+    alone = "distil" in stages and "prune" not in stages and not grid.searches(config)
+    if alone and artifacts.is_hugging_face(made):
         there, asked = read_shape(made), planning.target_shape(teacher, config.student)
         for name in PRUNED_SIZES:
             wanted, found = getattr(asked, name), getattr(there, name)
