@@ -38,6 +38,7 @@ from pipelines.stages import FREE, STAGES, Stage
 __all__ = ["file_hash", "fingerprint", "new_directory", "write_atomic", "write_json"]  # the rest is defined here
 
 TRAINING_STATE = ("checkpoints", "metrics.jsonl", "tensorboard")
+CHECKED = ("scores.safetensors",)  # what a stage takes from an earlier attempt where its own record of origin fits
 
 
 @dataclass
@@ -106,6 +107,7 @@ INPUTS: dict[str, Callable[[Config], list[Path]]] = {
     "pruning": lambda config: [stage_directory(config, "prune")],
     "distillation": lambda config: [stage_directory(config, "distil")],
     "evaluation": lambda config: [stage_directory(config, "evaluate")],
+    "scores": lambda config: [Path(config.prune.scores)] if config.prune.scores else [],
     "exported": lambda config: [stage_directory(config, "export")],
 }
 
@@ -338,7 +340,8 @@ def begin(config: Config, stage_name: str, say: Callable[[str], None] = print) -
 
 
 def move_aside(directory: Path, say: Callable[[str], None]) -> None:
-    """Empty a stage's directory; training state (and what was moved aside before) stays, under a name with the date."""
+    """Empty a stage's directory. Training state (and what was moved aside before) stays, under a name with the date;
+    what says itself what it was made of stays as it is."""
     date = datetime.now().strftime("%Y%m%d-%H%M%S")
     for path in sorted(directory.iterdir(), key=lambda p: (p.name == MANIFEST, p.name not in TRAINING_STATE, p.name)):
         if path.name in TRAINING_STATE:
@@ -347,5 +350,5 @@ def move_aside(directory: Path, say: Callable[[str], None]) -> None:
             say(f"moved {path} to {kept}")
         elif path.is_dir() and not path.is_symlink() and not path.name.startswith(TRAINING_STATE):
             shutil.rmtree(path)
-        elif not path.name.startswith((*TRAINING_STATE, "lock")):
+        elif not path.name.startswith((*TRAINING_STATE, "lock")) and path.name not in CHECKED:
             path.unlink()

@@ -188,6 +188,14 @@ def read_header(file: Path) -> dict[str, Entry]:
     return entries
 
 
+def read_metadata(file: Path) -> dict[str, str]:
+    """What a file that `read_header` takes says beside its tensors; {} where it says nothing."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        found: dict[str, str] = json.loads(stream.read(length)).get("__metadata__") or {}
+    return found
+
+
 def _header_entry(file: Path, description: dict[str, Any]) -> Entry:
     shape, dtype = tuple(int(size) for size in description["shape"]), str(description["dtype"])
     if dtype not in ITEM_BYTES:

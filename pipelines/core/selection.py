@@ -76,11 +76,6 @@ def select_heads(
     ]
 
 
-def group_scores(heads: torch.Tensor, groups: int) -> torch.Tensor:
-    """heads: (..., heads), numbered group by group. Returns (..., groups): the L2 norm of a group's heads' scores."""
-    return heads.unflatten(-1, (groups, -1)).square().sum(-1).sqrt()
-
-
 def select_layers(
     layers: int,
     *,
@@ -126,7 +121,7 @@ def select(
 
     keep_groups without keep_heads: every head of the groups that stay.
     """
-    influence = scores.block_influence if scores is not None else None
+    influence = None if scores is None else scores.block_influence if scores.layers is None else scores.layers
     numbers = select_layers(
         layers, keep=keep_layers, drop=drop_layers, block_influence=influence, protected=protected.all_layers
     )
@@ -145,7 +140,7 @@ def select(
     def of_layer(ranked: torch.Tensor | None, number: int) -> torch.Tensor | None:
         return None if ranked is None else ranked[number - 1]
 
-    ranked_groups = None if scores is None else group_scores(scores.heads, groups)
+    ranked_groups = None if scores is None else scores.kv_groups
     kept_groups = {
         n: highest(
             groups,

@@ -13,14 +13,18 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
+from pipelines.choices import Aggregation
 from pipelines.config import UserError
 from pipelines.core.importance import (
     ActivationNorm,
     BlockInfluence,
+    Counted,
     Scores,
     first_non_finite,
-    head_scores,
     hidden_scores,
+    over_samples,
+    token_norms,
+    unit_scores,
 )
 from pipelines.model.documents import moved
 from pipelines.model.forward import Batch, forward_pass, micro_batches_per_pass
@@ -33,6 +37,8 @@ def score(
     batches: Iterable[Batch],
     *,
     micro_batch_size: int,
+    sequence_aggregation: Aggregation = Aggregation.mean,
+    sample_aggregation: Aggregation = Aggregation.l2,
     advance: Callable[[int], None] | None = None,
 ) -> Scores:
     """Score the whole model by forward passes over this data rank's batches, in eval mode and without gradients.
@@ -46,12 +52,12 @@ def score(
 
     Collectives, besides those of the forward passes: under sequence parallelism one all-reduce per norm and batch over
     the tensor group; per pass (one batch, or four per pipeline stage) two all-reduces of one number over all ranks; at
-    the end one all-reduce of every sum over all ranks.
+    the end two all-reduces of every sum over all ranks.
     Raises UserError on every rank, naming the first such layer, when activations are NaN or infinite.
     """
     assert parallel_state.get_context_parallel_world_size() == 1, "scoring reads whole sequences"
     device = next(model.parameters()).device
-    recorder = _Recorder(model, device)
+    recorder = _Recorder(model, device, sequence_aggregation, sample_aggregation)
     training, post_process = model.training, model.post_process
     model.eval()
     model.post_process = False
@@ -78,6 +84,7 @@ def _run(
         if not samples:
             return
         if found:
+            recorder.whole = [_counts_whole(batch, micro_batch_size) for batch in found]
             filled = [_filled_up(moved(batch, device), micro_batch_size) for batch in found]
             forward_pass(model, filled, before=lambda batch: recorder.begin(batch["loss_mask"] > 0))
         recorder.check_finite()
@@ -89,6 +96,12 @@ def _filled_up(batch: Batch, size: int) -> Batch:
     """The batch with `size` rows: pipeline stages exchange activations of one shape."""
     missing = size - len(batch["tokens"])
     return {name: F.pad(value, (0, 0, 0, missing)) for name, value in batch.items()} if missing else batch
+
+
+def _counts_whole(batch: Batch, size: int) -> bool:
+    """Whether every token of the filled-up batch is known to count, without waiting for a GPU to tell."""
+    mask = batch["loss_mask"]
+    return len(mask) == size and not mask.is_cuda and bool((mask > 0).all())
 
 
 def _is_first_of_replica() -> bool:
@@ -105,8 +118,8 @@ def _sum_over_replicas(count: int, device: torch.device) -> int:
 class _Recorder:
     """Hooks on this rank's layers, and their accumulators by layer index within the stage."""
 
-    def __init__(self, model: GPTModel, device: torch.device) -> None:
-        self.config, self.device = model.config, device
+    def __init__(self, model: GPTModel, device: torch.device, sequence: Aggregation, samples: Aggregation) -> None:
+        self.config, self.device, self.aggregation = model.config, device, samples
         self.layers = list(model.decoder.layers)
         tensor = self.config.tensor_model_parallel_size
         self.query_size = self.config.num_attention_heads * self.config.kv_channels
@@ -116,19 +129,24 @@ class _Recorder:
             self.config.hidden_size,
             self.config.ffn_hidden_size // tensor,
         )
-        self.norms = [[ActivationNorm(size, device) for size in sizes] for _ in self.layers]
+        self.norms = [
+            [ActivationNorm(size, device, sequence=sequence, samples=samples) for size in sizes] for _ in self.layers
+        ]
         self.influences = [BlockInfluence(device) for _ in self.layers]
         self.samples = torch.zeros(2, dtype=torch.float64, device=device)  # samples, tokens
-        self.mask = self.own_mask = torch.zeros(0)
+        self.whole: list[bool] = []  # of the micro batches to come: whether every token counts
+        self.counted = self.own = Counted(torch.zeros(0))  # of whole samples; of this rank's part of the sequence
         self.handles = [handle for index in range(len(self.layers)) for handle in self._hooks(index)]
 
     def begin(self, mask: torch.Tensor) -> None:
         """mask: (batch, sequence) bool of the micro batch whose forward pass starts now."""
-        self.mask = self.own_mask = mask.t().contiguous()
-        if self.config.sequence_parallel:
+        tokens = mask.sum(1, dtype=torch.float32)
+        by_sequence = None if self.whole.pop(0) else mask.t().contiguous()
+        self.counted = self.own = Counted(tokens, by_sequence)
+        if by_sequence is not None and self.config.sequence_parallel:
             rank = parallel_state.get_tensor_model_parallel_rank()
-            self.own_mask = self.mask.chunk(self.config.tensor_model_parallel_size)[rank]
-        self.samples[0] += mask.any(dim=1).sum()
+            self.own = Counted(tokens, by_sequence.chunk(self.config.tensor_model_parallel_size)[rank])
+        self.samples[0] += (tokens > 0).sum()
         self.samples[1] += mask.sum()
 
     def _hooks(self, index: int) -> list[Any]:
@@ -142,22 +160,24 @@ class _Recorder:
         ]
 
     def _norm_hook(self, norm: ActivationNorm) -> Callable:
-        # The norm lives inside the linear layer and cannot be hooked: its output is computed once more.
+        # The norm lives inside the linear layer and cannot be hooked. Its output is x * token_scale * weight.
         def hook(linear: Any, inputs: tuple[torch.Tensor, ...]) -> None:
             x = inputs[0]
-            normed = F.rms_norm(x, x.shape[-1:], linear.layer_norm_weight, self.config.layernorm_epsilon)
-            split = self.config.sequence_parallel
-            norm.update(normed, self.own_mask, parallel_state.get_tensor_model_parallel_group() if split else None)
+            scale = (token_norms(x).square() / x.shape[-1] + self.config.layernorm_epsilon).rsqrt()
+            group = parallel_state.get_tensor_model_parallel_group() if self.config.sequence_parallel else None
+            norm.update(
+                x, self.own, token_scale=scale, channel_scale=linear.layer_norm_weight.detach(), sequence_group=group
+            )
 
         return hook
 
     def _input_hook(self, norm: ActivationNorm) -> Callable:
-        return lambda linear, inputs: norm.update(inputs[0], self.mask)
+        return lambda linear, inputs: norm.update(inputs[0], self.counted)
 
     def _layer_hook(self, influence: BlockInfluence) -> Callable:
         def hook(layer: Any, inputs: tuple, keywords: dict, outputs: tuple[torch.Tensor, ...]) -> None:
             hidden = keywords["hidden_states"] if "hidden_states" in keywords else inputs[0]
-            influence.update(hidden, outputs[0], self.own_mask)
+            influence.update(hidden, outputs[0], self.own.mask)
 
         return hook
 
@@ -167,7 +187,7 @@ class _Recorder:
 
     def check_finite(self) -> None:
         """Raises UserError on every rank when any rank has seen a NaN or an infinity. One all-reduce over all ranks."""
-        totals = torch.stack([norm.squares.sum() for layer in self.norms for norm in layer])
+        totals = torch.stack([norm.total.sum() for layer in self.norms for norm in layer])
         found = first_non_finite(totals.unsqueeze(-1))
         nowhere = self.config.num_layers * len(_PLACES)
         first = nowhere if found is None else (self.layers[0].layer_number - 1) * len(_PLACES) + found
@@ -181,22 +201,24 @@ class _Recorder:
             )
 
     def reduce(self) -> Scores:
-        """The scores of the whole model, the same on every rank. One all-reduce of all sums, float64, over all ranks.
+        """The scores of the whole model, the same on every rank. Two all-reduces over all ranks, float64: of every
+        channel's total (MAX where samples are aggregated by it, else SUM), and of the sums that only add up.
 
-        Each rank fills in what it holds (its layers, its shard of channels) and zeros elsewhere, so that one sum
-        gathers over tensor and pipeline ranks and adds over data ranks. What tensor ranks hold in common comes from the
+        Each rank fills in what it holds (its layers, its shard of channels) and zeros elsewhere, so that one reduction
+        gathers over tensor and pipeline ranks and joins data ranks. What tensor ranks hold in common comes from the
         first.
         """
         layers, hidden, ffn = self.config.num_layers, self.config.hidden_size, self.config.ffn_hidden_size
-        sizes = [2 * layers * hidden, layers * self.query_size, layers * ffn, 2 * layers, 2]
-        sums = torch.zeros(sum(sizes), dtype=torch.float64, device=self.device)
-        norms, query, neurons, influence, samples = sums.split(sizes)
+        sizes = [2 * layers * hidden, layers * self.query_size, layers * ffn]
+        totals = torch.zeros(sum(sizes), dtype=torch.float64, device=self.device)
+        norms, query, neurons = totals.split(sizes)
         norms, query, neurons = norms.view(layers, 2, hidden), query.view(layers, -1), neurons.view(layers, -1)
-        influence = influence.view(layers, 2)
+        sums = torch.zeros(2 * layers + 2, dtype=torch.float64, device=self.device)
+        influence, samples = sums[:-2].view(layers, 2), sums[-2:]
         rank = parallel_state.get_tensor_model_parallel_rank()
         for index, layer in enumerate(self.layers):
             number = layer.layer_number - 1
-            attention_norm, heads, mlp_norm, mlp = (norm.squares for norm in self.norms[index])
+            attention_norm, heads, mlp_norm, mlp = (norm.total for norm in self.norms[index])
             query[number].view(-1, len(heads))[rank] = heads
             neurons[number].view(-1, len(mlp))[rank] = mlp
             if rank == 0:
@@ -205,13 +227,17 @@ class _Recorder:
                 influence[number] = self.influences[index].sums
         if _is_first_of_replica():
             samples.copy_(self.samples)
+        dist.all_reduce(totals, op=dist.ReduceOp.MAX if self.aggregation is Aggregation.max else dist.ReduceOp.SUM)
         dist.all_reduce(sums)
-        norms, query, neurons, influence, samples = (part.cpu() for part in (norms, query, neurons, influence, samples))
+        influence, (count, tokens) = influence.cpu(), map(int, samples.tolist())
+        norms, query, neurons = (over_samples(t.cpu(), count, self.aggregation) for t in (norms, query, neurons))
+        groups = self.config.num_query_groups
         return Scores(
             hidden=hidden_scores(norms.flatten(0, 1)),
-            ffn=neurons.sqrt(),
-            heads=head_scores(query, self.config.kv_channels),
+            ffn=neurons,
+            heads=unit_scores(query, self.config.kv_channels),
+            kv_groups=unit_scores(query, self.query_size // groups),
             block_influence=influence[:, 0] / influence[:, 1],
-            samples=int(samples[0]),
-            tokens=int(samples[1]),
+            samples=count,
+            tokens=tokens,
         )

@@ -23,10 +23,12 @@ def calibration_batches(
     chosen = [sample * len(windows) // samples for sample in range(samples)][data_rank::data_size]
     for start in range(0, len(chosen), micro_batch_size):
         rows = chosen[start : start + micro_batch_size]
-        tokens = torch.stack([windows[row] for row in rows])[:, :-1]
+        found = torch.stack([windows[row] for row in rows])
+        tokens = found[:, :-1].contiguous()
         mask = torch.stack([windows.mask(row) for row in rows])
         batch = {
             "tokens": tokens,
+            "labels": found[:, 1:].contiguous(),
             "position_ids": torch.arange(tokens.shape[1]).expand_as(tokens),
             "loss_mask": mask,
         }

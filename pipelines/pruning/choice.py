@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from pipelines import planning, protection
 from pipelines.choices import DepthMethod
-from pipelines.config import Config, StudentConfig, UserError
+from pipelines.config import Config, UserError
 from pipelines.core.importance import Scores
 from pipelines.core.selection import Kept, check_heads, check_layers, check_target, select
 from pipelines.families import ModelShape
-from pipelines.prune_settings import PRUNED_SIZES, ProtectConfig
+from pipelines.prune_settings import ProtectConfig
 
 
 def choose(
@@ -57,9 +57,3 @@ def checked_target(config: Config, teacher: ModelShape) -> ModelShape:
         )
     protection.check(config.prune.protect, teacher, target, student.drop_layers or ())
     return target
-
-
-def needs_scores(student: StudentConfig, teacher: ModelShape, target: ModelShape) -> bool:
-    """Whether anything has to be ranked: an axis that shrinks, or layers to choose."""
-    axes = [name for name in PRUNED_SIZES if name != "num_hidden_layers" or not student.drop_layers]
-    return any(getattr(target, name) != getattr(teacher, name) for name in axes)

@@ -1,5 +1,8 @@
-"""scores.safetensors: float64 arrays hidden, ffn.<layer>, heads.<layer> and block_influence (layers count from 1), and
-in its metadata what they were made of. Never the layout."""
+"""scores.safetensors: one file of named arrays, and in its metadata what they were made of (scores_origin.py).
+
+Arrays are float64; layers count from 1: hidden, ffn.<layer>, heads.<layer>, kv_groups.<layer>, block_influence, and
+where the loss was differentiated taylor_layers. Others may add arrays of their own by `update`. Never the layout.
+"""
 
 import json
 from collections.abc import Mapping
@@ -10,63 +13,30 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from pipelines import artifacts, console, files
+from pipelines import files
 from pipelines.core.importance import Scores
 from pipelines.families import ModelShape
+from pipelines.safetensors_header import read_header
+from pipelines.scores_origin import Origin
 
-AGGREGATION = (
-    "channel: L2 norm over samples of the mean over the sequence of |activation|; hidden: sum over both norms of every "
-    "layer; head: L2 norm over its channels; block influence: 1 - mean cos(layer input, layer output) over tokens"
-)
+FILE = "scores.safetensors"
+_BY_LAYER = ("ffn", "heads", "kv_groups")
+_WHOLE = ("hidden", "block_influence", "taylor_layers")
 
 
 def named_arrays(scores: Scores) -> dict[str, torch.Tensor]:
-    """hidden (hidden,), ffn.<layer> (neurons,), heads.<layer> (heads,), block_influence (layers,); layers from 1."""
-    arrays = {"hidden": scores.hidden, "block_influence": scores.block_influence}
-    for number in range(1, len(scores.block_influence) + 1):
-        arrays[f"ffn.{number}"] = scores.ffn[number - 1].contiguous()
-        arrays[f"heads.{number}"] = scores.heads[number - 1].contiguous()
+    """The arrays of the file, by name; layers from 1."""
+    arrays = {name: value for name in _WHOLE if (value := getattr(scores, name)) is not None}
+    for axis in _BY_LAYER:
+        for number, row in enumerate(getattr(scores, axis), start=1):
+            arrays[f"{axis}.{number}"] = row.contiguous()
     return arrays
 
 
-def _source(context: artifacts.StageContext) -> dict[str, Any]:
-    """What decides the scores: the teacher's and the corpus's files, and the calibration settings; never the layout."""
-    config, inputs = context.config, artifacts.read_manifest(context.directory).get("inputs", {})
-    return {
-        "teacher": str(artifacts.teacher_directory(config)),
-        "files": {name: inputs[name]["files"] for name in ("teacher", "corpus") if name in inputs},
-        "sequence_length": config.prune.sequence_length,
-        "calibration_samples": config.prune.calibration_samples,
-        "precision": config.prune.precision.value,
-        "document_mask": config.prune.document_mask,
-        "aggregation": AGGREGATION,
-    }
-
-
-def provenance(context: artifacts.StageContext, scores: Scores | None) -> dict[str, Any]:
+def write(path: Path, scores: Scores | None, origin: Origin) -> None:
+    """A new file in the place of what was there. scores: None where nothing had to be ranked."""
     counts = {"samples": scores.samples, "tokens": scores.tokens} if scores else {"samples": 0, "tokens": 0}
-    return _source(context) | counts
-
-
-def read_scores(context: artifacts.StageContext, teacher: ModelShape) -> Scores | None:
-    """The scores of an attempt that was killed while it wrote the student; None where none are of the same source."""
-    path, source = context.directory / "scores.safetensors", _source(context)
-    if not path.is_file() or not source["files"]:
-        return None
-    with safe_open(path, framework="pt") as file:
-        found = json.loads((file.metadata() or {}).get("provenance", "{}"))
-        if not found.get("samples") or {name: found.get(name) for name in source} != source:
-            return None
-        numbers = range(1, teacher.num_hidden_layers + 1)
-        console.say(f"prune  scores of {found['samples']} samples taken from {path}")
-        return Scores(
-            hidden=file.get_tensor("hidden"),
-            ffn=torch.stack([file.get_tensor(f"ffn.{number}") for number in numbers]),
-            heads=torch.stack([file.get_tensor(f"heads.{number}") for number in numbers]),
-            block_influence=file.get_tensor("block_influence"),
-            samples=found["samples"],
-            tokens=found["tokens"],
-        )
+    _write(path, named_arrays(scores) if scores else {}, {"provenance": json.dumps(origin | counts)})
 
 
 def update(path: Path, arrays: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
@@ -74,11 +44,62 @@ def update(path: Path, arrays: Mapping[str, torch.Tensor], metadata: Mapping[str
 
     Whole or not at all; the file is made where there is none. For one process.
     """
-    held: dict[str, torch.Tensor] = {}
-    words: dict[str, str] = {}
-    if path.is_file():
-        with safe_open(path, framework="pt") as file:
-            held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            words = file.metadata() or {}
-    told = {name: json.dumps(value) for name, value in metadata.items()}
-    files.write_atomic(path, save({**held, **arrays}, words | told))
+    held, words = (read_arrays(path), read_notes(path)) if path.is_file() else ({}, {})
+    added = {name: value.detach().cpu().contiguous() for name, value in arrays.items()}
+    _write(path, held | added, {name: json.dumps(value) for name, value in (words | dict(metadata)).items()})
+
+
+def copy(given: Path, path: Path) -> None:
+    """Another run's file as one's own, with all that it says of its origin."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_atomic(path, given.read_bytes())
+
+
+def present(path: Path) -> list[str]:
+    """The names of the file's arrays."""
+    return list(read_header(path))
+
+
+def read_arrays(path: Path) -> dict[str, torch.Tensor]:
+    """Every array of the file, on the CPU."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+def read_notes(path: Path) -> dict[str, Any]:
+    """The metadata by name: `provenance`, and what `update` was given."""
+    with safe_open(path, framework="pt") as file:
+        return {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+
+
+def read(path: Path, teacher: ModelShape) -> Scores:
+    """The scores of a file that has been checked. Arrays that it lacks are NaN, but taylor_layers, which are None."""
+    arrays, origin = read_arrays(path), read_notes(path)["provenance"]
+    layers = teacher.num_hidden_layers
+    sizes = {
+        "ffn": teacher.intermediate_size,
+        "heads": teacher.num_attention_heads,
+        "kv_groups": teacher.num_key_value_heads,
+    }
+
+    def rows(axis: str) -> torch.Tensor:
+        absent = torch.full((sizes[axis],), torch.nan, dtype=torch.float64)
+        return torch.stack([arrays.get(f"{axis}.{number}", absent) for number in range(1, layers + 1)])
+
+    def whole(name: str, size: int) -> torch.Tensor:
+        return arrays.get(name, torch.full((size,), torch.nan, dtype=torch.float64))
+
+    return Scores(
+        hidden=whole("hidden", teacher.hidden_size),
+        ffn=rows("ffn"),
+        heads=rows("heads"),
+        kv_groups=rows("kv_groups"),
+        block_influence=whole("block_influence", layers),
+        samples=origin["samples"],
+        tokens=origin["tokens"],
+        taylor_layers=arrays.get("taylor_layers"),
+    )
+
+
+def _write(path: Path, arrays: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    files.write_atomic(path, save(dict(arrays), metadata))

@@ -70,6 +70,7 @@ _TABLE = (
         "score on calibration data, select, and slice the teacher's safetensors",
         ranks=True,
         reads=("corpus", "teacher"),
+        may_read=("scores",),
         settings=("student", "prune"),
     ),
     Stage(

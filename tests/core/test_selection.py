@@ -7,7 +7,7 @@ import torch
 
 from pipelines.config import UserError
 from pipelines.core.importance import Scores
-from pipelines.core.selection import group_scores, select, select_channels, select_heads, select_layers
+from pipelines.core.selection import select, select_channels, select_heads, select_layers
 from pipelines.protection import Protected
 
 
@@ -46,6 +46,7 @@ def test_select_ranks_each_kept_layer_by_its_own_scores():
         hidden=torch.tensor([1.0, 3.0, 2.0, 4.0]),
         ffn=torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0], [0.0, 9.0, 1.0]]),
         heads=torch.tensor([[1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 4.0, 3.0]]),
+        kv_groups=torch.ones(3, 2),
         block_influence=torch.tensor([0.5, 0.1, 0.9]),
         samples=1,
         tokens=1,
@@ -56,6 +57,8 @@ def test_select_ranks_each_kept_layer_by_its_own_scores():
     assert kept.layers == [1, 3]
     assert kept.ffn == {1: [1, 2], 3: [1, 2]}
     assert kept.heads == {1: [1, 3], 3: [1, 2]}
+    by_others = select(replace(scores, layers=torch.tensor([1.0, 3.0, 2.0])), **sizes, keep_layers=2)
+    assert by_others.layers == [2, 3]
     everything = select(None, **sizes, drop_layers=[1])
     assert everything.layers == [2, 3]
     assert everything.hidden == [0, 1, 2, 3]
@@ -69,13 +72,16 @@ def some_scores(layers: int = 2, groups: int = 3, per_group: int = 2) -> Scores:
     heads = torch.rand(layers, groups * per_group, generator=draw, dtype=torch.float64)
     influence = torch.rand(layers, generator=draw, dtype=torch.float64)
     hidden, ffn = (torch.rand(*size, generator=draw, dtype=torch.float64) for size in ((6,), (layers, 5)))
-    return Scores(hidden, ffn, heads, influence, samples=1, tokens=1)
+    return Scores(hidden, ffn, heads, of_groups(heads, groups), influence, samples=1, tokens=1)
+
+
+def of_groups(heads: torch.Tensor, groups: int) -> torch.Tensor:
+    return heads.unflatten(-1, (groups, -1)).norm(dim=-1)
 
 
 def test_kv_groups_are_ranked_in_each_layer_and_heads_within_those_that_stay():
     heads = torch.tensor([[1.0, 2.0, 9.0, 0.0, 3.0, 4.0], [8.0, 1.0, 2.0, 3.0, 1.0, 1.0]], dtype=torch.float64)
-    scores = replace(some_scores(), heads=heads)
-    assert group_scores(heads, 3)[0].tolist() == [5**0.5, 9.0, 5.0]
+    scores = replace(some_scores(), heads=heads, kv_groups=of_groups(heads, 3))
     sizes = {"hidden_size": 6, "ffn_size": 5, "heads": 6, "groups": 3, "layers": 2}
     kept = select(scores, **sizes, keep_groups=2)
     assert kept.groups == {1: [1, 2], 2: [0, 1]}

@@ -19,7 +19,7 @@ SHAPE = ModelShape(
     head_dim=6,
 )
 SCORES = "tests.model.cases_scoring:scores"
-ARRAYS = ("hidden", "ffn", "heads", "block_influence")
+ARRAYS = ("hidden", "ffn", "heads", "kv_groups", "block_influence")
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +88,9 @@ def test_scores_are_the_formula_on_the_activations_of_transformers(teacher, sing
         "hidden": sum(norm(seen[f"norm {n}", i]) for i in layers for n in (1, 2)),
         "ffn": torch.stack([norm(seen["ffn", i]) for i in layers]),
         "heads": torch.stack([norm(seen["heads", i]).view(-1, SHAPE.head_dim).norm(dim=1) for i in layers]),
+        "kv_groups": torch.stack(
+            [norm(seen["heads", i]).view(SHAPE.num_key_value_heads, -1).norm(dim=1) for i in layers]
+        ),
         "block_influence": torch.stack(
             [1 - F.cosine_similarity(seen["layer", i][mask], seen["layer out", i][mask], dim=-1).mean() for i in layers]
         ),

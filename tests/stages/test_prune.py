@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from pipelines.choices import DepthMethod
+from pipelines.choices import Aggregation, DepthMethod
 from pipelines.core.selection import Kept
 from pipelines.families import ModelShape, read_shape
 from pipelines.model.slicing import sliced_shape
@@ -154,10 +154,13 @@ def test_the_artifact_does_not_depend_on_the_layout(ranks, tmp_path, paths):
         with safe_open(stage / "scores.safetensors", framework="np") as file:
             provenance = json.loads(file.metadata()["provenance"])
         assert (provenance["teacher"], provenance["samples"]) == (paths["teacher"], 12)
-        assert "L2 norm over samples" in provenance["aggregation"]
+        assert provenance["importance"] == "activation" and provenance["sample_aggregation"] == "l2"
+        assert figures["scores"] == "measured"
     arrays, kept = found["tp1"]
     layers = range(1, 5)
-    assert set(arrays) == {"hidden", "block_influence"} | {f"{a}.{n}" for a in ("ffn", "heads") for n in layers}
+    assert set(arrays) == {"hidden", "block_influence"} | {
+        f"{a}.{n}" for a in ("ffn", "heads", "kv_groups") for n in layers
+    }
     for name in ("tp2", "dp2", "pp2"):
         assert found[name][1] == kept
         for array, expected in arrays.items():
@@ -192,24 +195,25 @@ def test_given_layers_are_dropped_without_scores_or_calibration_data(ranks, tmp_
     assert read_shape(stage / "hf") == SHAPE.replace(num_hidden_layers=2)
 
 
-def test_scores_of_a_killed_attempt_are_taken_and_those_of_another_teacher_are_not(ranks, tmp_path, paths):
+def test_scores_are_taken_again_for_another_target_and_not_of_another_teacher(ranks, tmp_path, paths):
     stage = tmp_path / "prune"
     stage.mkdir()
-    arguments = {"directory": str(tmp_path), "settings": {"student.hidden_size": 8}, **paths}
-
-    def run(teacher_hash: str) -> float:
-        inputs = {"teacher": {"files": {"model.safetensors": teacher_hash}}}
-        (stage / "manifest.json").write_text(json.dumps({"inputs": inputs}))
-        return ranks(1, RUN, **arguments)[0]["scoring_seconds"]
-
-    assert run("a") > 0
+    arguments = {"directory": str(tmp_path), **paths}
+    settings = {"student.hidden_size": 8}
+    assert ranks(1, RUN, settings=settings, **arguments)[0]["scoring_seconds"] > 0
     first = (stage / "kept.json").read_text()
     (stage / "kept.json").unlink()
     (stage / "hf" / "config.json").unlink()
-    assert run("a") == 0
+    again = ranks(1, RUN, settings=settings, **arguments)[0]
+    assert (again["scoring_seconds"], again["scores"]) == (0, str(stage / "scores.safetensors"))
     assert (stage / "kept.json").read_text() == first
-    assert read_shape(stage / "hf") == SHAPE.replace(hidden_size=8)
-    assert run("b") > 0
+    other = ranks(2, RUN, settings={"student.intermediate_size": 10, "student.num_hidden_layers": 3}, **arguments)[0]
+    assert (other["scoring_seconds"], other["calibration_samples"]) == (0, 12)
+    assert read_shape(stage / "hf") == SHAPE.replace(intermediate_size=10, num_hidden_layers=3)
+    for changed in ({"prune.calibration_samples": 11}, {"prune.sample_aggregation": Aggregation.max}):
+        assert ranks(1, RUN, settings=settings | changed, **arguments)[0]["scores"] == "measured"
+    teacher = write_teacher(tmp_path / "other", SHAPE, random_weights(SHAPE, 2))
+    assert ranks(1, RUN, settings=settings, **{**arguments, "teacher": str(teacher)})[0]["scores"] == "measured"
 
 
 @pytest.mark.parametrize(
