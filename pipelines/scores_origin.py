@@ -14,11 +14,10 @@ and never the layout, on which no score depends.
 
 import hashlib
 import json
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from pipelines import artifacts, lineage, planning
+from pipelines import artifacts, grid, lineage, planning
 from pipelines.choices import DepthMethod, Importance
 from pipelines.config import Config, UserError
 from pipelines.families import ModelShape
@@ -54,14 +53,17 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def asked(config: Config) -> Origin:
-    """The origin that scores of this configuration have, besides what scoring counts. Hashes what has no hash yet."""
+def asked(config: Config, *, data: bool = True) -> Origin:
+    """The origin that scores of this configuration have, besides what scoring counts. Hashes what has no hash yet.
+
+    data: the calibration split too; without it that is None.
+    """
     teacher, corpus = artifacts.teacher_directory(config), artifacts.corpus_directory(config)
     sidecars, settings = artifacts.sidecar_directory(config), config.prune
     return {
         "model": model_hash(teacher, sidecars),
         "teacher": str(teacher),
-        "data": data_hash(corpus, sidecars) if (corpus / "blend.json").is_file() else None,
+        "data": data_hash(corpus, sidecars) if data and (corpus / "blend.json").is_file() else None,
         "corpus": str(corpus),
         "importance": settings.importance.value,
         "sequence_aggregation": settings.sequence_aggregation.value,
@@ -105,8 +107,7 @@ def needed(config: Config, teacher: ModelShape) -> list[str]:
 
 def ranked(config: Config, teacher: ModelShape) -> tuple[bool, bool]:
     """Whether channels, neurons, heads or KV groups have to be ranked, and whether layers have."""
-    student, target = planning.target_shape(teacher, config.student), config.prune.target
-    searched = any(getattr(target, entry.name) is not None for entry in fields(target))
+    student, searched = planning.target_shape(teacher, config.student), grid.searches(config)
     smaller = {name for name in PRUNED_SIZES if getattr(student, name) != getattr(teacher, name)}
     layers = not config.student.drop_layers and (searched or "num_hidden_layers" in smaller)
     return searched or bool(smaller - {"num_hidden_layers"}), layers

@@ -148,6 +148,14 @@ def test_every_setting_in_the_stage_table_is_in_the_schema() -> None:
         assert set(STAGES[name].reads + STAGES[name].may_read) <= artifacts.INPUTS.keys()
 
 
+def test_overwrite_leaves_scores_that_say_themselves_what_they_are_of(tmp_path: Path) -> None:
+    for name in ("scores.safetensors", "kept.json", "hf/config.json", "hf/scores.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    artifacts.move_aside(tmp_path, print)
+    assert [path.name for path in tmp_path.rglob("*")] == ["scores.safetensors"]
+
+
 def test_overwrite_moves_training_state_aside_and_says_so(config: Config) -> None:
     make(config, "corpus", {"blend.json": "{}"})
     make(config, "teacher", {"hf/config.json": "{}", "checkpoints/step_5/weights": "w", "metrics.jsonl": "{}\n"})

@@ -29,7 +29,7 @@ from pipelines.core.importance import (
 from pipelines.model.documents import moved
 from pipelines.model.forward import Batch, forward_pass, micro_batches_per_pass
 
-_PLACES = ("the norm before attention", "attention", "the norm before the MLP", "the MLP's neurons")
+PLACES = ("the norm before attention", "attention", "the norm before the MLP", "the MLP's neurons")
 
 
 def score(
@@ -80,7 +80,7 @@ def _run(
 ) -> None:
     while True:
         found = list(islice(batches, micro_batches_per_pass()))
-        samples = _sum_over_replicas(sum(len(batch["tokens"]) for batch in found), device)
+        samples = sum_over_replicas(sum(len(batch["tokens"]) for batch in found), device)
         if not samples:
             return
         if found:
@@ -104,15 +104,39 @@ def _counts_whole(batch: Batch, size: int) -> bool:
     return len(mask) == size and not mask.is_cuda and bool((mask > 0).all())
 
 
-def _is_first_of_replica() -> bool:
+def is_first_of_replica() -> bool:
     return parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.is_pipeline_first_stage()
 
 
-def _sum_over_replicas(count: int, device: torch.device) -> int:
+def sum_over_replicas(count: int, device: torch.device) -> int:
     """The sum of count over the model's data-parallel replicas, on every rank. One all-reduce over all ranks."""
-    total = torch.tensor(count if _is_first_of_replica() else 0, dtype=torch.int64, device=device)
+    total = torch.tensor(count if is_first_of_replica() else 0, dtype=torch.int64, device=device)
     dist.all_reduce(total)
     return int(total)
+
+
+def require_finite(seen: torch.Tensor, first_layer: int, layers: int, *, gradients: bool = True) -> None:
+    """Raises UserError on every rank when any rank has seen a NaN or an infinity. One all-reduce over all ranks.
+
+    seen: (layers of this stage, PLACES), finite where this rank's activations were; first_layer: the number of its
+    first; layers: of the whole model. gradients: whether they were finite, where there are any.
+    """
+    found = first_non_finite(seen.reshape(-1, 1))
+    nowhere = layers * len(PLACES)
+    first = nowhere + gradients if found is None else (first_layer - 1) * len(PLACES) + found
+    place = torch.tensor(first, dtype=torch.int64, device=seen.device)
+    dist.all_reduce(place, op=dist.ReduceOp.MIN)
+    layer, part = divmod(int(place), len(PLACES))
+    if int(place) < nowhere:
+        raise UserError(
+            f"activations: expected finite numbers, found NaN or infinity in layer {layer + 1} (from 1), first in "
+            f"{PLACES[part]}. Check the teacher's weights; with bf16 weights try fp32."
+        )
+    if int(place) == nowhere:
+        raise UserError(
+            "gradients: expected finite numbers, found NaN or infinity. Check the teacher's weights; with bf16 weights "
+            "try fp32."
+        )
 
 
 class _Recorder:
@@ -186,19 +210,8 @@ class _Recorder:
             handle.remove()
 
     def check_finite(self) -> None:
-        """Raises UserError on every rank when any rank has seen a NaN or an infinity. One all-reduce over all ranks."""
-        totals = torch.stack([norm.total.sum() for layer in self.norms for norm in layer])
-        found = first_non_finite(totals.unsqueeze(-1))
-        nowhere = self.config.num_layers * len(_PLACES)
-        first = nowhere if found is None else (self.layers[0].layer_number - 1) * len(_PLACES) + found
-        place = torch.tensor(first, dtype=torch.int64, device=self.device)
-        dist.all_reduce(place, op=dist.ReduceOp.MIN)
-        if int(place) < nowhere:
-            layer, part = divmod(int(place), len(_PLACES))
-            raise UserError(
-                f"activations: expected finite numbers, found NaN or infinity in layer {layer + 1} (from 1), first in "
-                f"{_PLACES[part]}. Check the teacher's weights; with bf16 weights try fp32."
-            )
+        totals = torch.stack([torch.stack([norm.total.sum() for norm in layer]) for layer in self.norms])
+        require_finite(totals, self.layers[0].layer_number, self.config.num_layers)
 
     def reduce(self) -> Scores:
         """The scores of the whole model, the same on every rank. Two all-reduces over all ranks, float64: of every
@@ -225,7 +238,7 @@ class _Recorder:
                 norms[number] = torch.stack([attention_norm, mlp_norm])
             if rank == 0 or self.config.sequence_parallel:
                 influence[number] = self.influences[index].sums
-        if _is_first_of_replica():
+        if is_first_of_replica():
             samples.copy_(self.samples)
         dist.all_reduce(totals, op=dist.ReduceOp.MAX if self.aggregation is Aggregation.max else dist.ReduceOp.SUM)
         dist.all_reduce(sums)

@@ -18,6 +18,7 @@ from pipelines.families import ModelShape
 from pipelines.model import parallel
 from pipelines.model.build import build_model
 from pipelines.model.scoring import score
+from pipelines.model.taylor import score_taylor
 from pipelines.model.weights import load_hugging_face
 from pipelines.pruning import scores_file
 from pipelines.pruning.calibration import calibration_batches, calibration_windows
@@ -111,24 +112,47 @@ def _look(config: Config, path: Path, needed: list[str], teacher: ModelShape) ->
 
 
 def _measure(config: Config, ranks: Layout, teacher: ModelShape, missing: list[str]) -> Scores:
+    """Forward passes for all but Taylor scores; these take forward and backward passes of their own."""
     settings, directory = config.prune, artifacts.teacher_directory(config)
-    assert "taylor_layers" not in missing and settings.importance is not Importance.taylor
     calibration_windows(config, directory, teacher)  # what it refuses is refused before the teacher is loaded
     model = load_teacher(config, ranks, directory, teacher)
-    return _pass(
-        config,
-        directory,
-        teacher,
-        settings.micro_batch_size,
-        lambda batches, advance: score(
-            model,
-            batches,
-            micro_batch_size=settings.micro_batch_size,
-            sequence_aggregation=settings.sequence_aggregation,
-            sample_aggregation=settings.sample_aggregation,
-            advance=advance,
-        ),
-    )
+    by_loss = settings.importance is Importance.taylor or "taylor_layers" in missing
+    by_activation = settings.importance is not Importance.taylor and missing != ["taylor_layers"]
+    found: list[Scores] = []
+    if by_activation:
+        found.append(
+            _pass(
+                config,
+                directory,
+                teacher,
+                settings.micro_batch_size,
+                lambda batches, advance: score(
+                    model,
+                    batches,
+                    micro_batch_size=settings.micro_batch_size,
+                    sequence_aggregation=settings.sequence_aggregation,
+                    sample_aggregation=settings.sample_aggregation,
+                    advance=advance,
+                ),
+            )
+        )
+    if by_loss:
+        found.append(
+            _pass(
+                config,
+                directory,
+                teacher,
+                1,
+                lambda batches, advance: score_taylor(
+                    model,
+                    batches,
+                    vocab_size=teacher.vocab_size,
+                    sample_aggregation=settings.sample_aggregation,
+                    advance=advance,
+                ),
+            )
+        )
+    return replace(found[0], taylor_layers=found[-1].taylor_layers)
 
 
 def load_teacher(config: Config, ranks: Layout, directory: Path, teacher: ModelShape) -> GPTModel:

@@ -20,6 +20,7 @@ from pipelines.validation import (
     frozen_teacher,
     layouts,
     numbers,
+    scores,
     search,
     shapes,
     signals,
@@ -67,6 +68,7 @@ def validate(config: Config, stages: Collection[str]) -> list[str]:
     data.check_splits(config, stages, teacher)
     documents.check(config, used, ranks)
     directories.check_weights(config, stages)
+    scores.check(config, stages, teacher)
     return list(effects.warnings(config, ranks, stages, teacher, student))
 
 

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from pipelines import artifacts, grid
+from pipelines.choices import DepthMethod
 from pipelines.config import Config, SourceConfig, SourceKind, TeacherMode, expect
 from pipelines.families import ModelShape
 from pipelines.files import read_object
@@ -14,6 +15,7 @@ from pipelines.vocabulary import TOKENIZERS, check_vocabulary, read_blend, token
 
 HELD_OUT = ("validation", "test", "calibration")
 SPLITS = ("train", *HELD_OUT)
+MEASURED = (DepthMethod.loss, DepthMethod.contiguous, DepthMethod.greedy)  # by losses on the calibration split
 SMALLEST_VOCABULARY = 258  # of a byte-level BPE: 256 bytes and two special tokens
 
 
@@ -106,8 +108,9 @@ def needed_splits(config: Config, stages: Collection[str]) -> Iterator[tuple[str
             yield name, "validation"
     student = config.student
     sizes = [name for name in PRUNED_SIZES if name != "num_hidden_layers" or not student.drop_layers]
-    scored = any(getattr(student, name) for name in sizes) or grid.searches(config)
-    if "prune" in stages and not student.path and scored:
+    scored = any(getattr(student, name) for name in sizes) and not config.prune.scores
+    measured = config.prune.depth_method in MEASURED and student.num_hidden_layers and not student.drop_layers
+    if "prune" in stages and not student.path and (scored or measured or grid.searches(config)):
         yield "prune", "calibration"
     if "prune" in stages and grid.searches(config):
         yield "prune", "validation"

@@ -40,9 +40,10 @@ def single(ranks, teacher):
         (2, {"pipeline": 2}),
         (2, {}),
         (4, {"tensor": 2, "pipeline": 2, "sequence_parallel": True}),
+        (4, {"tensor": 2}),
         (1, {"micro_batch_size": 7}),
     ],
-    ids=["tp2", "tp2-sp", "pp2", "dp2", "tp2-sp-pp2", "one-batch"],
+    ids=["tp2", "tp2-sp", "pp2", "dp2", "tp2-sp-pp2", "tp2-dp2", "one-batch"],
 )
 def test_every_rank_of_every_layout_has_the_scores_of_one_process(ranks, teacher, single, world, layout):
     results = ranks(world, SCORES, directory=str(teacher), **layout)
@@ -53,12 +54,63 @@ def test_every_rank_of_every_layout_has_the_scores_of_one_process(ranks, teacher
             np.testing.assert_array_equal(result[name], results[0][name])
 
 
-def test_scores_are_the_formula_on_the_activations_of_transformers(teacher, single):
+@pytest.mark.parametrize(
+    ("over_sequence", "over_samples"), [("max", "mean"), ("l2", "max"), ("l1", "l1"), ("mean", "max"), ("max", "l2")]
+)
+def test_aggregations_are_those_of_one_process_at_every_layout(ranks, teacher, over_sequence, over_samples):
+    arguments = {"directory": str(teacher), "sequence_aggregation": over_sequence, "sample_aggregation": over_samples}
+    expected = ranks(1, SCORES, **arguments)[0]
+    for layout in ({"tensor": 2, "sequence_parallel": True}, {"pipeline": 2}, {}):
+        for result in ranks(2, SCORES, **arguments, **layout):
+            for name in ARRAYS:
+                np.testing.assert_allclose(result[name], expected[name], rtol=2e-5, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def seen(teacher):
+    """{(place, layer index): (samples, sequence, channels)} float64 activations of transformers' modules."""
+    return activations(teacher)
+
+
+OVER = {
+    "mean": lambda values: values.abs().mean(0),
+    "l1": lambda values: values.abs().sum(0),
+    "l2": lambda values: values.norm(dim=0),
+    "max": lambda values: values.abs().amax(0),
+}
+
+
+@pytest.mark.parametrize("over_samples", OVER)
+@pytest.mark.parametrize("over_sequence", OVER)
+def test_every_aggregation_is_its_formula_on_the_activations_of_transformers(
+    ranks, teacher, seen, over_sequence, over_samples
+):
+    _, mask = sample_rows(SHAPE.vocab_size, 7, 12)
+
+    def joined(values):
+        each = [OVER[over_sequence](a[m]) for a, m in zip(values, mask > 0, strict=True) if m.any()]
+        return OVER[over_samples](torch.stack(each))
+
+    arguments = {"sequence_aggregation": over_sequence, "sample_aggregation": over_samples}
+    result = ranks(1, SCORES, directory=str(teacher), **arguments)[0]
+    layers = range(SHAPE.num_hidden_layers)
+    expected = {
+        "hidden": sum(joined(seen[f"norm {n}", i]) for i in layers for n in (1, 2)),
+        "ffn": torch.stack([joined(seen["ffn", i]) for i in layers]),
+        "heads": torch.stack([joined(seen["heads", i]).view(-1, SHAPE.head_dim).norm(dim=1) for i in layers]),
+        "kv_groups": torch.stack(
+            [joined(seen["heads", i]).view(SHAPE.num_key_value_heads, -1).norm(dim=1) for i in layers]
+        ),
+    }
+    for name, values in expected.items():
+        np.testing.assert_allclose(result[name], values.numpy(), rtol=2e-5, err_msg=name)
+
+
+def activations(teacher) -> dict[tuple[str, int], torch.Tensor]:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(teacher).double()
-    tokens, mask = sample_rows(SHAPE.vocab_size, 7, 12)
-    mask = mask > 0
+    tokens, _ = sample_rows(SHAPE.vocab_size, 7, 12)
     seen: dict[tuple[str, int], torch.Tensor] = {}
     for index, layer in enumerate(model.model.layers):
         places = {
@@ -78,6 +130,12 @@ def test_scores_are_the_formula_on_the_activations_of_transformers(teacher, sing
             module.register_forward_hook(keep)
     with torch.no_grad():
         model(tokens)
+    return seen
+
+
+def test_scores_are_the_formula_on_the_activations_of_transformers(seen, single):
+    _, mask = sample_rows(SHAPE.vocab_size, 7, 12)
+    mask = mask > 0
 
     def norm(activations):
         means = [a[m].abs().mean(0) for a, m in zip(activations, mask, strict=True) if m.any()]
