@@ -235,7 +235,7 @@ class BenchmarkConfig:
 
 @dataclass
 class PlanConfig:
-    gpu: str = "H100"  # what speed and hours are predicted for: a name in planning.BF16_PEAKS, or one that torch gives
+    gpu: str = "H100"  # what speed and hours are predicted for: a name in gpus.BF16_PEAKS, or one that torch gives
 
 
 @dataclass

@@ -8,7 +8,6 @@ where documents stand apart attention costs as much less as they are shorter, wh
 Products of losses on attention and relations are in fp32, at a fraction of the speed of those in bf16.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,44 +30,13 @@ from pipelines.config import (
     teacher_precision,
 )
 from pipelines.families import EMBEDDING, FAMILIES, HEAD, ModelShape, check_rope_scaling, read_shape
+from pipelines.gpus import peak_flops
 from pipelines.nemo_context import is_nemo_checkpoint, read_nemo_shape
 from pipelines.prune_settings import PRUNED_SIZES
 from pipelines.signals import FeatureLoss, feature_losses, pipeline_stage, projection_sizes
 
 FORWARD, FORWARD_AND_BACKWARD = 1, 3  # in units of a forward pass
 SHARE_OF_PEAK = 0.4  # what a well-tuned run reaches of the device's bf16 peak; the prediction's only guess
-
-# FLOP/s of bf16 matrix products without sparsity, from NVIDIA's data sheets, which print twice as much from Hopper on,
-# with sparsity. The first name whose words all stand in the device's name is the one that counts.
-BF16_PEAKS = {
-    "A100": 312e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,  # SXM
-    "H200 NVL": 835e12,
-    "H200": 989e12,  # SXM
-    "GH200": 989e12,
-    "B200": 2.25e15,
-    "GB200": 2.5e15,
-    "L40S": 362e12,
-}
-
-
-def peak_flops(device_name: str) -> float | None:
-    """FLOP/s in bf16, dense, of a device by the name that torch.cuda.get_device_name() gives ("NVIDIA H100 80GB HBM3").
-
-    None for a device that is not in BF16_PEAKS and for a slice of one (MIG).
-    """
-    name = named_gpu(device_name)
-    return None if name is None else BF16_PEAKS[name]
-
-
-def named_gpu(device_name: str) -> str | None:
-    """Its name in BF16_PEAKS."""
-    words = set(re.findall("[a-z0-9]+", device_name.lower()))
-    if "mig" in words:
-        return None
-    return next((name for name in BF16_PEAKS if words.issuperset(name.lower().split())), None)
 
 
 def speed_figures(tokens_per_second: float, flops_per_token: int, peak: float | None) -> dict[str, float]:

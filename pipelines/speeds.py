@@ -18,23 +18,10 @@ from typing import Any
 from pipelines.config import Config, Layout, UserError, expect
 from pipelines.families import ModelShape
 from pipelines.files import read_object
-from pipelines.planning import SHARE_OF_PEAK, attention_flops, matrix_parameters, named_gpu, peak_flops
+from pipelines.gpus import BANDWIDTHS, named_gpu, peak_flops
+from pipelines.planning import SHARE_OF_PEAK, attention_flops, matrix_parameters
 
 MODELLED, MEASURED = "modelled", "measured"
-
-# Bytes/s of the device's memory, from NVIDIA's data sheets, by the names of planning.BF16_PEAKS.
-BANDWIDTHS = {
-    "A100": 2.0e12,  # 80 GB
-    "H100 PCIe": 2.0e12,
-    "H100 NVL": 3.9e12,
-    "H100": 3.35e12,  # SXM
-    "H200 NVL": 4.8e12,
-    "H200": 4.8e12,  # SXM
-    "GH200": 4.0e12,  # HBM3
-    "B200": 8.0e12,
-    "GB200": 8.0e12,
-    "L40S": 0.864e12,
-}
 
 Width = tuple[int, int, int, int]  # hidden size, ffn neurons, heads, KV groups
 WIDTH = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")

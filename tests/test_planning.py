@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from pipelines import planning
+from pipelines import gpus, planning
 from pipelines.activations import CHUNK_BYTES, activation_bytes
 from pipelines.compose import compose
 from pipelines.config import Layout, Precision, StudentConfig, UserError
@@ -265,4 +265,4 @@ def test_head_dim_follows_from_heads_where_it_is_not_given() -> None:
     ],
 )
 def test_a_gpu_is_known_by_the_name_that_torch_gives_it(name: str, expected: float | None) -> None:
-    assert planning.peak_flops(name) == expected
+    assert gpus.peak_flops(name) == expected

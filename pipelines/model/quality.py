@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -137,9 +137,18 @@ def tokens_per_second(
     Under pipeline parallelism a pass is four micro batches per stage, so that the stages work at the same time. The
     output head is part of it. One barrier and one all-reduce over all ranks per pass.
     """
-    device = next(next(iter(models.values())).parameters()).device
     per_pass = micro_batches_per_pass()
-    micro_batches = [moved(batch, device)] * per_pass
+    found = pass_seconds(models, [batch] * per_pass, seconds=seconds, warmup=warmup)
+    tokens = batch["tokens"].numel() * per_pass * parallel_state.get_data_parallel_world_size()
+    return {name: tokens / median for name, median in found.items()}
+
+
+def pass_seconds(
+    models: Mapping[str, GPTModel], micro_batches: Sequence[Batch], *, seconds: float = 1.0, warmup: int = 2
+) -> dict[str, float]:
+    """What `tokens_per_second` measures: the median of a pass over these micro batches, in seconds, by model."""
+    device = next(next(iter(models.values())).parameters()).device
+    micro_batches = [moved(batch, device) for batch in micro_batches]
     times: dict[str, list[float]] = {name: [] for name in models}
     with _evaluating(models.values()):
         for turn in range(warmup + 1000):
@@ -149,11 +158,10 @@ def tokens_per_second(
                 elapsed = _timed(model, micro_batches, device)
                 if turn >= warmup:
                     times[name].append(elapsed)
-    tokens = batch["tokens"].numel() * per_pass * parallel_state.get_data_parallel_world_size()
-    return {name: tokens / statistics.median(passes) for name, passes in times.items()}
+    return {name: statistics.median(passes) for name, passes in times.items()}
 
 
-def _timed(model: GPTModel, micro_batches: list[Batch], device: torch.device) -> float:
+def _timed(model: GPTModel, micro_batches: Sequence[Batch], device: torch.device) -> float:
     """Seconds of one pass on the slowest rank: the same number on every rank."""
     dist.barrier()
     _synchronize(device)

@@ -6,8 +6,6 @@ of other layouts and sizes stay, so that runs at TP 1 and TP 2 end in one table.
 """
 
 import datetime
-import os
-import platform
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
@@ -44,7 +42,7 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
     here = {
         "tensor_parallel": ranks.tensor,
         "dtype": settings.precision.value,
-        "device": device_name(device),
+        "device": measure.device_name(device),
         "threads": torch.get_num_threads(),
         "matrix_ceiling": ceiling,
         "commit": lineage.git_commit(),
@@ -243,11 +241,3 @@ def show(title: str, rows: list[Row], kind: table.Kind) -> None:
     console.terminal().print(shown)
     for reason in table.reasons(rows):
         console.say(f"not run: {reason}")
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor() or platform.machine()}"

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipelines import artifacts, console, files
+from pipelines import artifacts, console, files, grid
 from pipelines.config import layout, without_context
 from pipelines.core.selection import Kept
 from pipelines.families import ModelShape, read_shape
@@ -17,6 +17,7 @@ from pipelines.model import parallel
 from pipelines.model.slicing import slice_checkpoint, sliced_shape
 from pipelines.pruning.choice import checked_target, choose
 from pipelines.pruning.scores import obtain
+from pipelines.pruning.search import Search
 
 QUICKLY_WRITTEN = 100_000_000  # parameters: below, writing takes a second or two and shows no bar
 
@@ -28,9 +29,16 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
     target = checked_target(config, teacher)
     parallel.initialize(ranks.tensor, ranks.pipeline, ranks.context, device=ranks.device, seed=config.run.seed)
     found = obtain(context, ranks, teacher)
-    kept = choose(found.scores, teacher, target, drop_layers=config.student.drop_layers, protect=config.prune.protect)
+    given = {"drop_layers": config.student.drop_layers, "protect": config.prune.protect}
+
+    def keep(shape: ModelShape) -> Kept:
+        return choose(found.scores, teacher, shape, **given)
+
+    search = Search(context, teacher, keep) if grid.searches(config) else None
+    kept = keep(search.run() if search else target)
     student = sliced_shape(teacher, kept)
-    parallel.on_first_rank(lambda: _write(context, directory, teacher, kept))
+    sliced = search is not None and search.has_sliced(student)
+    parallel.on_first_rank(lambda: _write(context, directory, teacher, kept, sliced))
     before = teacher.parameters()
     console.say(
         f"prune  {before:,} -> {student.parameters():,} parameters ({student.parameters() / before:.1%}); hidden "
@@ -46,16 +54,20 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
         "ratio": student.parameters() / before,
         "dropped_layers": sorted(set(range(1, teacher.num_hidden_layers + 1)) - set(kept.layers)),
         **found.figures(),
+        **({"search": search.figures()} if search else {}),
     }
 
 
 # The artifact
 
 
-def _write(context: artifacts.StageContext, directory: Path, teacher: ModelShape, kept: Kept) -> None:
+def _write(context: artifacts.StageContext, directory: Path, teacher: ModelShape, kept: Kept, sliced: bool) -> None:
+    """kept.json, and hf/ unless the search has sliced it."""
     student = sliced_shape(teacher, kept)
     content = {**asdict(kept), "teacher": teacher.to_hugging_face(), "student": student.to_hugging_face()}
     files.write_atomic(context.directory / "kept.json", json.dumps(content) + "\n")
+    if sliced:
+        return
     if student.parameters() < QUICKLY_WRITTEN:
         slice_checkpoint(directory, context.directory / "hf", teacher, kept)
         return

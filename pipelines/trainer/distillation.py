@@ -2,6 +2,7 @@
 same ranks. What the stage distil is made of, and what pruning's search follows its candidates with."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from megatron.core.models.gpt import GPTModel
@@ -88,6 +89,26 @@ def distil(
         built=built,
         flops_per_token=flops.total,
         course=_course(settings, weights),
+    )
+
+
+def shortened(settings: DistilConfig, tokens: float) -> DistilConfig:
+    """The same training in as many steps as `tokens` take, at least one: warm-up and schedules in the same shares."""
+    steps = max(1, math.ceil(tokens / (settings.global_batch_size * settings.sequence_length)))
+    share = steps / settings.steps
+    schedules = {
+        name: replace(
+            given,
+            steps=given.steps and max(1, round(given.steps * share)),
+            first_step=min(steps - 1, round(given.first_step * share)),
+        )
+        for name, given in vars(settings.schedules).items()
+    }
+    return replace(
+        settings,
+        steps=steps,
+        warmup_steps=min(steps - 1, round(settings.warmup_steps * share)),
+        schedules=replace(settings.schedules, **schedules),
     )
 
 

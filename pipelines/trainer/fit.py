@@ -21,7 +21,7 @@ from nemo.lightning.megatron_parallel import MegatronStep
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
 from nemo.lightning.pytorch.plugins import MegatronDataSampler, MegatronMixedPrecision
 
-from pipelines import console, planning, processes
+from pipelines import console, gpus, planning, processes
 from pipelines.model import adam, parallel
 from pipelines.trainer import checkpoint_writer, checkpoints
 from pipelines.trainer.callbacks import Metrics
@@ -148,7 +148,7 @@ def fit(
 
 def _peak(description: str, precision: str, device: str, flops_per_token: int) -> float | None:
     """bf16 FLOP/s of all ranks' GPUs together; None in fp32, and where the device's peak is not known."""
-    one = planning.peak_flops(torch.cuda.get_device_name()) if device == "cuda" and precision == "bf16" else None
+    one = gpus.peak_flops(torch.cuda.get_device_name()) if device == "cuda" and precision == "bf16" else None
     if one is None:
         return None
     peak, share = one * processes.world_size(), planning.SHARE_OF_PEAK

@@ -4,7 +4,7 @@ import importlib.util
 import os
 from collections.abc import Collection, Iterator
 
-from pipelines import planning
+from pipelines import gpus
 from pipelines.config import Config, DistilConfig, Layout, TeacherMode, expect, teacher_precision
 from pipelines.families import ModelShape
 from pipelines.validation.training import trainings
@@ -26,8 +26,8 @@ def check_division(ranks: Layout, shape: ModelShape, who: str) -> None:
 
 
 def check_gpu(config: Config, stages: Collection[str]) -> None:
-    gpu, known = config.plan.gpu, ", ".join(planning.BF16_PEAKS)
-    good = "plan" not in stages or planning.peak_flops(gpu) is not None
+    gpu, known = config.plan.gpu, ", ".join(gpus.BF16_PEAKS)
+    good = "plan" not in stages or gpus.peak_flops(gpu) is not None
     expect(good, "plan.gpu", f"one of {known}", gpu, "Name the nearest one.")
 
 

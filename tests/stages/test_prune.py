@@ -29,11 +29,12 @@ SHAPE = ModelShape(
 )
 
 
-def write_corpus(directory, vocab_size: int, tokens: int = 600, used: int | None = None):
+def write_corpus(directory, vocab_size: int, tokens: int = 600, used: int | None = None, ids=None):
     writer = Writer(directory / "data" / "calibration" / "text", numpy.dtype(numpy.uint16))
-    ids = numpy.random.default_rng(1).integers(0, used or vocab_size, tokens)
-    ids[-1] = 0  # ends the document
-    writer.add(ids, numpy.array([tokens]))
+    if ids is None:
+        ids = numpy.random.default_rng(1).integers(0, used or vocab_size, tokens)
+        ids[-1] = 0  # ends the document
+    writer.add(ids, numpy.array([len(ids)]))
     writer.finish()
     entry = {"prefix": "data/calibration/text", "weight": 1.0}
     blend = {"splits": {"calibration": [entry]}, "vocab_size": vocab_size, "eod": 0}

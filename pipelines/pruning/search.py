@@ -1,0 +1,327 @@
+"""The search for the student's shape: from a grid within limits to one winner, ever fewer candidates ever more closely.
+
+    alone     each size of each axis that a candidate has is pruned by itself inside the loaded teacher
+              (model/masking.py); what its loss is above the teacher's, a sensitivity, counts for every candidate with
+              this size, and the sum of its axes' predicts a candidate's loss
+    together  the prune.search.measured candidates of lowest predicted loss are measured in the same way as they are
+    followed  the prune.search.candidates best of these are sliced to candidates/<name>/hf and distilled by the run's
+              own settings for prune.search.distil_tokens; without these they are measured on validation text instead,
+              and nothing is sliced but the winner
+    winner    the lowest validation loss, or the highest task score; of equal ones the smallest
+
+At `together` and `followed` the first places are those of the best candidate of each number of layers. Everything that
+is measured goes into search.json at once (pruning/search_file.py), and a search that was stopped goes on there.
+"""
+
+import gc
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+
+from pipelines import artifacts, console, files, grid, speeds
+from pipelines.choices import Measure
+from pipelines.config import layout, without_context
+from pipelines.core.selection import Kept
+from pipelines.families import ModelShape, read_shape
+from pipelines.grid import Candidate
+from pipelines.model import parallel, quality
+from pipelines.model.export import save_hugging_face
+from pipelines.model.masking import pruned
+from pipelines.model.slicing import slice_checkpoint
+from pipelines.model.windows import Windows, end_of_document, split_prefixes
+from pipelines.prune_settings import PRUNED_SIZES
+from pipelines.pruning import speed
+from pipelines.pruning.calibration import calibration_batches, calibration_windows
+from pipelines.pruning.ranking import alone, ordered, spread, winner
+from pipelines.pruning.scores import load_teacher
+from pipelines.pruning.search_file import SearchFile
+
+OF_TRAINING = ("ce", "kd", "agreement")  # what is kept of the last validation
+
+
+class Search:
+    """One search. Every rank makes one, at the layout of prune (sequences whole), and calls `run`.
+
+    keep: what stays of the teacher for a shape. The stage's directory gets search.json, candidates/ and speed.json.
+    """
+
+    def __init__(
+        self, context: artifacts.StageContext, teacher: ModelShape, keep: Callable[[ModelShape], Kept]
+    ) -> None:
+        self.context, self.config, self.teacher, self.keep = context, context.config, teacher, keep
+        self.settings, self.home = context.config.prune.search, context.directory / "candidates"
+        self.ranks = without_context(layout(context.config.parallel))
+        self.directory = artifacts.teacher_directory(context.config)
+        self.file = SearchFile(context.directory, self._source())
+        self.losses = _Losses(self)
+
+    def run(self) -> ModelShape:
+        """The winner's shape. Where it was sliced, hf/ is the winner."""
+        candidates = self._candidates()
+        above = self._alone(candidates)
+        predicted = {c.name: self._predicted(c) for c in candidates}
+        measured = spread(ordered(candidates, predicted, above), self.settings.measured)
+        losses = {c.name: self._together(c, predicted[c.name]) for c in measured}
+        followed = spread(ordered(measured, losses, above), self.settings.candidates)
+        for candidate in followed:
+            self._sliced(candidate)
+            if not grid.distils(self.config):
+                self._validated(candidate)
+        self.losses.release()
+        if grid.distils(self.config):
+            for candidate in followed:
+                self._distilled(candidate)
+        found = self._winner(followed)
+        parallel.on_first_rank(lambda: self._settle(found.name))
+        return found.shape
+
+    def figures(self) -> dict[str, Any]:
+        """For the stage's manifest."""
+        name = self.file.get("winner")
+        return {
+            "winner": name,
+            "why": self.file.get("why"),
+            "within_limits": self.file.get("within"),
+            "measured": len(self.file.get("candidates") or {}),
+            "candidate": self.file.get("candidates", name),
+        }
+
+    # The grid
+
+    def _source(self) -> dict[str, Any]:
+        """What the numbers depend on: settings and files, of the layout what cuts shapes; never the data ranks."""
+        config, inputs = self.config, artifacts.read_manifest(self.context.directory).get("inputs", {})
+        source: dict[str, Any] = {"settings": self.context.settings(), "gpu": config.plan.gpu}
+        source["settings"].pop("prune.search.keep_candidates", None)
+        source |= {"files": {name: entry["files"] for name, entry in inputs.items()}}
+        source |= {"teacher": str(self.directory), "layout": [self.ranks.tensor, self.ranks.pipeline]}
+        if grid.distils(config):
+            source |= {"distil": asdict(config.distil), "seed": config.run.seed}
+        return source
+
+    def _candidates(self) -> list[Candidate]:
+        table = self.context.directory / "speed.json"
+        measured = self.settings.speed == speeds.MEASURED
+        if measured and grid.limits(self.config, self.teacher).seconds is not None:
+            free = replace(self.config.prune.target, seconds=None, tokens_per_second=None)
+            unbound = replace(self.config, prune=replace(self.config.prune, target=free))
+            found, _ = grid.candidates(unbound, self.ranks, self.teacher)
+            speed.measure(self.config, self.ranks, self.teacher, [c.shape for c in found], table)
+        known = speeds.speeds(self.config, self.ranks, self.teacher, table if table.is_file() and measured else None)
+        found, values = grid.candidates(self.config, self.ranks, self.teacher, known)
+        head = {"limits": grid.described(self.config, self.teacher), "within": len(found), "values": dict(values)}
+        for name, value in (head | {"speeds": known.source if known else self.settings.speed}).items():
+            if self.file.get(name) is None:
+                self.file.put([name], value)
+        console.say(
+            f"search  {len(found):,} candidates within the limits, up to {found[0].parameters:,} of "
+            f"{self.teacher.parameters():,} parameters"
+        )
+        return found
+
+    # Losses inside the teacher
+
+    def _alone(self, candidates: list[Candidate]) -> float:
+        """Measure what is not known of the axes by themselves. Returns the teacher's loss."""
+        whole = self.file.once(["teacher"], lambda: {"loss": self.losses.calibration(self.keep(self.teacher))})["loss"]
+        shapes: dict[tuple[str, str], ModelShape] = {}
+        for candidate in candidates:
+            shapes |= alone(self.teacher, candidate.shape)
+        missing = [place for place in sorted(shapes) if self.file.get("sensitivities", *place) is None]
+        if missing:
+            with console.progress("search  axes", len(missing), "sizes") as bar:
+                for axis, size in missing:
+                    change = self.losses.calibration(self.keep(shapes[axis, size])) - whole
+                    self.file.put(["sensitivities", axis, size], change)
+                    bar.advance(1, detail=f"{axis} {size}: {change:+.4f} nats/token")
+        return float(whole)
+
+    def _predicted(self, candidate: Candidate) -> float:
+        changes = [self.file.get("sensitivities", *place) for place in alone(self.teacher, candidate.shape)]
+        return float(self.file.get("teacher", "loss") + sum(changes))
+
+    def _together(self, candidate: Candidate, predicted: float) -> float:
+        """The candidate's loss, all axes pruned."""
+        place = ["candidates", candidate.name]
+
+        def measure() -> dict[str, Any]:
+            entry = {
+                "shape": {axis: getattr(candidate.shape, axis) for axis in PRUNED_SIZES},
+                "parameters": candidate.parameters,
+                "bytes_per_gpu": candidate.bytes_per_gpu,
+                "tokens_per_second": self._speed(candidate),
+                "predicted": predicted,
+                "measured": self.losses.calibration(self.keep(candidate.shape)),
+            }
+            console.say(
+                f"search  {candidate.name:<28}{candidate.parameters:>15,} parameters  loss {entry['measured']:.4f}, "
+                f"predicted {predicted:.4f}"
+            )
+            return entry
+
+        return float(self.file.once(place, measure)["measured"])
+
+    def _speed(self, candidate: Candidate) -> float | None:
+        """tokens/s, measured now where speeds are measured and were not needed before."""
+        tokens = speeds.pass_tokens(self.config)
+        if candidate.seconds is not None or self.settings.speed != speeds.MEASURED:
+            return candidate.tokens_per_second(tokens)
+        table = self.context.directory / "speed.json"
+        speed.measure(self.config, self.ranks, self.teacher, [candidate.shape], table)
+        known = speeds.speeds(self.config, self.ranks, self.teacher, table)
+        return tokens / known.seconds(candidate.shape) if known else None
+
+    # The followed
+
+    def _sliced(self, candidate: Candidate) -> None:
+        """candidates/<name>/hf, where it is distilled or kept."""
+        if not grid.distils(self.config) and not self.settings.keep_candidates:
+            return
+        kept, where = self.keep(candidate.shape), self.home / candidate.name / "hf"
+
+        def slice_() -> bool:
+            slice_checkpoint(self.directory, where, self.teacher, kept)
+            return True
+
+        place = ["candidates", candidate.name, "sliced"]
+        self.file.once(place, lambda: parallel.on_first_rank(slice_))
+
+    def _validated(self, candidate: Candidate) -> None:
+        """Without distillation: the loss on validation text."""
+        kept = self.keep(candidate.shape)
+        place = ["candidates", candidate.name]
+        if self.file.get(*place, "validation") is None:
+            loss = self.file.put([*place, "validation"], self.losses.validation(kept))
+            console.say(f"search  {candidate.name:<28}loss on validation text {loss:.4f}")
+
+    def _distilled(self, candidate: Candidate) -> None:
+        """Distil for a while, continued from its own last checkpoint. At the layout of distil, and back."""
+        place = ["candidates", candidate.name, "distilled"]
+        if self.file.get(*place) is not None:
+            return
+        config, own = self.config, self.home / candidate.name
+        ranks = layout(config.parallel)
+        parallel.initialize(ranks.tensor, ranks.pipeline, ranks.context, device=ranks.device, seed=config.run.seed)
+        from pipelines.trainer.distillation import distil, shortened
+
+        settings = shortened(config.distil, self.settings.distil_tokens)
+        short = replace(config, distil=settings, run=replace(config.run, trackers=[]))
+        context = artifacts.StageContext(short, self.context.stage, own)
+        description = f"search  {candidate.name}"
+        pair, found = distil(context, teacher=self.directory, start=own / "hf", description=description)
+        tokens = settings.steps * settings.global_batch_size * settings.sequence_length
+        figures: dict[str, float] = {"steps": settings.steps, "tokens": tokens}
+        figures |= {name: found[name] for name in OF_TRAINING if name in found}
+        if self.settings.keep_candidates:
+            tokenizer = artifacts.corpus_directory(config) / "tokenizer"
+            save_hugging_face(pair.student, own / "distilled", candidate.shape, tokenizer=tokenizer)
+        del pair
+        _free()
+        ranks = self.ranks
+        parallel.initialize(ranks.tensor, ranks.pipeline, ranks.context, device=ranks.device, seed=config.run.seed)
+        self.file.put(place, figures)
+        console.say(f"search  {candidate.name:<28}loss {found['ce']:.4f} after {tokens:,} tokens of distillation")
+
+    # The winner
+
+    def _figure(self, candidate: Candidate) -> float:
+        """What decides: of text that neither selected nor trained."""
+        entry = self.file.get("candidates", candidate.name)
+        if self.settings.by is Measure.task:
+            return float(entry["task"])
+        return float(entry["distilled"]["ce"] if grid.distils(self.config) else entry["validation"])
+
+    def _winner(self, followed: list[Candidate]) -> Candidate:
+        found, second, tied = winner(followed, self._figure, self.settings.by)
+        what = "task score" if self.settings.by is Measure.task else "validation loss"
+        after = " after distillation" if grid.distils(self.config) else ""
+        why = f"{found.name} has {what} {self._figure(found):.4f}{after}, {self._share(found)} of the teacher"
+        if second is not None:
+            against = f"{second.name} has {self._figure(second):.4f} and {self._share(second)}"
+            why += f"; {against}" + (", which counts as equal: the smaller one wins" if tied else "")
+        else:
+            why += "; no other candidate was followed"
+        self.file.put(["why"], why)
+        self.file.put(["winner"], found.name)
+        console.say(f"search  winner: {why}")
+        return found
+
+    def _share(self, candidate: Candidate) -> str:
+        return f"{candidate.parameters:,} parameters, {candidate.parameters / self.teacher.parameters():.1%}"
+
+    def _settle(self, name: str) -> None:
+        """On one rank: the winner's weights to hf/; those of the others, and every checkpoint, go unless they are to
+        be kept. May be called again after it was stopped anywhere."""
+        source, target = self.home / name / "hf", self.context.directory / "hf"
+        if artifacts.is_hugging_face(source):
+            shutil.rmtree(target, ignore_errors=True)
+            if self.settings.keep_candidates:
+                with files.new_directory(target) as partial:
+                    shutil.copytree(source, partial, dirs_exist_ok=True)
+            else:
+                source.rename(target)
+        if not self.settings.keep_candidates:
+            for left in [*self.home.glob("*/hf"), *self.home.glob("*/checkpoints")]:
+                shutil.rmtree(left)
+
+    def has_sliced(self, shape: ModelShape) -> bool:
+        """Whether hf/ is the winner, of this shape, already."""
+        found = self.context.directory / "hf"
+        return artifacts.is_hugging_face(found) and read_shape(found) == shape
+
+
+class _Losses:
+    """The loss of what is kept, in nats/token, inside the teacher, which is loaded when it is first needed."""
+
+    def __init__(self, search: Search) -> None:
+        self.search = search
+        self.model: GPTModel | None = None
+        self.batches: dict[str, list[dict[str, torch.Tensor]]] = {}
+
+    def calibration(self, kept: Kept) -> float:
+        return self._measure(kept, "calibration")
+
+    def validation(self, kept: Kept) -> float:
+        return self._measure(kept, "validation")
+
+    def release(self) -> None:
+        self.model = None
+        self.batches.clear()
+        _free()
+
+    def _measure(self, kept: Kept, split: str) -> float:
+        """Collectives: those of quality.evaluate over prune.calibration_samples sequences of the split."""
+        if self.model is None:
+            search = self.search
+            model = load_teacher(search.config, search.ranks, search.directory, search.teacher)
+            self.model = model.requires_grad_(False)
+        if split not in self.batches:
+            self.batches[split] = list(self._read(split))
+        with pruned(self.model, kept, self.search.teacher):
+            vocab_size = self.search.teacher.vocab_size
+            found = quality.evaluate({"candidate": self.model}, self.batches[split], vocab_size=vocab_size)
+        return found["candidate"].loss
+
+    def _read(self, split: str) -> Any:
+        """The same sequences at every layout."""
+        config, settings = self.search.config, self.search.config.prune
+        if split == "calibration":
+            windows = calibration_windows(config, self.search.directory, self.search.teacher)
+        else:
+            corpus = artifacts.corpus_directory(config)
+            end = end_of_document(corpus, split) if settings.document_mask else None
+            windows = Windows(split_prefixes(corpus, split), settings.sequence_length, end)
+        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        samples = min(settings.calibration_samples, len(windows))
+        return calibration_batches(windows, samples, settings.micro_batch_size, rank, ranks)
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

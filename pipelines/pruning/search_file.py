@@ -1,0 +1,76 @@
+"""search.json: what a search for the student's shape has measured, written whole after every measurement.
+
+source          what its numbers depend on; a search of another source starts anew
+teacher         {"loss": of the calibration sequences, nats/token}
+limits, values  of the grid; within: how many candidates keep the limits; speeds: where their speeds come from
+sensitivities   {axis: {size: loss with this axis alone pruned, minus the teacher's}}; of attention heads with all
+                KV groups
+candidates      {name: {"shape", "parameters", "bytes_per_gpu", "tokens_per_second", "predicted", "measured", ...}}
+                of those measured; of those followed also "sliced", "validation" and "task", or "distilled"
+winner, why
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipelines import console, files
+from pipelines.model import parallel
+
+NAME = "search.json"
+
+
+class SearchFile:
+    """The file as every rank sees it: with the numbers of the first rank. Every rank calls its methods alike.
+
+    directory: the stage's. What lies there of a search of another source (candidates/, hf/) is removed.
+    """
+
+    def __init__(self, directory: Path, source: dict[str, Any]) -> None:
+        self.path, plain = directory / NAME, json.loads(json.dumps(source, default=files.plain))
+
+        def read() -> dict[str, Any]:
+            held = files.read_object(self.path, "Remove it.") if self.path.is_file() else {}
+            if held.get("source") == plain:
+                console.say(f"search  continues from {self.path}")
+                return held
+            if held:
+                console.say(f"search  {self.path} is of other settings or inputs: the search starts anew")
+            for name in ("candidates", "hf"):
+                shutil.rmtree(directory / name, ignore_errors=True)
+            files.write_json(self.path, {"source": plain})
+            return {"source": plain}
+
+        self.content: dict[str, Any] = parallel.on_first_rank(read)
+
+    def get(self, *place: str) -> Any:
+        """What stands at a place; None where nothing does."""
+        found: Any = self.content
+        for key in place:
+            found = found.get(key) if isinstance(found, dict) else None
+        return found
+
+    def put(self, place: Sequence[str], value: Any) -> Any:
+        """Write the first rank's value. One barrier over all ranks. Returns it as the first rank has it."""
+
+        def write() -> Any:
+            self._set(place, value)
+            files.write_json(self.path, self.content)
+            return value
+
+        found = parallel.on_first_rank(write)
+        self._set(place, found)
+        return found
+
+    def once(self, place: Sequence[str], measure: Callable[[], Any]) -> Any:
+        """What stands at the place, else what is measured now."""
+        held = self.get(*place)
+        return self.put(place, measure()) if held is None else held
+
+    def _set(self, place: Sequence[str], value: Any) -> None:
+        holder = self.content
+        for key in place[:-1]:
+            holder = holder.setdefault(key, {})
+        holder[place[-1]] = value
