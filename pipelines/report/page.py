@@ -7,7 +7,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipelines.report import plots, summary
+from pipelines.report import plots, search, summary
 from pipelines.report.record import MODELS, RunRecord
 from pipelines.stages import STAGES
 
@@ -55,6 +55,7 @@ def render(record: RunRecord, results: dict[str, Any], configuration: str, plot_
             distil_plots=_distil_plots(record, plot_directory),
             teacher_plots=_teacher_plots(record, plot_directory),
             importance_plots=_importance_plots(record, plot_directory),
+            search=_search(record, plot_directory),
             pruned_intro="Scores come from forward passes over calibration text." if record.importance else "",
             kept=_kept(results),
             times=_times(record, results),
@@ -169,6 +170,14 @@ def _distil_plots(record: RunRecord, directory: Path) -> list[dict[str, Any]]:
             "How far confidence lies from being right, over 15 bins of confidence; 0 is best.",
         ),
     )
+
+
+def _search(record: RunRecord, directory: Path) -> dict[str, Any] | None:
+    teacher = record.manifests["prune"].get("figures", {}).get("parameters_before")
+    found = search.section(record.search, teacher, directory)
+    if found:
+        found["plots"] = _present(*(_plot(entry["svg"], entry["title"], entry["caption"]) for entry in found["plots"]))
+    return found
 
 
 def _bands(record: RunRecord) -> dict[str, str]:

@@ -254,6 +254,32 @@ def quality_against_size(models: dict[str, dict[str, Any]], name: str, directory
         return _write(figure, name, directory)
 
 
+def candidates(points: Sequence[tuple[float, dict[str, Any]]], label: str, name: str, directory: Path) -> str:
+    """Losses of a search's candidates (report/search.py) over x: as measured, and an arrow to what followed."""
+    with _figure() as (figure, axes):
+        for x, row in points:
+            after = row["validation"] if row["distilled"] is None else row["distilled"]
+            axes.scatter(x, row["measured"], s=26, color=FAINT, linewidths=0, zorder=2)
+            if after is None:
+                continue
+            colour = ACCENT if row["won"] else INK
+            arrow = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.9}
+            axes.annotate("", (x, after), (x, row["measured"]), arrowprops=arrow, zorder=1)
+            axes.scatter(x, after, s=46 if row["won"] else 30, color=colour, linewidths=0, zorder=3)
+            if row["won"]:
+                middle = sum(place for place, _ in points) / len(points)
+                offset, side = ((-8, -4), "right") if x > middle else ((8, -4), "left")
+                given = {"xytext": offset, "textcoords": "offset points", "fontsize": 8.5, "ha": side}
+                axes.annotate(row["name"], (x, after), color=ACCENT, **given)
+        axes.set(xlabel=label, ylabel="loss, nats/token")
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(
+            FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:.4g}")
+        )
+        axes.margins(0.12)
+        return _write(figure, name, directory)
+
+
 def lines(
     series: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str, name: str, directory: Path
 ) -> str:

@@ -77,6 +77,7 @@ class RunRecord:
     teacher_metrics: Metrics
     distil_metrics: Metrics
     kept: dict[str, Any]  # kept.json
+    search: dict[str, Any]  # search.json; {} without a search
     importance: tuple[AxisImportance, ...]
     missing: dict[str, str]
 
@@ -123,6 +124,7 @@ def read_run(config: Config) -> RunRecord:
         teacher_metrics=metrics["teacher"],
         distil_metrics=metrics["distil"],
         kept=kept,
+        search=read_json(directory / "prune" / "search.json"),
         importance=importance,
         missing=missing,
     )

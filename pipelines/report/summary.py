@@ -106,6 +106,7 @@ def results(record: RunRecord) -> dict[str, Any]:
         "bytes": record.evaluation.get("bytes"),
         "unigram_entropy": record.corpus.get("unigram_entropy"),
         "models": {role: model for role, model in models.items() if model},
+        "search": {key: value for key, value in record.search.items() if key != "source"},
         "pending": record.pending,
         "missing": record.missing | record.evaluation.get("missing", {}),
         "stages": {stage: _stage(record, stage) for stage in STAGES},

@@ -103,6 +103,36 @@ def _prune(directory: Path) -> None:
     _write(directory / "kept.json", kept)
 
 
+def sample_search() -> dict[str, Any]:
+    """search.json of a search that distilled three of eight candidates."""
+    random, candidates = np.random.default_rng(SEED), {}
+    for number, (hidden, ffn, heads, layers) in enumerate(
+        ((192, 512, 8, 6), (208, 480, 8, 5), (224, 576, 8, 4), (192, 544, 6, 6), (176, 608, 8, 6), (240, 480, 6, 4))
+        + ((256, 672, 8, 3), (192, 768, 8, 4))
+    ):
+        entry = {
+            "parameters": 3_301_440 - 60_000 * number,
+            "bytes_per_gpu": 3_400_000,
+            "tokens_per_second": 30_000.0 + 2_500 * (6 - layers) + 200 * number,
+            "predicted": 3.9 + 0.07 * number + 0.15 * (6 - layers),
+            "measured": 4.2 + 0.11 * number + 0.2 * (6 - layers) + 0.02 * random.standard_normal(),
+        }
+        if number < 3:
+            entry |= {"sliced": True, "distilled": {"steps": 20, "tokens": 40_960, "ce": (3.21, 3.18, 3.34)[number]}}
+        candidates[f"h{hidden}-f{ffn}-a{heads}-g4-l{layers}"] = entry
+    return {
+        "source": {"seed": 1},
+        "limits": {"parameters": 3.31e6},
+        "within": 512,
+        "speeds": "modelled for H100 in bf16",
+        "teacher": {"loss": 2.9},
+        "sensitivities": {"hidden_size": {"192": 0.4}},
+        "candidates": candidates,
+        "why": "h208-f480-a8-g4-l5 has validation loss 3.1800 after distillation",
+        "winner": "h208-f480-a8-g4-l5",
+    }
+
+
 def _best(scores: np.ndarray, count: int) -> list[int]:
     return sorted(np.argsort(-scores)[:count].tolist())
 

@@ -11,10 +11,10 @@ import pytest
 from pipelines import artifacts
 from pipelines.artifacts import StageContext
 from pipelines.config import Config, UserError
-from pipelines.report import card, page, plots, summary
+from pipelines.report import card, page, plots, search, summary
 from pipelines.report.record import read_importance, read_metrics
 from pipelines.stages import STAGES, report
-from tests.stages.sample_run import sample_models, write_sample_run
+from tests.stages.sample_run import sample_models, sample_search, write_sample_run
 
 ALL = ("corpus", "teacher", "prune", "distil", "evaluate", "export")
 VOID = {"meta", "link", "img", "br", "hr", "input", "path", "use"}
@@ -160,6 +160,33 @@ def test_a_partial_run_says_what_is_missing(
     for stage, reason in (("distil", "no curves of distillation"), ("prune", "no pruning in this run")):
         assert (reason in document.text) == (stage not in stages), stage
     assert document.text.count("not run") >= len(absent)
+
+
+def test_a_search_is_on_the_page_and_in_the_results(tmp_path: Path) -> None:
+    directory = write_sample_run(tmp_path / "quickstart")
+    (directory / "prune" / "search.json").write_text(json.dumps(sample_search()))
+    manifest = json.loads((directory / "prune" / "manifest.json").read_text())
+    manifest["figures"] |= {"parameters_before": 5_834_240}
+    (directory / "prune" / "manifest.json").write_text(json.dumps(manifest))
+    document, results, made = make(tmp_path)
+    found = results["search"]
+    assert found["winner"] == "h208-f480-a8-g4-l5" and len(found["candidates"]) == 8 and "source" not in found
+    for shown in (
+        "The search for a shape",
+        "3.1800 after distillation",
+        "512 candidates kept the limits, 8 were measured, 3 were followed further",
+        "modelled for H100 in bf16",
+        "3,241,440 (55.6%)",
+        "Candidates against size",
+        "Candidates against speed",
+        "Distilled",
+    ):
+        assert shown in document.text, shown
+    assert "Validation" not in document.text  # nothing to show in that column
+    rows = [row["name"] for row in search.candidates(sample_search())]
+    assert rows[:3] == ["h208-f480-a8-g4-l5", "h192-f512-a8-g4-l6", "h224-f576-a8-g4-l4"]
+    assert (made / "plots" / "search_parameters.png").is_file()
+    assert search.section({}, None, tmp_path) is None
 
 
 def test_models_that_were_not_evaluated_have_no_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
