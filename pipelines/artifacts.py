@@ -108,6 +108,7 @@ INPUTS: dict[str, Callable[[Config], list[Path]]] = {
     "distillation": lambda config: [stage_directory(config, "distil")],
     "evaluation": lambda config: [stage_directory(config, "evaluate")],
     "scores": lambda config: [Path(config.prune.scores)] if config.prune.scores else [],
+    "task": lambda config: [Path(config.prune.task)] if config.prune.task else [],
     "exported": lambda config: [stage_directory(config, "export")],
 }
 

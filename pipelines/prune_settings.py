@@ -88,7 +88,8 @@ class PruneConfig:
     depth_method: DepthMethod = DepthMethod.block_influence
     depth_measure: Measure = Measure.loss  # of depth_method=loss, contiguous and greedy
     depth_samples: int | None = None  # sequences that each removal is measured on; None: calibration_samples
-    task: str | None = None  # JSONL of multiple-choice questions (text/multiple_choice.py), for measures by task
+    task: str | None = None  # JSONL of multiple-choice questions (questions.py), for measures by task
+    task_normalised: bool = False  # accuracy by the likelihood per character of a choice: lm-eval's acc_norm
     scores: str | None = None  # scores.safetensors of another run of this teacher, instead of scoring
     calibration_samples: int = 128  # sequences, spread evenly over the calibration split
     sequence_length: int = 256  # tokens

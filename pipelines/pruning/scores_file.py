@@ -50,9 +50,14 @@ def update(path: Path, arrays: Mapping[str, torch.Tensor], metadata: Mapping[str
 
 
 def copy(given: Path, path: Path) -> None:
-    """Another run's file as one's own, with all that it says of its origin."""
+    """Another run's file as one's own, with all that it says of its origin; what one has measured of removed layers
+    (pruning/removal.py) stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    removed = {n: v for n, v in read_arrays(path).items() if n.startswith("removed")} if path.is_file() else {}
+    told = {"removal": read_notes(path)["removal"]} if removed else {}
     files.write_atomic(path, given.read_bytes())
+    if removed:
+        update(path, removed, told)
 
 
 def present(path: Path) -> list[str]:

@@ -70,7 +70,7 @@ _TABLE = (
         "score on calibration data, select, and slice the teacher's safetensors",
         ranks=True,
         reads=("corpus", "teacher"),
-        may_read=("scores",),
+        may_read=("scores", "task"),
         settings=("student", "prune"),
     ),
     Stage(

@@ -16,6 +16,7 @@ from pipelines.families import ModelShape, read_shape
 from pipelines.model import parallel
 from pipelines.model.slicing import slice_checkpoint, sliced_shape
 from pipelines.pruning.choice import checked_target, choose
+from pipelines.pruning.depth import LayerChoice
 from pipelines.pruning.scores import obtain
 from pipelines.pruning.search import Search
 
@@ -29,10 +30,11 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
     target = checked_target(config, teacher)
     parallel.initialize(ranks.tensor, ranks.pipeline, ranks.context, device=ranks.device, seed=config.run.seed)
     found = obtain(context, ranks, teacher)
-    given = {"drop_layers": config.student.drop_layers, "protect": config.prune.protect}
+    layers = LayerChoice(context, ranks, teacher)
 
     def keep(shape: ModelShape) -> Kept:
-        return choose(found.scores, teacher, shape, **given)
+        dropped = layers.dropped(shape.num_hidden_layers)
+        return choose(found.scores, teacher, shape, drop_layers=dropped, protect=config.prune.protect)
 
     search = Search(context, teacher, keep) if grid.searches(config) else None
     kept = keep(search.run() if search else target)
@@ -54,6 +56,7 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
         "ratio": student.parameters() / before,
         "dropped_layers": sorted(set(range(1, teacher.num_hidden_layers + 1)) - set(kept.layers)),
         **found.figures(),
+        **layers.figures(student.num_hidden_layers),
         **({"search": search.figures()} if search else {}),
     }
 

@@ -14,6 +14,7 @@ from pipelines.stages import STAGES
 from pipelines.validation import (
     benchmark,
     data,
+    depth,
     directories,
     documents,
     effects,
@@ -64,6 +65,7 @@ def validate(config: Config, stages: Collection[str]) -> list[str]:
     benchmark.check(config, stages, ranks)
     for shape in students:
         signals.check(config, used, ranks, teacher, shape)
+    depth.check(config, stages, teacher)
     data.check_tokenizer(config, stages, teacher, where)
     data.check_splits(config, stages, teacher)
     documents.check(config, used, ranks)

@@ -9,7 +9,7 @@ from pipelines.config import PROFILED, Config, Divergence, Format, Layout, Sourc
 from pipelines.families import ModelShape, read_shape
 from pipelines.nemo_context import is_nemo_checkpoint
 from pipelines.prune_settings import PRUNED_SIZES
-from pipelines.validation import scores, search, signals
+from pipelines.validation import depth, scores, search, signals
 from pipelines.validation.data import given_tokenizer, makes_corpus
 from pipelines.validation.training import trainings
 
@@ -87,6 +87,8 @@ def _student(config: Config, stages: Collection[str], teacher: ModelShape, stude
     if "prune" in stages and config.prune.depth_method is DepthMethod.layers and not config.student.drop_layers:
         yield "prune.depth_method=layers has no effect without student.drop_layers"
     yield from scores.warnings(config, stages, teacher)
+    if "prune" in stages:
+        yield from depth.warnings(config, teacher)
     made = artifacts.student_start_directory(config)
     alone = "distil" in stages and "prune" not in stages and not grid.searches(config)
     if alone and artifacts.is_hugging_face(made):

@@ -9,6 +9,7 @@ from pipelines.config import Config
 from pipelines.families import ModelShape
 from pipelines.prune_settings import PruneConfig
 from pipelines.safetensors_header import read_header
+from pipelines.validation import depth
 
 
 def check(config: Config, stages: Collection[str], teacher: ModelShape) -> None:
@@ -27,7 +28,7 @@ def warnings(config: Config, stages: Collection[str], teacher: ModelShape) -> It
     if "prune" not in stages or config.student.path:
         return
     needed = scores_origin.needed(config, teacher)
-    if settings.scores and not needed:
+    if settings.scores and not needed and not depth.measures(config):
         yield "prune.scores has no effect: nothing is ranked by scores"
     if settings.sequence_aggregation is not Aggregation.mean and settings.importance is not Importance.activation:
         yield f"prune.sequence_aggregation has no effect with prune.importance={settings.importance.value}"

@@ -6,7 +6,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from pipelines.pruning.scores_file import update
+from pipelines.pruning.scores_file import copy, update
 
 
 def test_an_update_leaves_what_others_wrote(tmp_path):
@@ -27,3 +27,15 @@ def test_a_file_with_nothing_in_it_is_one_to_add_to(tmp_path):
     update(path, {}, {"provenance": {}})
     update(path, {"hidden": torch.ones(1)}, {})
     assert load_file(path).keys() == {"hidden"}
+
+
+def test_another_runs_scores_leave_ones_own_measurements_of_layers(tmp_path):
+    own, given = tmp_path / "own.safetensors", tmp_path / "given.safetensors"
+    update(given, {"hidden": torch.ones(1), "removed_loss": torch.tensor([1.0])}, {"removal": 1, "provenance": "given"})
+    copy(given, own)
+    assert own.read_bytes() == given.read_bytes()
+    update(own, {"removed_loss": torch.tensor([1.0, 2.0])}, {"removal": 2})
+    copy(given, own)
+    assert load_file(own)["removed_loss"].tolist() == [1, 2] and load_file(own)["hidden"].tolist() == [1]
+    with safe_open(own, framework="pt") as file:
+        assert file.metadata() == {"removal": "2", "provenance": '"given"'}

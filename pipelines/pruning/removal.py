@@ -1,0 +1,248 @@
+"""What it costs to take parts of a teacher away: the loss and the task's score of the rest, before anything is cut.
+
+`Measurement` measures any `Kept` with the teacher's own model (model/masking.py). `Removals` does so for layers, each
+set of them once, and keeps the results in scores.safetensors, whatever the target: `removed` (n, layers) uint8, 1 where
+a layer is left out; `removed_loss` (n,), nats/token; `removed_task`, `removed_task_normalised` (n,), accuracies from 0
+to 1, and `removed_task_log_probability` (n,), nats; NaN where not measured. What they were measured on stands in the
+metadata as "removal"; never the layout.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+
+from pipelines import artifacts, files, scores_origin
+from pipelines.choices import Measure
+from pipelines.config import Config, UserError
+from pipelines.core.selection import Kept
+from pipelines.families import ModelShape
+from pipelines.model import parallel, quality, tasks
+from pipelines.model.masking import pruned
+from pipelines.pruning import scores_file
+from pipelines.pruning.calibration import calibration_batches, calibration_windows
+from pipelines.questions import TaskScore, read_questions, score
+from pipelines.text.multiple_choice import encode
+from pipelines.vocabulary import check_vocabulary
+
+Layers = tuple[int, ...]  # from 1, ascending
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of what is left. loss: nats/token over the calibration sequences; task: of the questions; None: not measured."""
+
+    loss: float | None = None
+    task: TaskScore | None = None
+
+    def has(self, measure: Measure) -> bool:
+        return (self.loss if measure is Measure.loss else self.task) is not None
+
+    def order(self, measure: Measure, normalised: bool = False) -> tuple[float, ...]:
+        """What sorts costs, the least harm first. By task: by accuracy, then by the right choices' probability."""
+        if measure is Measure.loss:
+            assert self.loss is not None
+            return (self.loss,)
+        assert self.task is not None
+        accuracy = self.task.normalised if normalised else self.task.accuracy
+        return (-accuracy, -self.task.log_probability)
+
+    def words(self, measure: Measure, normalised: bool = False) -> str:
+        if measure is Measure.loss:
+            return f"loss {self.loss:.4f}"
+        assert self.task is not None
+        accuracy = self.task.normalised if normalised else self.task.accuracy
+        return f"accuracy {accuracy:.2%} (log-probability {self.task.log_probability:.4f})"
+
+
+class Measurement:
+    """Measures what a student would score, on the teacher's model. Every rank makes one and calls it alike.
+
+    open_model: gives this rank's stage of the loaded teacher; called once, at the first measurement.
+    samples: of the calibration split, for the loss. What it reads is read when it is needed.
+    """
+
+    def __init__(
+        self, config: Config, directory: Path, teacher: ModelShape, open_model: Callable[[], GPTModel], samples: int
+    ) -> None:
+        self.config, self.directory, self.teacher, self.samples = config, directory, teacher, samples
+        self._open_model = open_model
+        self._model: GPTModel | None = None
+        self._batches: list[dict[str, torch.Tensor]] | None = None
+        self._questions: Any = None
+
+    def prepare(self, measure: Measure) -> None:
+        """Read the calibration sequences, or the questions. Raises UserError where these do not fit the teacher."""
+        settings = self.config.prune
+        if measure is Measure.loss and self._batches is None:
+            windows = calibration_windows(self.config, self.directory, self.teacher)
+            rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+            size = settings.micro_batch_size
+            self._batches = list(calibration_batches(windows, self.samples, size, rank, ranks))
+        if measure is Measure.task and self._questions is None:
+            assert settings.task, "validation asks for prune.task"
+            questions = read_questions(settings.task)
+            tokenizer = tokenizer_directory(self.config, self.directory, self.teacher)
+            longest = self.teacher.sliding_window or self.teacher.max_position_embeddings
+            self._questions = questions, encode(questions, tokenizer, self.teacher.vocab_size, longest)
+
+    def __call__(self, kept: Kept, measure: Measure) -> Cost:
+        """Collectives as of a forward pass for each batch, and those that add up their sums."""
+        self.prepare(measure)
+        if self._model is None:
+            self._model = self._open_model()
+        settings, vocab_size = self.config.prune, self.teacher.vocab_size
+        with pruned(self._model, kept, self.teacher):
+            if measure is Measure.loss:
+                assert self._batches is not None
+                found = quality.evaluate({"the pruned teacher": self._model}, self._batches, vocab_size=vocab_size)
+                return Cost(loss=found["the pruned teacher"].loss)
+            questions, rows = self._questions
+            budget = settings.micro_batch_size * settings.sequence_length
+            likelihoods = tasks.log_likelihoods(self._model, rows, vocab_size=vocab_size, tokens_per_pass=budget)
+            return Cost(task=score(questions, likelihoods))
+
+
+def tokenizer_directory(config: Config, directory: Path, teacher: ModelShape) -> Path:
+    """With the teacher's tokenizer.json: its own, or the corpus's. Raises UserError where that is another model's."""
+    if (directory / "tokenizer.json").is_file():
+        return directory
+    corpus = artifacts.corpus_directory(config)
+    found = corpus / "tokenizer"
+    if not (found / "tokenizer.json").is_file():
+        raise UserError(
+            f"prune.task: expected a tokenizer.json in the teacher's directory {directory} or in {found}, found "
+            "neither. Put the model's tokenizer there."
+        )
+    check_vocabulary(corpus, directory, teacher.vocab_size)
+    return found
+
+
+class Removals:
+    """Costs of leaving layers out of a whole teacher. `removals(layers, measure)` measures what is not known yet.
+
+    path: of scores.safetensors, written anew after each measurement, so that a killed search goes on where it was.
+    sources: what decides the figures of each measure; what the file has of others is measured again. given: another
+    file whose measurements of the same sources are taken over. Every rank makes one and calls it with the same layers
+    in the same order: one barrier over all ranks at the start and after each measurement.
+    """
+
+    def __init__(
+        self,
+        teacher: ModelShape,
+        measure: Callable[[Kept, Measure], Cost],
+        path: Path,
+        sources: Mapping[str, Any],
+        given: Path | None = None,
+    ) -> None:
+        self.teacher, self.path, self.sources, self._measure = teacher, path, dict(sources), measure
+
+        def read() -> list[Any]:
+            found: dict[Layers, Cost] = {}
+            for file in filter(None, (given, path)):
+                for layers, cost in read_removals(file, self.sources, teacher.num_hidden_layers).items():
+                    found[layers] = merged(found.get(layers, Cost()), cost)
+            return [[layers, cost.loss, vars(cost.task) if cost.task else None] for layers, cost in found.items()]
+
+        self.known = {
+            tuple(layers): Cost(loss, TaskScore(**task) if task else None)
+            for layers, loss, task in parallel.on_first_rank(read)
+        }
+        self.measured = 0
+
+    def __call__(self, layers: Layers, measure: Measure) -> Cost:
+        """layers: that are left out, from 1, ascending; none of them: the whole teacher."""
+        known = self.known.get(layers, Cost())
+        if known.has(measure):
+            return known
+        self.known[layers] = merged(known, self._measure(without(self.teacher, layers), measure))
+        self.measured += 1
+        parallel.on_first_rank(self._write)
+        return self.known[layers]
+
+    def _write(self) -> None:
+        found = arrays(self.known, self.teacher.num_hidden_layers)
+        scores_file.update(self.path, found, {"removal": self.sources})
+
+
+def without(teacher: ModelShape, layers: Layers) -> Kept:
+    """All of a teacher but these layers, from 1."""
+    numbers = [number for number in range(1, teacher.num_hidden_layers + 1) if number not in layers]
+    return Kept(
+        hidden=list(range(teacher.hidden_size)),
+        ffn={number: list(range(teacher.intermediate_size)) for number in numbers},
+        heads={number: list(range(teacher.num_attention_heads)) for number in numbers},
+        layers=numbers,
+        groups={number: list(range(teacher.num_key_value_heads)) for number in numbers},
+    )
+
+
+def merged(one: Cost, other: Cost) -> Cost:
+    """The other's figures, and the one's where the other has none."""
+    return Cost(one.loss if other.loss is None else other.loss, other.task or one.task)
+
+
+# The file
+
+_TASK = {"removed_task": "accuracy", "removed_task_normalised": "normalised"} | {
+    "removed_task_log_probability": "log_probability"
+}
+
+
+def arrays(costs: Mapping[Layers, Cost], layers: int) -> dict[str, torch.Tensor]:
+    """As they stand in the file, in the order of `costs`."""
+    removed = torch.zeros(len(costs), layers, dtype=torch.uint8)
+    for row, left_out in enumerate(costs):
+        removed[row, [number - 1 for number in left_out]] = 1
+    columns = {"removed_loss": [math.nan if cost.loss is None else cost.loss for cost in costs.values()]}
+    for name, figure in _TASK.items():
+        columns[name] = [math.nan if cost.task is None else getattr(cost.task, figure) for cost in costs.values()]
+    return {"removed": removed} | {name: torch.tensor(v, dtype=torch.float64) for name, v in columns.items()}
+
+
+def read_removals(path: Path, sources: Mapping[str, Any], layers: int) -> dict[Layers, Cost]:
+    """What the file has of the same sources; nothing where there is no file, or of others."""
+    if not path.is_file():
+        return {}
+    told = scores_file.read_notes(path).get("removal", {})
+    same = {name for name, source in sources.items() if source and told.get(name) == source}
+    if not same:
+        return {}
+    held = scores_file.read_arrays(path)
+    removed, columns = held["removed"].bool(), {name: held[name].tolist() for name in ("removed_loss", *_TASK)}
+    if removed.shape[1] != layers:
+        return {}
+    found = {}
+    for row, mask in enumerate(removed):
+        left_out = tuple((mask.nonzero().flatten() + 1).tolist())
+        loss = columns["removed_loss"][row]
+        task = TaskScore(**{figure: columns[name][row] for name, figure in _TASK.items()})
+        cost = Cost(
+            None if Measure.loss.value not in same or math.isnan(loss) else loss,
+            None if Measure.task.value not in same or math.isnan(task.accuracy) else task,
+        )
+        if cost.loss is not None or cost.task is not None:
+            found[left_out] = cost
+    return found
+
+
+def sources(config: Config, teacher: ModelShape, samples: int) -> dict[str, Any]:
+    """{measure: what decides its figures}: hashes of files and settings, never the layout. For one process: it reads
+    what has no hash yet."""
+    origin, settings = scores_origin.asked(config), config.prune
+    names = ("model", "data", "sequence_length", "precision", "document_mask")
+    loss = {name: origin[name] for name in names} | {"samples": samples}
+    task = None
+    if settings.task:
+        tokenizer = tokenizer_directory(config, artifacts.teacher_directory(config), teacher) / "tokenizer.json"
+        task = {name: origin[name] for name in ("model", "precision")}
+        task |= {
+            name: files.file_hash(path, artifacts.sidecar_directory(config))
+            for name, path in (("task", Path(settings.task)), ("tokenizer", tokenizer))
+        }
+    return {Measure.loss.value: loss, Measure.task.value: task}
