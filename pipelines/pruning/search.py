@@ -63,6 +63,8 @@ class Search:
     def run(self) -> ModelShape:
         """The winner's shape. Where it was sliced, hf/ is the winner."""
         candidates = self._candidates()
+        for layers in sorted({candidate.shape.num_hidden_layers for candidate in candidates}):
+            self.keep(self.teacher.replace(num_hidden_layers=layers))  # may load the teacher; not beside ours
         above = self._alone(candidates)
         predicted = {c.name: self._predicted(c) for c in candidates}
         measured = spread(ordered(candidates, predicted, above), self.settings.measured)

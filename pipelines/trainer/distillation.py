@@ -93,7 +93,8 @@ def distil(
 
 
 def shortened(settings: DistilConfig, tokens: float) -> DistilConfig:
-    """The same training in as many steps as `tokens` take, at least one: warm-up and schedules in the same shares."""
+    """The same training in as many steps as `tokens` take, at least one: warm-up and schedules in the same shares, a
+    checkpoint half-way at the latest."""
     steps = max(1, math.ceil(tokens / (settings.global_batch_size * settings.sequence_length)))
     share = steps / settings.steps
     schedules = {
@@ -109,6 +110,7 @@ def shortened(settings: DistilConfig, tokens: float) -> DistilConfig:
         steps=steps,
         warmup_steps=min(steps - 1, round(settings.warmup_steps * share)),
         schedules=replace(settings.schedules, **schedules),
+        checkpoint_interval=min(settings.checkpoint_interval, max(1, steps // 2)),
     )
 
 
