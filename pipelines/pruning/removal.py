@@ -96,16 +96,22 @@ class Measurement:
         self.prepare(measure)
         if self._model is None:
             self._model = self._open_model()
-        settings, vocab_size = self.config.prune, self.teacher.vocab_size
+        vocab_size = self.teacher.vocab_size
         with pruned(self._model, kept, self.teacher):
             if measure is Measure.loss:
                 assert self._batches is not None
                 found = quality.evaluate({"the pruned teacher": self._model}, self._batches, vocab_size=vocab_size)
                 return Cost(loss=found["the pruned teacher"].loss)
-            questions, rows = self._questions
-            budget = settings.micro_batch_size * settings.sequence_length
-            likelihoods = tasks.log_likelihoods(self._model, rows, vocab_size=vocab_size, tokens_per_pass=budget)
-            return Cost(task=score(questions, likelihoods))
+            return Cost(task=self.task(self._model))
+
+    def task(self, model: GPTModel) -> TaskScore:
+        """Of any model of the teacher's vocabulary as it is."""
+        self.prepare(Measure.task)
+        questions, rows = self._questions
+        budget = self.config.prune.micro_batch_size * self.config.prune.sequence_length
+        vocab_size = self.teacher.vocab_size
+        likelihoods = tasks.log_likelihoods(model, rows, vocab_size=vocab_size, tokens_per_pass=budget)
+        return score(questions, likelihoods)
 
 
 def tokenizer_directory(config: Config, directory: Path, teacher: ModelShape) -> Path:

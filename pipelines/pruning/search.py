@@ -13,15 +13,10 @@ At `together` and `followed` the first places are those of the best candidate of
 is measured goes into search.json at once (pruning/search_file.py), and a search that was stopped goes on there.
 """
 
-import gc
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
-
-import torch
-from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 
 from pipelines import artifacts, console, files, grid, speeds
 from pipelines.choices import Measure
@@ -29,17 +24,15 @@ from pipelines.config import layout, without_context
 from pipelines.core.selection import Kept
 from pipelines.families import ModelShape, read_shape
 from pipelines.grid import Candidate
-from pipelines.model import parallel, quality
+from pipelines.model import parallel
 from pipelines.model.export import save_hugging_face
-from pipelines.model.masking import pruned
 from pipelines.model.slicing import slice_checkpoint
-from pipelines.model.windows import Windows, end_of_document, split_prefixes
 from pipelines.prune_settings import PRUNED_SIZES
 from pipelines.pruning import speed
-from pipelines.pruning.calibration import calibration_batches, calibration_windows
+from pipelines.pruning.inside import Inside, free
 from pipelines.pruning.ranking import alone, ordered, spread, winner
-from pipelines.pruning.scores import load_teacher
 from pipelines.pruning.search_file import SearchFile
+from pipelines.questions import TaskScore
 
 OF_TRAINING = ("ce", "kd", "agreement")  # what is kept of the last validation
 
@@ -58,7 +51,7 @@ class Search:
         self.ranks = without_context(layout(context.config.parallel))
         self.directory = artifacts.teacher_directory(context.config)
         self.file = SearchFile(context.directory, self._source())
-        self.losses = _Losses(self)
+        self.inside = Inside(self.config, self.ranks, self.directory, teacher)
 
     def run(self) -> ModelShape:
         """The winner's shape. Where it was sliced, hf/ is the winner."""
@@ -73,8 +66,8 @@ class Search:
         for candidate in followed:
             self._sliced(candidate)
             if not grid.distils(self.config):
-                self._validated(candidate)
-        self.losses.release()
+                self._compared(candidate)
+        self.inside.release()
         if grid.distils(self.config):
             for candidate in followed:
                 self._distilled(candidate)
@@ -130,7 +123,7 @@ class Search:
 
     def _alone(self, candidates: list[Candidate]) -> float:
         """Measure what is not known of the axes by themselves. Returns the teacher's loss."""
-        whole = self.file.once(["teacher"], lambda: {"loss": self.losses.calibration(self.keep(self.teacher))})["loss"]
+        whole = self.file.once(["teacher"], lambda: {"loss": self.inside.calibration(self.keep(self.teacher))})["loss"]
         shapes: dict[tuple[str, str], ModelShape] = {}
         for candidate in candidates:
             shapes |= alone(self.teacher, candidate.shape)
@@ -138,7 +131,7 @@ class Search:
         if missing:
             with console.progress("search  axes", len(missing), "sizes") as bar:
                 for axis, size in missing:
-                    change = self.losses.calibration(self.keep(shapes[axis, size])) - whole
+                    change = self.inside.calibration(self.keep(shapes[axis, size])) - whole
                     self.file.put(["sensitivities", axis, size], change)
                     bar.advance(1, detail=f"{axis} {size}: {change:+.4f} nats/token")
         return float(whole)
@@ -158,7 +151,7 @@ class Search:
                 "bytes_per_gpu": candidate.bytes_per_gpu,
                 "tokens_per_second": self._speed(candidate),
                 "predicted": predicted,
-                "measured": self.losses.calibration(self.keep(candidate.shape)),
+                "measured": self.inside.calibration(self.keep(candidate.shape)),
             }
             console.say(
                 f"search  {candidate.name:<28}{candidate.parameters:>15,} parameters  loss {entry['measured']:.4f}, "
@@ -193,13 +186,20 @@ class Search:
         place = ["candidates", candidate.name, "sliced"]
         self.file.once(place, lambda: parallel.on_first_rank(slice_))
 
-    def _validated(self, candidate: Candidate) -> None:
-        """Without distillation: the loss on validation text."""
-        kept = self.keep(candidate.shape)
-        place = ["candidates", candidate.name]
+    def _compared(self, candidate: Candidate) -> None:
+        """Without distillation: the loss on validation text, or the task's score."""
+        kept, place = self.keep(candidate.shape), ["candidates", candidate.name]
         if self.file.get(*place, "validation") is None:
-            loss = self.file.put([*place, "validation"], self.losses.validation(kept))
+            loss = self.file.put([*place, "validation"], self.inside.validation(kept))
             console.say(f"search  {candidate.name:<28}loss on validation text {loss:.4f}")
+        if self.settings.by is Measure.task:
+            self.file.once([*place, "task"], lambda: self._told(candidate, self.inside.task(kept)))
+
+    def _told(self, candidate: Candidate, score: TaskScore) -> float:
+        """The accuracy that counts."""
+        found = score.normalised if self.config.prune.task_normalised else score.accuracy
+        console.say(f"search  {candidate.name:<28}accuracy {found:.2%}")
+        return found
 
     def _distilled(self, candidate: Candidate) -> None:
         """Distil for a while, continued from its own last checkpoint. At the layout of distil, and back."""
@@ -219,11 +219,14 @@ class Search:
         tokens = settings.steps * settings.global_batch_size * settings.sequence_length
         figures: dict[str, float] = {"steps": settings.steps, "tokens": tokens}
         figures |= {name: found[name] for name in OF_TRAINING if name in found}
+        if self.settings.by is Measure.task:
+            score = self._told(candidate, self.inside.task_of(pair.student))
+            self.file.put(["candidates", candidate.name, "task"], score)
         if self.settings.keep_candidates:
             tokenizer = artifacts.corpus_directory(config) / "tokenizer"
             save_hugging_face(pair.student, own / "distilled", candidate.shape, tokenizer=tokenizer)
         del pair
-        _free()
+        free()
         ranks = self.ranks
         parallel.initialize(ranks.tensor, ranks.pipeline, ranks.context, device=ranks.device, seed=config.run.seed)
         self.file.put(place, figures)
@@ -275,55 +278,3 @@ class Search:
         """Whether hf/ is the winner, of this shape, already."""
         found = self.context.directory / "hf"
         return artifacts.is_hugging_face(found) and read_shape(found) == shape
-
-
-class _Losses:
-    """The loss of what is kept, in nats/token, inside the teacher, which is loaded when it is first needed."""
-
-    def __init__(self, search: Search) -> None:
-        self.search = search
-        self.model: GPTModel | None = None
-        self.batches: dict[str, list[dict[str, torch.Tensor]]] = {}
-
-    def calibration(self, kept: Kept) -> float:
-        return self._measure(kept, "calibration")
-
-    def validation(self, kept: Kept) -> float:
-        return self._measure(kept, "validation")
-
-    def release(self) -> None:
-        self.model = None
-        self.batches.clear()
-        _free()
-
-    def _measure(self, kept: Kept, split: str) -> float:
-        """Collectives: those of quality.evaluate over prune.calibration_samples sequences of the split."""
-        if self.model is None:
-            search = self.search
-            model = load_teacher(search.config, search.ranks, search.directory, search.teacher)
-            self.model = model.requires_grad_(False)
-        if split not in self.batches:
-            self.batches[split] = list(self._read(split))
-        with pruned(self.model, kept, self.search.teacher):
-            vocab_size = self.search.teacher.vocab_size
-            found = quality.evaluate({"candidate": self.model}, self.batches[split], vocab_size=vocab_size)
-        return found["candidate"].loss
-
-    def _read(self, split: str) -> Any:
-        """The same sequences at every layout."""
-        config, settings = self.search.config, self.search.config.prune
-        if split == "calibration":
-            windows = calibration_windows(config, self.search.directory, self.search.teacher)
-        else:
-            corpus = artifacts.corpus_directory(config)
-            end = end_of_document(corpus, split) if settings.document_mask else None
-            windows = Windows(split_prefixes(corpus, split), settings.sequence_length, end)
-        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        samples = min(settings.calibration_samples, len(windows))
-        return calibration_batches(windows, samples, settings.micro_batch_size, rank, ranks)
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

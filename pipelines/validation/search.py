@@ -9,6 +9,7 @@ from pipelines.config import Config, Layout, expect
 from pipelines.families import ModelShape
 from pipelines.grid import Candidate
 from pipelines.prune_settings import SearchConfig
+from pipelines.questions import read_questions
 from pipelines.speeds import MEASURED, MODELLED
 
 
@@ -25,6 +26,8 @@ def check(config: Config, ranks: Layout, teacher: ModelShape) -> list[Candidate]
     expect(
         not by_task or bool(config.prune.task), "prune.search.by", "loss without prune.task", "task", "Set prune.task."
     )
+    if by_task:
+        read_questions(str(config.prune.task))
     remedy = "Leave it at loss, or parallel.context=1."
     whole = not by_task or ranks.context == 1
     expect(whole, "prune.search.by", f"loss with parallel.context={ranks.context}", "task", remedy)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipelines.choices import Measure
 from pipelines.families import read_shape
 from pipelines.grid import shape_name
 from pipelines.model.slicing import sliced_shape
@@ -182,6 +183,34 @@ def test_measured_speeds_bound_the_search(ranks: RankPools, tmp_path: Path, path
     slow = {**settings, "prune.target.seconds": 1e-9}
     message = ranks(2, ERROR, directory=str(tmp_path / "four"), settings=slow, **paths)[0]
     assert "prune.target.seconds: expected at least the" in message and "of the fastest candidate" in message
+
+
+def test_a_task_ranks_the_followed(ranks: RankPools, tmp_path: Path) -> None:
+    root = small_run.write_small_run(tmp_path / "runs")
+    words = small_run.WORDS
+    questions = [
+        {"query": f"{words[n]} {words[n + 1]}", "choices": [words[n + 2], words[n + 4], words[n + 5]], "gold": n % 3}
+        for n in range(8)
+    ]
+    task = tmp_path / "task.jsonl"
+    task.write_text("".join(json.dumps(question) + "\n" for question in questions))
+    settings = {
+        "prune.target.ratio": 0.8,
+        "prune.search.hidden_size": [16, 24, 32],
+        "prune.search.num_hidden_layers": [1, 2],
+        "student.num_attention_heads": 4,
+        "student.num_key_value_heads": 2,
+        "prune.search.measured": 6,
+        "prune.search.by": Measure.task,
+        "prune.task": str(task),
+        "parallel.tensor": 2,
+    }
+    arguments = {"corpus": str(root / "small" / "corpus"), "teacher": str(root / "small" / "teacher" / "hf")}
+    figures = ranks(2, RUN, directory=str(tmp_path / "run"), settings=settings, **arguments)[0]["figures"]["search"]
+    followed = {n: c for n, c in content(tmp_path / "run")["candidates"].items() if "task" in c}
+    best = max(entry["task"] for entry in followed.values())
+    smallest = min((e["parameters"], name) for name, e in followed.items() if e["task"] == best)
+    assert len(followed) == 4 and figures["winner"] == smallest[1] and "task score" in figures["why"]
 
 
 @pytest.mark.slow
