@@ -217,7 +217,8 @@ class VerifyConfig:
 
 @dataclass
 class BenchmarkConfig:
-    """Two heads and the loss, for every pair of tokens and vocabulary; then whole steps of model= and student=."""
+    """Two heads and the loss, for every pair of tokens and vocabulary; then whole steps of model= and student=; then
+    what scoring model= for pruning costs beside its forward passes."""
 
     contenders: list[Contender] = field(default_factory=lambda: list(Contender))
     tokens: list[int] = field(default_factory=list)  # empty: no heads
@@ -226,7 +227,9 @@ class BenchmarkConfig:
     teacher_hidden: int = 1024
     micro_batch_sizes: list[int] = field(default_factory=list)  # sequences; empty: no whole steps
     micro_batches: int = 1  # per step
-    sequence_length: int = 256  # tokens, of the whole steps
+    scoring_micro_batch_sizes: list[int] = field(default_factory=list)  # sequences; empty: no scoring
+    scoring_batches: int = 3  # micro batches that are scored at a time
+    sequence_length: int = 256  # tokens, of the whole steps and of scoring
     precision: Precision = Precision.fp32
     warmup: int = 1  # rounds in which each contender runs without being timed
     rounds: int = 5  # timed; the median counts

@@ -9,7 +9,6 @@ from typing import Any
 from pipelines.files import write_atomic
 
 PAGE = "benchmark.md"
-MEASURE = "nemo"  # whose memory and time the ratios are of
 LAYOUT = ("tensor_parallel", "dtype", "device", "threads")
 
 Row = dict[str, Any]
@@ -18,16 +17,19 @@ Row = dict[str, Any]
 @dataclass(frozen=True)
 class Kind:
     """What a row is of. file: where rows lie; memory: the key of its bytes; sizes: {key: heading} of what else tells
-    rows of different work apart; figures: {key: (heading, format)} of what it has beside memory and seconds."""
+    rows of different work apart; figures: {key: (heading, format)} of what it has beside memory and seconds; measure:
+    the contender to whose memory and time the others' are held, and the heading of that."""
 
     file: str
     memory: str
     sizes: dict[str, str]
     figures: dict[str, tuple[str, str]]
+    measure: tuple[str, str] = ("nemo", "of NeMo's")
 
     @property
     def headings(self) -> list[str]:
-        return ["", "memory", "of NeMo's", "seconds", "of NeMo's", *(heading for heading, _ in self.figures.values())]
+        of = self.measure[1]
+        return ["", "memory", of, "seconds", of, *(heading for heading, _ in self.figures.values())]
 
     def key(self, row: Row) -> tuple[Any, ...]:
         return (row["name"], *self.work(row))
@@ -61,6 +63,15 @@ STEPS = Kind(
 )
 
 
+SCORING = Kind(
+    "scoring.json",
+    "peak_bytes",
+    {"parameters": "parameters", "sequence_length": "sequence", "micro_batch_size": "micro batch"},
+    {"tokens_per_second": ("tokens/s", "{:,.0f}")},
+    ("forward", "of forward"),
+)
+
+
 def read(directory: Path, kind: Kind) -> list[Row]:
     path = directory / kind.file
     return json.loads(path.read_text()) if path.is_file() else []
@@ -72,10 +83,10 @@ def merged(before: list[Row], rows: list[Row], kind: Kind) -> list[Row]:
 
 
 def cells(row: Row, rows: Iterable[Row], kind: Kind) -> list[str]:
-    """A row of a table under kind.headings. rows: among them NeMo's of the same work, where it was measured."""
+    """A row of a table under kind.headings. rows: among them the measure's of the same work, where there is one."""
     if row.get("reason"):
         return [row["name"], "not run", *[""] * (len(kind.headings) - 2)]
-    same = (r for r in rows if r["name"] == MEASURE and not r.get("reason") and kind.work(r) == kind.work(row))
+    same = (r for r in rows if r["name"] == kind.measure[0] and not r.get("reason") and kind.work(r) == kind.work(row))
     base = next(same, None)
     figures = [(row.get(key), form) for key, (_, form) in kind.figures.items()]
     return [
@@ -100,16 +111,17 @@ def _ratio(row: Row, base: Row | None, key: str) -> str:
 def write(source: Path, directory: Path) -> Path:
     """Table and plots of the rows in source into directory. Returns the page, Markdown."""
     directory.mkdir(parents=True, exist_ok=True)
-    heads, steps = read(source, HEADS), read(source, STEPS)
+    heads, steps, scoring = (read(source, kind) for kind in (HEADS, STEPS, SCORING))
     names = draw(heads, directory)
-    write_atomic(directory / PAGE, "\n".join(_page(heads, steps, names)) + "\n")
+    write_atomic(directory / PAGE, "\n".join(_page(heads, steps, scoring, names)) + "\n")
     return directory / PAGE
 
 
-def _page(heads: list[Row], steps: list[Row], plots_drawn: list[str]) -> Iterable[str]:
+def _page(heads: list[Row], steps: list[Row], scoring: list[Row], plots_drawn: list[str]) -> Iterable[str]:
     yield "# Benchmark"
     yield ""
-    yield "Written by `python -m pipelines stage=benchmark` from runs/benchmark/results.json and steps.json."
+    yield "Written by `python -m pipelines stage=benchmark` from results.json, steps.json and scoring.json in"
+    yield "runs/benchmark."
     if heads:
         yield ""
         yield "## Loss and both heads, forward and backward"
@@ -130,6 +142,13 @@ def _page(heads: list[Row], steps: list[Row], plots_drawn: list[str]) -> Iterabl
         yield "Both models' forward, loss, backward, reduction of gradients and optimizer; same weights, layers, data"
         yield "and layout. Memory: the peak beyond weights, gradients and optimizer."
         yield from _tables(steps, STEPS)
+    if scoring:
+        yield ""
+        yield "## Scoring a teacher for pruning"
+        yield ""
+        yield "Importance by activations over some batches, beside bare forward passes over the same, in turns. Scoring"
+        yield "needs no output head; the passes are measured without and with it. Memory: the peak beyond the weights."
+        yield from _tables(scoring, SCORING)
 
 
 def _tables(rows: list[Row], kind: Kind) -> Iterable[str]:

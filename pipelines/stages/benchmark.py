@@ -1,8 +1,9 @@
-"""Ours beside the others, in one run and on the same tensors: the loss with both heads, then the whole training step.
+"""Ours beside the others, in one run and on the same tensors: the loss with both heads, then the whole training step;
+and scoring for pruning beside forward passes alone.
 
 Writes into <run.directory>/benchmark/: results.json, a list of rows, one per contender, tokens, vocabulary and layout
-(memory, seconds and error of loss and heads); steps.json, the same for whole steps; and table and plots of both. Rows
-of other layouts and sizes stay, so that runs at TP 1 and TP 2 end in one table.
+(memory, seconds and error of loss and heads); steps.json and scoring.json, the same for whole steps and for scoring;
+and table and plots. Rows of other layouts and sizes stay, so that runs at TP 1 and TP 2 end in one table.
 """
 
 import datetime
@@ -20,9 +21,11 @@ from rich.table import Table
 
 from pipelines import artifacts, console, files, lineage, planning
 from pipelines.config import BenchmarkConfig, Config, Contender, Layout, Precision, layout
-from pipelines.model import head_benchmark, measure, parallel, step_benchmark
+from pipelines.model import head_benchmark, measure, parallel, scoring_benchmark, step_benchmark
+from pipelines.model.build import build_model
 from pipelines.model.measure import Unavailable
 from pipelines.model.random_model import write_random_model
+from pipelines.model.weights import load_hugging_face
 from pipelines.report import benchmark as table
 from pipelines.trainer import nemo_distillation, peers
 
@@ -61,6 +64,9 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
         rows = with_share_of(ceiling, rows, per_token * rows[0]["tokens"] // ranks.processes)
         keep(context.directory, [row | here for row in rows], table.STEPS)
         show(f"whole step, micro batch {size} x {settings.sequence_length} tokens", rows, table.STEPS)
+    for size, rows in scoring(config, ranks, device, context.directory / "models"):
+        keep(context.directory, [row | here for row in rows], table.SCORING)
+        show(f"scoring, micro batch {size} x {settings.sequence_length} tokens", rows, table.SCORING)
     if dist.get_rank() == 0:
         for directory in {context.directory, Path(settings.docs or context.directory)}:
             page = table.write(context.directory, directory)
@@ -192,6 +198,34 @@ def _write_models(config: Config, ranks: Layout, directory: Path) -> step_benchm
         ranks.sequence_parallel,
         config.distil.distributed_optimizer,
     )
+
+
+# Scoring
+
+
+def scoring(config: Config, ranks: Layout, device: torch.device, directory: Path) -> Iterable[tuple[int, list[Row]]]:
+    """Each micro batch size with rows for scoring model= and for its forward passes without and with the head."""
+    settings, shape = config.benchmark, planning.teacher_shape(config)
+    if not settings.scoring_micro_batch_sizes:
+        return
+    dtype = "bfloat16" if settings.precision is Precision.bf16 else "float32"
+    parallel.on_first_rank(lambda: write_random_model(directory, shape, config.run.seed, dtype))
+    length, precision = settings.sequence_length, settings.precision.value
+    model = build_model(shape, sequence_parallel=ranks.sequence_parallel, precision=precision, sequence_length=length)
+    load_hugging_face(model, directory, shape)
+    parallel.on_first_rank(lambda: shutil.rmtree(directory))
+    for size in settings.scoring_micro_batch_sizes:
+        batches = step_benchmark.random_batches(size, settings.scoring_batches, length, shape.vocab_size, seed=1)
+        tokens = size * settings.scoring_batches * length * ranks.data
+        sizes = {
+            "tokens": tokens,
+            "parameters": shape.parameters(),
+            "sequence_length": length,
+            "micro_batch_size": size,
+        }
+        found = scoring_benchmark.run(model, batches, device, rounds=settings.rounds, warmup=settings.warmup)
+        rows = [_row(name, what, sizes, scoring_benchmark.ScoringMeasurement) for name, what in found.items()]
+        yield size, [row | {"tokens_per_second": tokens / row["seconds"]} for row in rows]
 
 
 # Rows

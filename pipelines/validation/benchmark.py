@@ -23,10 +23,12 @@ def check(config: Config, stages: Collection[str], ranks: Layout) -> None:
     for first, second in (("tokens", "vocabularies"), ("vocabularies", "tokens")):
         both = bool(getattr(settings, first)) or not getattr(settings, second)
         expect(both, f"benchmark.{first}", f"some beside benchmark.{second}", "none", "Give both or neither.")
-    some = bool(settings.tokens or settings.micro_batch_sizes)
-    expect(some, "benchmark", "tokens and vocabularies, or micro_batch_sizes", "none of them", "Set some.")
+    some = bool(settings.tokens or settings.micro_batch_sizes or settings.scoring_micro_batch_sizes)
+    expected = "tokens and vocabularies, micro_batch_sizes or scoring_micro_batch_sizes"
+    expect(some, "benchmark", expected, "none of them", "Set some.")
     expect(bool(settings.contenders), "benchmark.contenders", "some", "none", "Name one or more.")
-    if settings.micro_batch_sizes:
-        teacher = planning.teacher_shape(config)
+    teacher = planning.teacher_shape(config)
+    if settings.micro_batch_sizes or settings.scoring_micro_batch_sizes:
         layouts.check_division(ranks, teacher, "teacher")
+    if settings.micro_batch_sizes:
         layouts.check_division(ranks, planning.target_shape(teacher, config.student), "student")

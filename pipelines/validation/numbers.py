@@ -49,7 +49,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("validation_batches", "checkpoint_interval", "keep_checkpoints", "log_interval"), ONE_OR_MORE),
     **dict.fromkeys(("calibration_samples", "new_tokens", "tokenizer_sample_bytes", "top_k"), ONE_OR_MORE),
     **dict.fromkeys(("student_hidden", "teacher_hidden", "rounds", "tokens", "vocabularies"), ONE_OR_MORE),
-    **dict.fromkeys(("micro_batch_sizes",), ONE_OR_MORE),
+    **dict.fromkeys(("micro_batch_sizes", "scoring_micro_batch_sizes", "scoring_batches"), ONE_OR_MORE),
     "warmup": NOT_NEGATIVE,
     **dict.fromkeys(("limit_bytes", "document_bytes", "tokenizer_vocab_size", "rank"), ONE_OR_MORE),
     **dict.fromkeys(("divergence_parameter", "gradient_filter"), BETWEEN_0_AND_1),

@@ -72,6 +72,18 @@ def test_both_whole_steps_do_the_same_work(ranks: RankPools, tmp_path: Path, ten
     assert not (tmp_path / "models").exists(), "the random weights are removed again"
 
 
+def test_scoring_stands_beside_forward_passes_of_the_same_tokens(ranks: RankPools, tmp_path: Path) -> None:
+    sizes = {"scoring_micro_batch_sizes": [2], "scoring_batches": 2, "sequence_length": 32}
+    for tensor in (1, 2):
+        ranks(tensor, f"{CASES}:run", directory=str(tmp_path), contenders=["stillhouse"], tensor=tensor, **sizes)
+    found = rows(tmp_path, table.SCORING)
+    assert [row["name"] for row in found] == 2 * ["scoring", "forward", "forward with head"]
+    for row in found:
+        assert row["tokens"] == 2 * 2 * 32 and row["tokens_per_second"] == pytest.approx(128 / row["seconds"])
+    assert (tmp_path / table.PAGE).read_text().count("| scoring |") == 2
+    assert not (tmp_path / "models").exists()
+
+
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_a_wrong_gradient_a_wasteful_contender_and_one_that_does_not_fit_show(ranks: RankPools, tensor: int) -> None:
     found = ranks(tensor, f"{CASES}:measured")[0]
@@ -162,7 +174,11 @@ def test_refuses(setting: str, told: str) -> None:
 
 
 def test_needs_no_layout_of_the_models_where_no_step_is_asked_for() -> None:
-    validate(compose(["stage=benchmark", "parallel=tp4", "benchmark.micro_batch_sizes=[]"]), ["benchmark"])
+    nothing = [f"benchmark.{name}=[]" for name in ("micro_batch_sizes", "scoring_micro_batch_sizes")]
+    validate(compose(["stage=benchmark", "parallel=tp4", *nothing]), ["benchmark"])
+    for left in nothing:
+        with pytest.raises(UserError, match="KV groups"):
+            validate(compose(["stage=benchmark", "parallel=tp4", left]), ["benchmark"])
     with pytest.raises(UserError, match="KV groups"):
         validate(compose(["stage=benchmark", "parallel=tp4"]), ["benchmark"])
 
