@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipelines.report import plots, search, summary
-from pipelines.report.record import MODELS, RunRecord
+from pipelines.report.record import MODELS, AxisImportance, RunRecord
 from pipelines.stages import STAGES
 
 KEPT_INDICES_SHOWN = 6000  # characters; the whole stands in kept.json
@@ -212,13 +212,18 @@ def _importance_plots(record: RunRecord, directory: Path) -> list[dict[str, Any]
         "kv_groups": "One dot per KV group; a group goes with its heads.",
         "heads": "One dot per query head; heads are ranked within their KV group.",
         "layers": "1 minus the cosine between a layer's input and its output.",
+        "removals": "Measured on the teacher at its full width, before anything was cut.",
     }
+
+    def counted(axis: AxisImportance) -> str:
+        return "" if axis.unit == "blocks" else f"{axis.kept_units:,} of {axis.units:,} kept. "
+
     return _present(
         *(
             _plot(
                 plots.importance(axis, f"importance_{axis.name}", directory),
                 axis.title,
-                f"{axis.kept_units:,} of {axis.units:,} kept. {captions[axis.name]}",
+                counted(axis) + captions[axis.name],
             )
             for axis in record.importance
         )

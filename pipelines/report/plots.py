@@ -146,7 +146,7 @@ def _over_steps(figure: Figure, axes: Axes, label: str) -> None:
 def importance(axis: AxisImportance, name: str, directory: Path) -> str:
     """What was scored on one axis, kept units in the accent colour, dropped ones in grey."""
     with _figure() as (figure, axes):
-        if axis.name == "layers":
+        if axis.name in ("layers", "removals"):
             _draw_layers(axes, axis)
         elif len(axis.scores) == 1:
             _draw_ranked(axes, axis)
@@ -156,19 +156,19 @@ def importance(axis: AxisImportance, name: str, directory: Path) -> str:
             _draw_ranges(axes, axis)
         handles = [
             pyplot.Line2D([], [], color=colour, marker="s", linestyle="", markersize=6, label=label)
-            for colour, label in ((ACCENT, "kept"), (FAINT, "dropped"))
-            if label == "kept" or axis.kept_units < axis.units
+            for colour, label in zip((ACCENT, FAINT), axis.words, strict=True)
+            if colour == ACCENT or axis.kept_units < axis.units
         ]
         figure.legend(handles=handles, loc="outside upper right", ncols=2, handletextpad=0.2)
         return _write(figure, name, directory)
 
 
 def _draw_layers(axes: Axes, axis: AxisImportance) -> None:
-    """One bar per layer."""
+    """One bar per layer, or per block at its first layer."""
     scores, kept = axis.scores[0], axis.kept[0]
     numbers = np.arange(1, len(scores) + 1)
     axes.bar(numbers, scores, width=0.7, color=[ACCENT if keep else FAINT for keep in kept])
-    axes.set(xlabel="layer", ylabel=axis.label)
+    axes.set(xlabel="first layer of the block" if axis.unit == "blocks" else "layer", ylabel=axis.label)
     _layer_ticks(axes, len(scores))
 
 

@@ -53,6 +53,7 @@ class AxisImportance:
     label: str  # of the score axis
     scores: tuple[np.ndarray, ...]
     kept: tuple[np.ndarray, ...]  # bool
+    words: tuple[str, str] = ("kept", "dropped")  # for True and False in kept
 
     @property
     def kept_units(self) -> int:
@@ -179,7 +180,7 @@ def read_importance(scores_file: Path, kept: dict[str, Any]) -> tuple[AxisImport
     """Axes that were scored, each with what was kept.
 
     scores_file: hidden, ffn.<layer>, heads.<layer>, kv_groups.<layer>, block_influence, or nothing where nothing had
-        to be ranked. KV groups that all stay are left out.
+        to be ranked; removed and its figures where layers were left out. KV groups that all stay are left out.
     kept: layers by the teacher's numbers from 1; channels, neurons and heads from 0, per kept layer.
     """
     if not kept or not scores_file.is_file():
@@ -209,7 +210,40 @@ def read_importance(scores_file: Path, kept: dict[str, Any]) -> tuple[AxisImport
         influence = scores["block_influence"]
         mask = _mask([n - 1 for n in kept["layers"]] if kept.get("layers") else None, len(influence))
         axes.append(AxisImportance("layers", "Layers", "layers", "block influence", (influence,), (mask,)))
+    if "removed" in scores and kept.get("layers"):
+        axes += _removals(scores, set(kept["layers"]))
     return tuple(axes)
+
+
+def _removals(scores: dict[str, np.ndarray], kept: set[int]) -> list[AxisImportance]:
+    """What leaving layers out costs, where it was measured: of every block as long as the one that went, or of every
+    layer by itself. By the loss, above that of the whole teacher; by the score of a task where there is no loss."""
+    removed, layers = scores["removed"].astype(bool), scores["removed"].shape[1]
+    away = np.array([number not in kept for number in range(1, layers + 1)])
+    by_loss = bool(np.isfinite(scores["removed_loss"]).any())
+    values = scores["removed_loss" if by_loss else "removed_task"]
+    label = "loss without, nats/token" if by_loss else "accuracy without"
+    whole = values[~removed.any(axis=1)]
+    if by_loss and len(whole) and np.isfinite(whole[0]):
+        values, label = values - whole[0], "loss above the teacher's, nats/token"
+    length, places = int(away.sum()), np.flatnonzero(away)
+    if length > 1 and places[-1] - places[0] == length - 1:
+        found = np.full(layers - length + 1, np.nan)
+        for mask, value in zip(removed, values, strict=True):
+            first = int(mask.argmax())
+            if mask.sum() == length and mask[first : first + length].all():
+                found[first] = value
+        if np.isfinite(found).sum() > 1:
+            taken = np.arange(len(found)) == places[0]
+            title, words = f"Blocks of {length} layers left out", ("the block that went", "other blocks")
+            return [AxisImportance("removals", title, "blocks", label, (found,), (taken,), words)]
+    found = np.full(layers, np.nan)
+    for mask, value in zip(removed, values, strict=True):
+        if mask.sum() == 1:
+            found[int(mask.argmax())] = value
+    if not np.isfinite(found).any():
+        return []
+    return [AxisImportance("removals", "Layers left out one by one", "layers", label, (found,), (~away,))]
 
 
 def _mask(indices: list[int] | None, size: int) -> np.ndarray:
