@@ -172,8 +172,12 @@ class ModelShape:
                     "Biases have no entry in pipelines/families.py."
                 )
         expect(config.get("hidden_act", "silu") == "silu", "hidden_act", "'silu'", config.get("hidden_act"), _OTHER)
-        if config.get("quantization_config"):
-            raise UserError("quantization_config: expected unquantized weights. Dequantize first.")
+        if quantized := config.get("quantization_config"):
+            method = quantized.get("quant_method", "an unnamed method") if isinstance(quantized, dict) else quantized
+            raise UserError(
+                f"quantization_config: expected unquantized weights, found a model quantized by {method}. Dequantize "
+                "it first."
+            )
         heads, hidden = _whole(config, "num_attention_heads"), _whole(config, "hidden_size")
         window = config.get("sliding_window")
         rope_theta, rope_scaling = _rope(config, FAMILIES[architecture])

@@ -31,6 +31,12 @@ ITEM_BYTES = {
     "BOOL": 1,
 }
 WEIGHTS = ("F64", "F32", "F16", "BF16")  # what a model's weights may be
+OTHERS = ("F8_E8M0", "F6_E2M3", "F6_E3M2", "F4", "U16", "U32", "U64", "C64")  # of the format, and of no model here
+# What quantized weights bring with them, by the ends of their names.
+QUANTIZATION = (
+    *(".weight_packed", ".weight_scale", ".weight_scale_2", ".weight_scale_inv", ".weight_shape", ".input_scale"),
+    *(".qweight", ".qzeros", ".scales", ".g_idx", ".SCB", ".weight_format", ".absmax", ".quant_map", ".weight_blocks"),
+)
 DERIVED = ("rotary_emb.inv_freq",)  # what other writers put beside the weights and follows from config.json
 _LISTED = 5  # tensors named in an error message
 _LARGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
@@ -78,13 +84,18 @@ def check_model(directory: Path, shape: ModelShape) -> None:
 def expect_model(directory: Path, entries: Mapping[str, Entry], shape: ModelShape) -> None:
     """As `check_model`, of entries that have been read. A tied model may store its head too."""
     expected = shape.tensor_shapes()
-    expect_tensors(directory, entries, expected, (*DERIVED, HEAD) if shape.tie_word_embeddings else DERIVED)
-    for name in expected:
-        if entries[name].dtype not in WEIGHTS:
+    for name in expected:  # before shapes and names, which packing changes
+        if name in entries and entries[name].dtype not in WEIGHTS:
             raise UserError(
                 f"{directory}: expected weights in float32, bfloat16 or float16, found {name} in "
                 f"{entries[name].dtype}. Dequantize the model first."
             )
+    if quantized := [name for name in entries if name not in expected and name.endswith(QUANTIZATION)]:
+        raise UserError(
+            f"{directory}: expected unquantized weights, found {len(quantized)} tensors of a quantization: "
+            f"{listed(quantized)}. Dequantize the model first."
+        )
+    expect_tensors(directory, entries, expected, (*DERIVED, HEAD) if shape.tie_word_embeddings else DERIVED)
 
 
 def expect_tensors(
@@ -175,6 +186,8 @@ def read_header(file: Path) -> dict[str, Entry]:
             header = json.loads(stream.read(length))
             header.pop("__metadata__", None)
             entries = {name: _header_entry(file, description) for name, description in header.items()}
+        except UserError:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise UserError(
                 f"{file}: expected a safetensors header, found {error}: corrupt. Download or copy it again."
@@ -198,6 +211,11 @@ def read_metadata(file: Path) -> dict[str, str]:
 
 def _header_entry(file: Path, description: dict[str, Any]) -> Entry:
     shape, dtype = tuple(int(size) for size in description["shape"]), str(description["dtype"])
+    if dtype in OTHERS:
+        raise UserError(
+            f"{file}: expected weights in float32, bfloat16 or float16, found tensors in {dtype}. Dequantize the model "
+            "first."
+        )
     if dtype not in ITEM_BYTES:
         raise ValueError(f"dtype {dtype}")
     start, end = description["data_offsets"]

@@ -157,6 +157,38 @@ def test_a_whole_model_passes_and_quantized_weights_do_not(tmp_path: Path, model
     assert "F8_E4M3" in refusal(["teacher"], *overrides(quantized))
 
 
+@pytest.mark.parametrize("kind", ["int8", "packed", "scales", "fp4", "config"])
+def test_a_quantized_teacher_is_refused_by_name_before_anything_starts(tmp_path: Path, kind: str) -> None:
+    directory = write_model(tmp_path / "quantized", dtype="I8" if kind == "int8" else "BF16")
+    name = "model.layers.0.mlp.down_proj"
+    shapes = SHAPE.tensor_shapes()
+    if kind in ("packed", "scales", "fp4"):
+        file = shard(directory, list(shapes).index(f"{name}.weight") % SHARDS + 1)
+        part = dict(list(shapes.items())[list(shapes).index(f"{name}.weight") % SHARDS :: SHARDS])
+        if kind == "packed":
+            del part[f"{name}.weight"]
+        more = {"packed": {f"{name}.weight_packed": (4, 4)}, "scales": {f"{name}.weight_scale": (32, 1)}}
+        write_file(file, part | more.get(kind, {}), "BF16")
+        index = json.loads((directory / INDEX).read_text())["weight_map"]
+        index.pop(f"{name}.weight" if kind == "packed" else "", None)
+        (directory / INDEX).write_text(json.dumps({"weight_map": index}))
+        if kind == "fp4":
+            file.write_bytes(file.read_bytes().replace(b'"BF16"', b'"F4"  ', 1))
+    if kind == "config":
+        change_config(quantization_config={"quant_method": "fp8"})(directory)
+    message = refusal(["prune"], *overrides(directory))
+    found = {
+        "int8": "found model.embed_tokens.weight in I8",
+        "packed": f"found 1 tensors of a quantization: {name}.weight_packed",
+        "scales": f"found 1 tensors of a quantization: {name}.weight_scale",
+        "fp4": f"{shard(directory, 1).parent}/model-",
+        "config": "quantization_config: expected unquantized weights, found a model quantized by fp8",
+    }
+    assert found[kind] in message and "Dequantize" in message, message
+    assert kind != "fp4" or "found tensors in F4" in message
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_stage_that_reads_no_model_does_not_look_at_its_weights(model: Path) -> None:
     shard(model, 1).unlink()
     assert validate(compose(overrides(model)), ["plan"]) == []

@@ -38,8 +38,8 @@ def pruned_weights(
 ) -> dict[str, bool]:
     """{parameter: whether it is the same} of our student and ModelOpt's, both pruned by their own scores at TP=1.
 
-    student: an empty place for ours. sizes: ModelOpt's names. ModelOpt leaves what it prunes in the order of the scores,
-    and with heads the KV groups in one of its own: ours is put into that order.
+    student: an empty place for ours. sizes: ModelOpt's names. ModelOpt leaves what it prunes in the order of its
+    scores, and with heads the KV groups in one of its own: ours is put into that order.
     """
     scores, local, batches = _scored(directory, samples, length, micro_batch_size)
     teacher = read_shape(directory)
