@@ -96,6 +96,7 @@ def run(config: Config, stage: str, overrides: list[str]) -> None:
 def dispatch(arguments: list[str]) -> None:
     from pipelines import launch
     from pipelines.compose import compose, to_yaml
+    from pipelines.iteration import expand
     from pipelines.validation import validate
 
     show = "--cfg" in arguments
@@ -109,23 +110,26 @@ def dispatch(arguments: list[str]) -> None:
     for warning in validate(config, names):
         if console.rank() == 0:
             print(f"warning: {warning}", file=sys.stderr)
-    for name in names:
-        if STAGES[name].kept and not not_needed(config, name):
-            artifacts.refuse_changed_settings(config, STAGES[name])
+    parts = [
+        (part, compose([*overrides, *part.overrides]) if part.overrides else config) for part in expand(config, names)
+    ]
+    for part, own in parts:
+        if STAGES[part.stage].kept and not not_needed(own, part.stage):
+            artifacts.refuse_changed_settings(own, STAGES[part.stage])
     if launch.is_child():
-        for name in names:
-            if code := launch.work(config, name):
+        for part, own in parts:
+            if code := launch.work(own, part.stage):
                 sys.exit(code)
         return None
-    for name in names:
-        if name == "plan":
+    for number, (part, own) in enumerate(parts):
+        if part.stage == "plan":
             from pipelines.stages import plan
 
-            plan.run(artifacts.StageContext(config, name, artifacts.stage_directory(config, name)))
+            plan.run(artifacts.StageContext(own, part.stage, artifacts.stage_directory(own, part.stage)))
         else:
-            if name != names[0]:
-                validate(config, [name])  # with what the stages before it have made
-            run(config, name, overrides)
+            if number:
+                validate(own, [part.stage])  # with what the stages before it have made
+            run(own, part.stage, [*overrides, *part.overrides])
     return None
 
 

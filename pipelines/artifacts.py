@@ -110,7 +110,13 @@ INPUTS: dict[str, Callable[[Config], list[Path]]] = {
     "scores": lambda config: [Path(config.prune.scores)] if config.prune.scores else [],
     "task": lambda config: [Path(config.prune.task)] if config.prune.task else [],
     "exported": lambda config: [stage_directory(config, "export")],
+    "steps": lambda config: [place / stage for place in earlier_steps(config) for stage in ("prune", "distil")],
 }
+
+
+def earlier_steps(config: Config) -> list[Path]:
+    """Of a run in steps (iteration.py), where each but the last lies."""
+    return [run_directory(config) / f"step{number}" for number in range(1, len(config.iterate.students))]
 
 
 def _source_paths(path: str) -> list[Path]:

@@ -61,6 +61,13 @@ class Measure(Enum):
     task = "task"  # of multiple-choice questions (prune.task)
 
 
+class StepTeacher(Enum):
+    """Who teaches the students of a run in steps."""
+
+    first = "first"  # the run's teacher, in every step
+    previous = "previous"  # the student of the step before
+
+
 class Divergence(Enum):
     """The distance from teacher to student (core/family.py); with a parameter: beta and alpha."""
 

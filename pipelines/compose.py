@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import config as configuration
+from pipelines import prune_settings
 from pipelines.config import Config, UserError
 
 GROUPS = ("experiment", "model", "student", "parallel", "data", "teacher", "distil", "signals", "benchmark")
@@ -196,7 +197,7 @@ def _full_key(text: str) -> str:
 
 def _unknown(key: str, kind: str = "") -> str:
     names = known_keys() + [group for group in GROUPS if group not in known_keys()]
-    inner = getattr(configuration, kind, None)
+    inner = getattr(configuration, kind, None) or getattr(prune_settings, kind, None)
     if inner is not None and inner is not Config and "." not in key:  # an entry of a list has no path of its own
         siblings = [entry.name for entry in fields(inner)]
     else:

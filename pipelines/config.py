@@ -23,7 +23,7 @@ from pipelines.choices import (
     TeacherPrecision,
     Tracker,
 )
-from pipelines.prune_settings import PruneConfig
+from pipelines.prune_settings import IterateConfig, PruneConfig
 from pipelines.signals import AttentionLossConfig, HiddenLossConfig, SchedulesConfig, TaidConfig
 
 
@@ -253,6 +253,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
+    iterate: IterateConfig = field(default_factory=IterateConfig)
     distil: DistilConfig = field(default_factory=DistilConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)

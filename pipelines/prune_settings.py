@@ -5,7 +5,7 @@ Layers count from 1; channels, neurons, heads and KV groups from 0, as Hugging F
 
 from dataclasses import dataclass, field
 
-from pipelines.choices import Aggregation, DepthMethod, Importance, Measure, Precision
+from pipelines.choices import Aggregation, DepthMethod, Importance, Measure, Precision, StepTeacher
 
 # What pruning makes smaller, in the words of config.json.
 PRUNED_SIZES = (
@@ -100,3 +100,30 @@ class PruneConfig:
     multiples: MultiplesConfig = field(default_factory=MultiplesConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+
+
+@dataclass
+class StepConfig:
+    """One student of a run in steps: its shape, where None keeps that of the student before, or the limits of one that
+    is searched for; and what of its distillation differs from distil.*."""
+
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    num_hidden_layers: int | None = None
+    drop_layers: list[int] | None = None  # counted from 1 in the student before
+    parameters: float | None = None  # at most, as prune.target
+    ratio: float | None = None  # at most, of the student before
+    steps: int | None = None
+    warmup_steps: int | None = None
+    learning_rate: float | None = None
+    min_learning_rate: float | None = None
+
+
+@dataclass
+class IterateConfig:
+    """Prune and distil in steps, each student the next one's start (iteration.py). Empty: in one, to student.*."""
+
+    students: list[StepConfig] = field(default_factory=list)  # the last one is the run's student
+    teacher: StepTeacher = StepTeacher.first

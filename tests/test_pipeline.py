@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +56,15 @@ SMALL = [
     "export.new_tokens=4",
 ]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+TORCHRUN += ["--nproc-per-node=2"]
 
 pytestmark = pytest.mark.slow
 
 
-def start(directory: Path, *overrides: str) -> subprocess.Popen[str]:
+def start(directory: Path, *overrides: str, launcher: Sequence[str] = (sys.executable,)) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "pipelines", *SMALL, f"run.directory={directory}", *overrides],
+        [*launcher, "-m", "pipelines", *SMALL, f"run.directory={directory}", *overrides],
         cwd=ROOT,
         text=True,
         stdout=subprocess.PIPE,
@@ -187,21 +190,49 @@ def test_a_killed_run_continues_with_the_same_numbers_and_leaves_a_damaged_check
     assert (directory / "killed" / weights).read_bytes() == (directory / "whole" / weights).read_bytes()
 
 
+def test_a_run_in_steps_continues_where_it_was_killed(finished: tuple[Path, str], tmp_path: Path) -> None:
+    """Killed in its second step, one torchrun per stage, and continued in a single torchrun for all."""
+    whole, steps = finished[0] / "whole", tmp_path / "steps"
+    overrides = [
+        *("run.name=steps", "stage=[prune,distil,report]", f"data.corpus={whole / 'corpus'}", "teacher.mode=take"),
+        *(f"model.path={whole / 'teacher' / 'hf'}", "student.hidden_size=null", "student.intermediate_size=null"),
+        "iterate.students=[{hidden_size: 56, steps: 6}, {hidden_size: 48, num_attention_heads: 2, steps: 7}]",
+    ]
+    process, deadline = start(tmp_path, *overrides), time.monotonic() + 600
+    while not (steps / "step1" / "distil" / "complete").is_file():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.05)
+    for pid in [*descendants(process.pid), process.pid]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+    assert not (steps / "distil" / "complete").exists()
+    before = (steps / "step1" / "distil" / "manifest.json").read_bytes()
+    output = output_of(start(tmp_path, *overrides, launcher=TORCHRUN), tmp_path)
+    for stage in ("prune", "distil"):
+        assert f"{stage}: finished already in {steps / 'step1' / stage}" in output
+    assert (steps / "step1" / "distil" / "manifest.json").read_bytes() == before
+    results = json.loads((steps / "report" / "results.json").read_text())
+    first, second = results["steps"]
+    teacher, student = str(whole / "teacher" / "hf"), str(steps / "step1" / "distil" / "hf")
+    assert (first["start"], second["start"]) == (teacher, student)
+    assert first["teacher"] == second["teacher"] == teacher
+    assert first["parameters"] > second["parameters"] and (first["steps"], second["steps"]) == (6, 7)
+    assert all(row["ce"] > 0 and row["kd"] > 0 for row in (first, second))
+    parents = {entry["stage"]: entry["inputs"]["teacher"] for entry in results["lineage"]}
+    assert parents["prune"]["path"] == student and len(parents["prune"]["sha256"]) == 64
+    assert list(parents) == ["step1/prune", "step1/distil", "prune", "distil"]
+    config = json.loads((steps / "distil" / "hf" / "config.json").read_text())
+    assert [config[name] for name in ("hidden_size", "num_attention_heads", "head_dim")] == [48, 2, 16]
+
+
 def run_in_one_torchrun(directory: Path, name: str, *overrides: str) -> dict[str, dict[str, Any]]:
     """Every stage in the same two processes, as torchrun or srun start them: a few steps. Returns the models' figures.
 
     The other tests start one torchrun per stage; this is also the quicker way.
     """
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
     short = ["teacher.steps=40", "distil.steps=10", "distil.learning_rate=3e-3", "stage=all", f"run.name={name}"]
-    process = subprocess.Popen(
-        [*launcher, "--nproc-per-node=2", "-m", "pipelines", *SMALL, *short, f"run.directory={directory}", *overrides],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=ENVIRONMENT,
-    )
+    process = start(directory, *short, *overrides, launcher=TORCHRUN)
     output_of(process, directory)
     for stage in PIPELINE:
         assert (directory / name / stage / "complete").is_file()

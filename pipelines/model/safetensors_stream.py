@@ -71,6 +71,10 @@ class Tensors:
         assert 0 <= start <= stop <= size, f"{name}: {start}:{stop} of dim {dim} with {size} indices"
         return self._file(name).get_slice(name)[(slice(None),) * dim + (slice(start, stop),)]
 
+    def unmap(self) -> None:
+        """Let go of the files' pages that were read: they count as this process's memory. Reading opens them again."""
+        self._open_files.clear()
+
     def expect(self, shapes: dict[str, tuple[int, ...]], ignore: Iterable[str] = ()) -> None:
         """Raises UserError unless these tensors are there with these shapes, and no other but those to ignore.
 

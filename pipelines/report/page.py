@@ -45,6 +45,8 @@ def render(record: RunRecord, results: dict[str, Any], configuration: str, plot_
             evaluated=_evaluated(results),
             has_models=bool(models),
             table=summary.table(models),
+            chain_titles=[title for _, title, _ in summary.CHAIN],
+            chain=summary.chain_cells(results["steps"]),
             absent_models=_absent_models(record, models),
             quality=_plot(
                 plots.quality_against_size(models, "quality_against_size", plot_directory),
@@ -266,7 +268,7 @@ def duration(seconds: float) -> str:
 
 def _lineage_entry(entry: dict[str, Any]) -> dict[str, Any]:
     facts = [
-        _layout(entry.get("layout") or {}) if STAGES[entry["stage"]].ranks else "",
+        _layout(entry.get("layout") or {}) if STAGES[entry["stage"].rpartition("/")[2]].ranks else "",
         f"seed {entry['seed']}" if entry.get("seed") is not None else "",
         f"commit {short_commit(entry['git'])}" if entry.get("git") else "",
         _moment(entry.get("finished") or ""),

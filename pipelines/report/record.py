@@ -80,6 +80,7 @@ class RunRecord:
     kept: dict[str, Any]  # kept.json
     search: dict[str, Any]  # search.json; {} without a search
     importance: tuple[AxisImportance, ...]
+    steps: tuple[dict[str, dict[str, Any]], ...]  # of a run in steps, the manifests of prune and distil of each
     missing: dict[str, str]
 
     @property
@@ -89,7 +90,18 @@ class RunRecord:
 
     def inputs(self) -> dict[str, dict[str, dict[str, Any]]]:
         """By stage that ran, what it read, as `input_digests` tells it."""
-        return {stage: input_digests(manifest.get("inputs")) for stage, manifest in self.manifests.items() if manifest}
+        return {stage: input_digests(found.get("inputs")) for stage, found in self.every_manifest().items() if found}
+
+    def every_manifest(self) -> dict[str, dict[str, Any]]:
+        """Those of the steps before the last too, before prune: {"step1/prune": ...}."""
+        earlier = {
+            f"step{number}/{stage}": manifest
+            for number, manifests in enumerate(self.steps[:-1], start=1)
+            for stage, manifest in manifests.items()
+        }
+        places = list(self.manifests)
+        before, after = places[: places.index("prune")], places[places.index("prune") :]
+        return {s: self.manifests[s] for s in before} | earlier | {s: self.manifests[s] for s in after}
 
 
 def read_run(config: Config) -> RunRecord:
@@ -127,7 +139,15 @@ def read_run(config: Config) -> RunRecord:
         kept=kept,
         search=read_json(directory / "prune" / "search.json"),
         importance=importance,
+        steps=_steps(config),
         missing=missing,
+    )
+
+
+def _steps(config: Config) -> tuple[dict[str, dict[str, Any]], ...]:
+    places = [*artifacts.earlier_steps(config), artifacts.run_directory(config)] if config.iterate.students else []
+    return tuple(
+        {stage: read_json(place / stage / "manifest.json") for stage in ("prune", "distil")} for place in places
     )
 
 

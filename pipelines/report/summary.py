@@ -110,8 +110,49 @@ def results(record: RunRecord) -> dict[str, Any]:
         "pending": record.pending,
         "missing": record.missing | record.evaluation.get("missing", {}),
         "stages": {stage: _stage(record, stage) for stage in STAGES},
+        "steps": chain(record),
         "lineage": lineage(record),
     }
+
+
+def chain(record: RunRecord) -> list[dict[str, Any]]:
+    """Of a run in steps one row each: where its start and its teacher lay, parameters, and losses on the validation
+    split in nats/token; None where a step has not come so far."""
+    rows = []
+    for number, manifests in enumerate(record.steps, start=1):
+        prune, distil = (manifests[stage].get("figures", {}) for stage in ("prune", "distil"))
+        validation = distil.get("validation") or {}
+        rows.append(
+            {
+                "step": number,
+                "start": manifests["prune"].get("inputs", {}).get("teacher", {}).get("path"),
+                "teacher": manifests["distil"].get("inputs", {}).get("teacher", {}).get("path"),
+                "parameters": prune.get("parameters_after"),
+                "share_of_start": prune.get("ratio"),
+                "steps": distil.get("steps"),
+                "tokens": distil.get("tokens"),
+                "ce": validation.get("ce"),
+                "kd": validation.get("kd"),
+            }
+        )
+    return rows
+
+
+CHAIN = (  # of the table of steps: key, title, format
+    ("step", "Step", "{}"),
+    ("start", "Pruned from", "{}"),
+    ("teacher", "Teacher", "{}"),
+    ("parameters", "Parameters", "{:,}"),
+    ("share_of_start", "of its start", "{:.1%}"),
+    ("tokens", "Tokens", "{:,}"),
+    ("ce", "Validation loss, nats/token", "{:.4f}"),
+    ("kd", "Divergence from its teacher", "{:.4f}"),
+)
+
+
+def chain_cells(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """The table of steps ("–" where there is nothing yet)."""
+    return [["–" if row[key] is None else form.format(row[key]) for key, _, form in CHAIN] for row in rows]
 
 
 def _stage(record: RunRecord, stage: str) -> dict[str, Any]:
@@ -127,7 +168,7 @@ def lineage(record: RunRecord) -> list[dict[str, Any]]:
     """One entry per stage that ran: what it read with hashes, code and versions, layout, seed."""
     entries = []
     for stage, inputs in record.inputs().items():
-        manifest = record.manifests[stage]
+        manifest = record.every_manifest()[stage]
         entry = {"stage": stage, "inputs": inputs}
         entry |= {
             key: manifest[key]

@@ -100,7 +100,7 @@ _TABLE = (
         "report",
         "results.json, plots, one HTML page",
         ranks=False,
-        may_read=("corpus", "teacher_run", "pruning", "distillation", "evaluation", "exported"),
+        may_read=("corpus", "teacher_run", "pruning", "distillation", "evaluation", "exported", "steps"),
         derived=True,
     ),
     Stage("plan", "parameters, FLOPs and bytes per device, before anything is started", ranks=False, kept=False),

@@ -1,31 +1,50 @@
 """The plan of an experiment: parameters, tokens, FLOPs, bytes per device, as a table or as JSON. Imports no torch.
 
-Where the student's shape is searched for, the plan is that of the largest candidate: the most that it can cost.
+Where the student's shape is searched for, the plan is that of the largest candidate: the most that it can cost. Of a
+run in steps each is planned by itself, with the sums behind them.
 """
 
 import json
 from typing import Any
 
-from pipelines import artifacts, capacity, grid, planning
+from pipelines import artifacts, capacity, grid, iteration, planning
 from pipelines.config import Config, Format, Layout, layout
 from pipelines.families import ModelShape
+from pipelines.prune_costs import prune_cost
 from pipelines.speeds import pass_tokens, speeds
 
 SHOWN = 8  # candidates
 
 
 def run(context: artifacts.StageContext) -> dict[str, Any]:
-    figures = plan(context.config)
-    print(json.dumps(figures, indent=2) if context.config.format is Format.json else as_text(figures))
+    config = context.config
+    figures = steps_plan(config) if config.iterate.students else plan(config)
+    print(json.dumps(figures, indent=2) if config.format is Format.json else as_text(figures))
     return figures
 
 
+def steps_plan(config: Config) -> dict[str, Any]:
+    """{"experiment", "teaches": who, "steps": `plan` of each, "sum": tokens, FLOPs, hours, minutes of pruning}."""
+    steps = []
+    for number in range(1, len(config.iterate.students) + 1):
+        pruning = plan(iteration.pruning_view(config, number))
+        distillation = plan(iteration.distillation_view(config, number))
+        steps.append(pruning | distillation | {"pruning": pruning["pruning"]})
+    total = {name: sum(step[name] for step in steps) for name in ("tokens", "flops")}
+    total |= {name: round(sum(step["prediction"][name] for step in steps), 2) for name in ("device_hours", "hours")}
+    total["pruning_minutes"] = round(sum(step["pruning"]["minutes"] for step in steps), 2)
+    return {"experiment": config.run.name, "teaches": config.iterate.teacher.value, "steps": steps, "sum": total}
+
+
 def plan(config: Config) -> dict[str, Any]:
-    """planning.plan's figures; with `search` where prune.target is set, `capacity` where the student is far below."""
+    """planning.plan's figures, and `pruning` (prune_costs.py) unless the student is given; with `search` where
+    prune.target is set, `capacity` where the student is far below."""
     teacher, ranks = planning.teacher_shape(config), layout(config.parallel)
     student, found = _search(config, ranks, teacher) if grid.searches(config) else (planning.student_shape(config), {})
     if far := capacity.advice(config, ranks, teacher, student):
         found["capacity"] = far
+    if not config.student.path:
+        found["pruning"] = prune_cost(config, teacher, student, ranks)
     return planning.plan(config, student) | found
 
 
@@ -57,6 +76,13 @@ def _search(config: Config, ranks: Layout, teacher: ModelShape) -> tuple[ModelSh
 
 
 def as_text(figures: dict[str, Any]) -> str:
+    if "steps" in figures and "sum" in figures:
+        total, plans = figures["sum"], [as_text(step) for step in figures["steps"]]
+        return "\n\n".join(plans) + (
+            f"\n\n{figures['experiment']}: {len(plans)} steps, the {figures['teaches']} model teaches: "
+            f"{total['tokens']:,} tokens, {total['flops']:.3g} FLOPs, {total['device_hours']:,} device hours, "
+            f"{total['hours']:,} h at this layout, and {total['pruning_minutes']:,} min of pruning"
+        )
     teacher, student, ranks = figures["teacher"], figures["student"], figures["layout"]
     lines = [f"plan of {figures['experiment']}", "", f"{'':<32}{'teacher':>18}{'student':>18}"]
     lines += [f"{name.replace('_', ' '):<32}{teacher[name]:>18,}{student[name]:>18,}" for name in teacher]
@@ -76,6 +102,7 @@ def as_text(figures: dict[str, Any]) -> str:
     for name, size in sizes.items():
         if size and name != "total":
             rows["  " + name.replace("_", " ")] = f"{size / 2**30:,.3f} GiB"
+    rows |= _pruning(figures["pruning"]) if "pruning" in figures else {}
     if "capacity" in figures:
         rows["capacity"] = capacity.in_words(figures["capacity"])
     text = "\n".join(lines + [f"{name:<34}{value}" for name, value in rows.items()])
@@ -134,6 +161,22 @@ def _time(found: dict[str, Any]) -> dict[str, str]:
     return {
         "tokens/s per device": f"{found[speed]:,.0f}  (at {share} of {peak}, {found['gpu']} in bf16{more})",
         "device hours": f"{found['device_hours']:,}, {found['hours']:,} h at this layout",
+    }
+
+
+def _pruning(found: dict[str, Any]) -> dict[str, str]:
+    parts, files = found["seconds"], ("reading", "cutting", "hashing")
+    passes = [
+        f"{entry['what']} {parts[entry['what']]:,.1f} s ({entry['passes']} of {entry['tokens']:,} tokens)"
+        for entry in found["passes"]
+    ]
+    missing = f", without {' and '.join(found['not_counted'])}" if found["not_counted"] else ""
+    return {
+        "pruning": f"{found['minutes']:,} min at this layout{missing}",
+        "  passes over calibration data": f"{', '.join(passes) or 'none'}  ({found['flops']:.3g} FLOPs)",
+        "  files": ", ".join(f"{name} {parts[name]:,.1f} s" for name in files)
+        + f"  (read at {found['read_bytes_per_second'] / 1e9:g} GB/s, an assumption; cut at "
+        f"{found['cut_bytes_per_second'] / 1e9:g} GB/s, one core)",
     }
 
 

@@ -7,7 +7,7 @@ that another launcher started pass here too, so that a stage need not check its 
 
 from collections.abc import Collection
 
-from pipelines import artifacts, grid, planning
+from pipelines import artifacts, grid, iteration, planning
 from pipelines.config import Config, Layout, layout
 from pipelines.families import ModelShape, read_shape
 from pipelines.stages import STAGES
@@ -25,6 +25,7 @@ from pipelines.validation import (
     search,
     shapes,
     signals,
+    steps,
     training,
 )
 
@@ -37,8 +38,23 @@ WITH_STUDENT = frozenset({"plan", "prune", "distil", "evaluate", "export"})
 
 
 def validate(config: Config, stages: Collection[str]) -> list[str]:
-    """stages: the names that are asked for. Returns warnings; raises UserError."""
+    """stages: the names that are asked for. Returns warnings; raises UserError. Of a run in steps every step is checked
+    before the first."""
     numbers.check(config)
+    if not config.iterate.students:
+        return _validate(config, stages)
+    steps.check(config, stages)
+    found = []
+    for place, pruning, distillation in steps.views(config, stages):
+        with steps.named(place):
+            found += [f"iterate.students[{place}]: {warning}" for warning in _validate(pruning, ["plan"])]
+            _validate(distillation, ["plan"])
+            trained = {"distil"} & set(stages)
+            training.check(distillation, trained, layout(config.parallel), distillation.model.shape.vocab_size)
+    return found + _validate(iteration.final_view(config), stages)
+
+
+def _validate(config: Config, stages: Collection[str]) -> list[str]:
     ranks = layout(config.parallel)
     directories.check_run(config, stages)
     directories.check_given(config, stages)

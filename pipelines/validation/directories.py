@@ -1,5 +1,6 @@
 """The directories that a configuration names: that they are there, and hold what they should."""
 
+import re
 from collections.abc import Collection
 from pathlib import Path
 
@@ -16,7 +17,7 @@ NEEDS_START = frozenset({"distil", "evaluate"})
 
 def check_run(config: Config, stages: Collection[str]) -> None:
     """Where the run is written."""
-    name = config.run.name
+    name = re.sub(r"/step[1-9]\d*$", "", config.run.name)  # of a run in steps (iteration.py)
     good = name.strip() and name not in (".", "..") and not set(name) & set("/\\\0")
     expect(bool(good), "run.name", "a directory name", repr(name), "Leave slashes out; see run.directory.")
     size = len(name.encode())

@@ -63,5 +63,6 @@ def warnings(
         yield f"prune.target has no effect with student.path={config.student.path}"
     if not targeted and config.prune.search != SearchConfig():
         yield "prune.search has no effect without prune.target"
-    if found := capacity.advice(config, ranks, teacher, student):
+    in_steps = bool(config.iterate.students)  # where each step has its own advice
+    if not in_steps and (found := capacity.advice(config, ranks, teacher, student)):
         yield capacity.in_words(found)

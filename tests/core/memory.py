@@ -1,6 +1,9 @@
-"""Peak memory of a piece of work on the CPU: the profiler's allocations, not what the process holds."""
+"""Peak memory of a piece of work on the CPU: the profiler's allocations, or what Linux counts as the process's."""
 
+import gc
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile
 
@@ -16,3 +19,20 @@ def peak_bytes(work: Callable[[], None]) -> int:
             live += event.nbytes()
             peak = max(peak, live)
     return peak
+
+
+def peak_resident_bytes(work: Callable[[], object]) -> int:
+    """The most that this process held in memory beyond what it found, pages of mapped files among it; `work` is run
+    once before."""
+    work()
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _status("VmRSS")
+    work()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    found = re.search(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.M)
+    assert found, name
+    return 1024 * int(found[1])

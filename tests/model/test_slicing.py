@@ -11,6 +11,7 @@ from pipelines.config import UserError
 from pipelines.core.selection import Kept
 from pipelines.families import HEAD, ModelShape, read_shape
 from pipelines.model.slicing import slice_checkpoint, sliced_shape
+from tests.core.memory import peak_resident_bytes
 from tests.model.teachers import random_case, random_weights, silence, write_teacher
 
 SHAPE = ModelShape(
@@ -118,6 +119,32 @@ def test_dtype_stays_and_shards_are_as_small_as_asked(tmp_path):
     written = {name: weight for file in files for name, weight in load_file(file).items()}
     assert torch.equal(written["model.embed_tokens.weight"], weights["model.embed_tokens.weight"][:, KEPT.hidden])
     assert json.loads((tmp_path / "student" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_memory_holds_a_tensor_and_its_cut_and_never_the_model(tmp_path):
+    """Llama-3.1-8B at an eighth of its width, to the 4B: its embedding, the largest tensor, is a fifteenth of it."""
+    shape = ModelShape(
+        vocab_size=16_032,
+        hidden_size=512,
+        intermediate_size=1792,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=16,
+    )
+    weights = {name: torch.zeros(size, dtype=torch.bfloat16) for name, size in shape.tensor_shapes().items()}
+    teacher = write_teacher(tmp_path / "teacher", shape, weights)
+    del weights
+    largest, layers = 2 * 16_032 * 512, range(1, 33)
+    assert 2 * shape.parameters() > 15 * largest
+    kept = Kept(
+        hidden=[channel for channel in range(512) if channel % 4],
+        ffn={n: list(range(n, n + 1152)) for n in layers},
+        heads={n: list(range(32)) for n in layers},
+        layers=list(layers),
+        groups={n: list(range(8)) for n in layers},
+    )
+    assert peak_resident_bytes(lambda: slice_checkpoint(teacher, tmp_path / "student", shape, kept)) < 3 * largest
 
 
 def test_a_teacher_of_another_shape_than_its_config_leaves_nothing_behind(tmp_path):

@@ -1,0 +1,171 @@
+"""A run in steps: what it expands to, and what is refused before its first step."""
+
+import functools
+from pathlib import Path
+
+import pytest
+
+from pipelines import artifacts, iteration, planning
+from pipelines import config as configuration
+from pipelines.compose import compose
+from pipelines.config import UserError
+from pipelines.iteration import Part, expand
+from pipelines.stages import PIPELINE, STAGES
+from pipelines.stages.plan import as_text, steps_plan
+from pipelines.validation import validate
+
+BASE = ["experiment=quickstart", "student=custom", "parallel=tp2"]
+TWO = "iterate.students=[{hidden_size: 112, num_hidden_layers: 5, steps: 50}, {hidden_size: 96, learning_rate: 2e-3}]"
+
+
+@pytest.fixture(autouse=True)
+def machine_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configuration, "gpu_count", lambda: 0)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+
+@functools.cache
+def parts(*overrides: str, stages: tuple[str, ...] = PIPELINE) -> list[tuple[Part, configuration.Config]]:
+    """Each part with the configuration that its own process composes."""
+    given = [*BASE, TWO, *overrides]
+    return [(part, compose([*given, *part.overrides])) for part in expand(compose(given), stages)]
+
+
+def test_without_students_a_run_is_its_stages() -> None:
+    assert expand(compose(["experiment=quickstart"]), PIPELINE) == [Part(stage) for stage in PIPELINE]
+
+
+def test_steps_stand_in_the_place_of_prune_and_distil() -> None:
+    found = [(part.stage, config.run.name) for part, config in parts()]
+    run = "quickstart"
+    assert found == [
+        ("corpus", run),
+        ("teacher", run),
+        ("prune", f"{run}/step1"),
+        ("distil", f"{run}/step1"),
+        ("prune", run),
+        ("distil", run),
+        ("evaluate", run),
+        ("export", run),
+        ("report", run),
+    ]
+    assert [(p.stage, p.step) for p, _ in parts(stages=("distil",))] == [("distil", 2)]
+    assert [(p.stage, p.step) for p, _ in parts(stages=("prune",))] == [("prune", 1), ("distil", 1), ("prune", 2)]
+
+
+@pytest.mark.parametrize("teaches", ["first", "previous"])
+def test_each_student_is_what_the_next_step_prunes(teaches: str) -> None:
+    found = [(part, config) for part, config in parts(f"iterate.teacher={teaches}") if part.step]
+    first, student = Path("runs/quickstart/teacher/hf"), Path("runs/quickstart/step1/distil/hf")
+    read = [artifacts.teacher_directory(config) for _, config in found]
+    # until it is there, a path that is given is that of the stage's own directory
+    read = [Path(str(config.model.path)) for _, config in found]
+    last = student if teaches == "previous" else first
+    assert read == [first, first, student, last]
+    starts = [artifacts.student_start_directory(config) for part, config in found if part.stage == "distil"]
+    assert starts == [Path("runs/quickstart/step1/prune/hf"), Path("runs/quickstart/prune/hf")]
+    for _, config in found:
+        assert artifacts.corpus_directory(config) == Path("runs/quickstart/corpus")
+        assert config.iterate.students == [] and config.teacher.mode is configuration.TeacherMode.take
+    assert [config.distil.steps for _, config in found] == [50, 50, 280, 280]
+    assert [config.distil.learning_rate for _, config in found] == [4e-3, 4e-3, 2e-3, 2e-3]
+    sizes = [(config.student.hidden_size, config.student.num_hidden_layers) for _, config in found]
+    assert sizes == [(112, 5), (112, 5), (96, None), (96, None)]
+
+
+def test_a_given_teacher_and_corpus_are_read_where_they_lie(tmp_path: Path) -> None:
+    model = tmp_path / "it's a model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    given = [f'model.path="{model}"', "teacher=take", f'data.corpus="{tmp_path}/a corpus"']
+    for part, config in parts(*given):
+        if part.step:
+            assert config.data.corpus == f"{tmp_path}/a corpus"
+    assert [config.model.path for part, config in parts(*given) if part.step and part.stage == "distil"] == [
+        str(model)
+    ] * 2
+
+
+def test_every_other_setting_is_the_runs_own() -> None:
+    """What decides a step's result are the run's settings, but for those that the step gives."""
+    whole = compose([*BASE, TWO])
+    for part, config in parts():
+        if not part.step:
+            continue
+        before, after = (artifacts.settings(c, STAGES[part.stage]) for c in (whole, config))
+        changed = {key for key in before if before[key] != after[key]}
+        assert changed <= {"student.hidden_size", "student.num_hidden_layers", "distil.steps", "distil.learning_rate"}
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        validate(compose([*BASE, *overrides]), ["prune", "distil"])
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (
+            ["iterate.students=[{hidden_size: 96}, {hidden_size: 112}]"],
+            ["iterate.students[1]: student.hidden_size", "at most the teacher's 96", "found 112"],
+        ),
+        (
+            ["iterate.students=[{num_hidden_layers: 4}, {drop_layers: [5]}]"],
+            ["iterate.students[1]: student.drop_layers", "layers from 1 to 4", "5"],
+        ),
+        (
+            ["iterate.students=[{hidden_size: 96}, {num_attention_heads: 3}]"],
+            ["iterate.students[1]: student.num_attention_heads", "3", "Take 2 or 4"],
+        ),
+        (
+            ["iterate.students=[{hidden_size: 96, drop_layers: [1], num_hidden_layers: 3}, {}]"],
+            ["iterate.students[0]: student.num_hidden_layers", "expected 5"],
+        ),
+        (
+            ["iterate.students=[{steps: 5, hidden_size: 96}, {hidden_size: 64}]"],
+            ["iterate.students[0]: distil.warmup_steps", "fewer than distil.steps=5"],
+        ),
+        (["iterate.students=[{hidden_size: 96, steps: 0}]"], ["iterate.students[0].steps", "1 or more"]),
+        (["iterate.students=[{hidden_size: 96}]", "student.hidden_size=96"], ["student.hidden_size", "none beside"]),
+        (["iterate.students=[{ratio: 0.5}]", "prune.target.ratio=0.5"], ["prune.target", "none beside", "ratio"]),
+        (
+            ["iterate.students=[{hidden_size: 96}, {hidden_size: 64}]", "prune.protect.hidden=[1]"],
+            ["prune.protect", "numbered anew"],
+        ),
+        (["iterate.students=[{hiden_size: 96}]"], ["hiden_size", "Did you mean"]),
+    ],
+)
+def test_a_step_that_cannot_work_is_refused_by_its_place(overrides: list[str], parts: list[str]) -> None:
+    message = refusal(*overrides)
+    assert all(part in message for part in parts), message
+
+
+def test_a_run_in_steps_may_be_named_like_any_other_and_its_name_has_no_slashes() -> None:
+    assert "run.name" in refusal(TWO, "run.name=a/b")
+    assert validate(compose([*BASE, TWO]), list(PIPELINE)) == []
+
+
+def test_shapes_follow_one_another_and_the_largest_stands_for_one_that_is_searched_for() -> None:
+    config = compose([*BASE, "iterate.students=[{ratio: 0.7}, {ratio: 0.7, num_hidden_layers: 4}]"])
+    teacher, first, second = iteration.shapes(config)
+    assert 0.6 * teacher.parameters() < first.parameters() <= 0.7 * teacher.parameters()
+    assert second.parameters() <= 0.7 * first.parameters() and second.num_hidden_layers == 4
+    found = [compose([*BASE, *part.overrides]).prune.target for part in expand(config, ("prune",))]
+    assert [target.ratio for target in found] == [0.7, 0.7, 0.7]
+
+
+def test_the_plan_is_that_of_each_step_and_their_sum() -> None:
+    config = compose([*BASE, TWO])
+    figures = steps_plan(config)
+    first, second = figures["steps"]
+    assert [step["student"]["hidden_size"] for step in (first, second)] == [112, 96]
+    assert first["teacher"] == second["teacher"] == planning.counts(planning.teacher_shape(config))
+    assert second["student"]["num_hidden_layers"] == 5
+    assert (first["steps"], second["steps"]) == (50, 280)
+    assert figures["sum"]["tokens"] == first["tokens"] + second["tokens"] == 330 * 16 * 128
+    assert figures["sum"]["flops"] == first["flops"] + second["flops"]
+    text = as_text(figures)
+    assert "plan of quickstart, step 1 of 2" in text and "2 steps, the first model teaches: 675,840 tokens" in text
+    config = compose([*BASE, TWO, "iterate.teacher=previous"])
+    assert steps_plan(config)["steps"][1]["teacher"]["hidden_size"] == 112
