@@ -154,7 +154,7 @@ TARGET = "prune.target.ratio=0.6"
         ),
         (
             [TARGET, "prune.search.distil_tokens=1e4", "distil.hidden=[{student_layer: 5, teacher_layer: 5}]"],
-            ["distil.hidden[0].student_layer: expected a layer from 0 to", "found 5"],
+            ["distil.hidden[0].student_layer: expected a layer from 0 to", "found 5", "(Of the candidate h"],
         ),
     ],
 )

@@ -80,7 +80,8 @@ def _validate(config: Config, stages: Collection[str]) -> list[str]:
     frozen_teacher.check(config, used, ranks, teacher)
     benchmark.check(config, stages, ranks)
     for shape in students:
-        signals.check(config, used, ranks, teacher, shape)
+        with search.named(config, shape):
+            signals.check(config, used, ranks, teacher, shape)
     depth.check(config, stages, teacher)
     data.check_tokenizer(config, stages, teacher, where)
     data.check_splits(config, stages, teacher)
@@ -105,7 +106,8 @@ def _students(config: Config, stages: Collection[str], ranks: Layout, teacher: M
         if grid.searches(config):
             found = search.representatives(search.check(config, ranks, teacher))
             for shape in found:
-                shapes.check_target(config, ranks, teacher, shape)
+                with search.named(config, shape):
+                    shapes.check_target(config, ranks, teacher, shape)
             return found
         shapes.check_target(config, ranks, teacher, student)
     return [student]

@@ -1,11 +1,12 @@
 """The search for the student's shape: its limits, its grid, and what it distils its candidates with."""
 
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pipelines import capacity, grid
 from pipelines.choices import Measure
-from pipelines.config import Config, Layout, expect
+from pipelines.config import Config, Layout, UserError, expect
 from pipelines.families import ModelShape
 from pipelines.grid import Candidate
 from pipelines.prune_settings import SearchConfig
@@ -51,6 +52,16 @@ def representatives(candidates: list[Candidate]) -> list[ModelShape]:
         least = min(candidates, key=lambda candidate: getattr(candidate.shape, axis))
         shapes[f"{axis} {least.name}"] = least.shape  # type: ignore[index]
     return [candidates[0].shape, *shapes.values()]
+
+
+@contextmanager
+def named(config: Config, shape: ModelShape) -> Iterator[None]:
+    """Where the student is searched for, a refusal inside says which candidate it is about."""
+    try:
+        yield
+    except UserError as error:
+        which = f" (Of the candidate {grid.shape_name(shape)} of prune.target.)" if grid.searches(config) else ""
+        raise UserError(f"{error}{which}") from None
 
 
 def warnings(
