@@ -38,8 +38,8 @@ def ordered(candidates: Sequence[Candidate], losses: Mapping[str, float], above:
 def spread(ranked: Sequence[Candidate], count: int) -> list[Candidate]:
     """`count` of them in their order: first the best of each number of layers, in order, then the best of the rest.
 
-    Losses before distillation are known to disfavour shallow students (arXiv 2408.11796, section 5): what they rank
-    lowest should still be compared.
+    A short retraining changes the order of candidates (arXiv 2407.14679), above all of those of other depths: what the
+    losses before it rank low should still be compared.
     """
     seen: set[int] = set()
     first: list[Candidate] = []

@@ -273,11 +273,16 @@ def candidates(points: Sequence[tuple[float, dict[str, Any]]], label: str, name:
                 axes.annotate(row["name"], (x, after), color=ACCENT, **given)
         axes.set(xlabel=label, ylabel="loss, nats/token")
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.xaxis.set_major_formatter(
-            FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:.4g}")
-        )
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
         axes.margins(0.12)
         return _write(figure, name, directory)
+
+
+def _short(value: float) -> str:
+    """0.72, 950, 32,000, 450M"""
+    if value >= 1e6:
+        return f"{value / 1e6:,.4g}M"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def lines(
