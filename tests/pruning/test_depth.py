@@ -1,11 +1,13 @@
 """The searches over layers, by made-up costs: which sets they look at, and what they take."""
 
 import random
+from collections import Counter
 
 import pytest
 
 from pipelines.choices import DepthMethod, Measure
 from pipelines.config import UserError
+from pipelines.prune_costs import removals
 from pipelines.pruning import depth
 from pipelines.pruning.depth import blocks, by_cost, measurements, words
 from pipelines.pruning.removal import Cost
@@ -24,6 +26,9 @@ def search(method, layers, drop, loss, protected=(), measure=Measure.loss):
     cost(())
     found = by_cost(method, layers, drop, cost, lambda one: one.order(measure), protected)
     assert len(asked) == measurements(method, layers, drop, protected)
+    if not protected:  # and so plan counts them
+        planned = {run: passes for passes, run in removals(method, layers, drop)}
+        assert planned == Counter(layers - len(left_out) for left_out in asked)
     return found, asked
 
 
