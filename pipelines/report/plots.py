@@ -58,9 +58,9 @@ _STYLE = {
 
 
 @contextmanager
-def _figure() -> Iterator[tuple[Figure, Axes]]:
+def _figure(size: tuple[float, float] = SIZE) -> Iterator[tuple[Figure, Axes]]:
     with matplotlib.rc_context(_STYLE):
-        figure, axes = pyplot.subplots(figsize=SIZE, layout="constrained")
+        figure, axes = pyplot.subplots(figsize=size, layout="constrained")
         try:
             yield figure, axes
         finally:
@@ -299,4 +299,21 @@ def lines(
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set(xlabel=xlabel, ylabel=ylabel)
         figure.legend(loc="outside upper right", ncols=3, columnspacing=1.4)
+        return _write(figure, name, directory)
+
+
+def repeated(
+    values: Mapping[str, Sequence[float]], reference: tuple[str, float], xlabel: str, name: str, directory: Path
+) -> str:
+    """A row per label: a dot for each value and a bar at their mean. reference: a vertical line and what it is."""
+    with _figure((7.0, 0.9 + 0.36 * len(values))) as (figure, axes):
+        for row, found in enumerate(values.values()):
+            axes.plot(found, [row] * len(found), "o", color=ACCENT, markersize=4.5, alpha=0.75)
+            axes.plot([sum(found) / len(found)], [row], "|", color=INK, markersize=13, markeredgewidth=1.6)
+        word, place = reference
+        axes.axvline(place, color=MUTED, linestyle="--", linewidth=1)
+        axes.annotate(word, (place, -0.75), xytext=(4, 0), textcoords="offset points", color=MUTED, va="center")
+        axes.set_yticks(range(len(values)), list(values))
+        axes.set_ylim(len(values) - 0.5, -1.1)
+        axes.set_xlabel(xlabel)
         return _write(figure, name, directory)
