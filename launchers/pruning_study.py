@@ -55,7 +55,7 @@ ARMS: dict[str, Arm] = {
         "half size in two steps, half the steps each",
         (
             "iterate.students=[{hidden_size: 128, intermediate_size: 384}, {hidden_size: 96, intermediate_size: 320}]",
-            "distil.steps=100",
+            "distil.steps=80",
         ),
         per_seed=True,
     ),
