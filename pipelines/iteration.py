@@ -78,35 +78,32 @@ def _written(value: Any) -> str:
         return "null"
     if isinstance(value, list):
         return f"[{','.join(map(str, value))}]"
-    if isinstance(value, Path):
-        escaped = str(value).replace("\\", "\\\\").replace("'", "\\'")
-        return f"'{escaped}'"
+    if isinstance(value, str | Path):
+        return "'" + str(value).replace("'", "\\'") + "'"
     return str(value)
 
 
 # What can be said of the steps before anything of them is there
 
 
-def shapes(config: Config, steps: int | None = None) -> list[ModelShape]:
-    """The first teacher's shape and each student's, of the first `steps` or of all; of one that is searched for, the
-    largest that it may have. Raises UserError where an entry contradicts itself."""
+def shapes(config: Config) -> list[ModelShape]:
+    """The first teacher's shape and each student's. Raises UserError where an entry contradicts itself."""
     found = [planning.teacher_shape(config)]
-    for step in range(1, len(config.iterate.students[:steps]) + 1):
-        view = _pruning_view(config, step, found[-1])
-        if grid.searches(view):
-            candidates, _ = grid.candidates(view, layout(view.parallel), found[-1])
-            found.append(candidates[0].shape)
-        else:
-            found.append(planning.target_shape(found[-1], view.student))
+    for step in range(1, len(config.iterate.students) + 1):
+        found.append(student_shape(config, step, found[-1]))
     return found
 
 
-def pruning_view(config: Config, step: int) -> Config:
+def student_shape(config: Config, step: int, start: ModelShape) -> ModelShape:
+    """What a step makes of a start of this shape; where it is searched for, the largest that it may be."""
+    view = pruning_view(config, step, start)
+    if grid.searches(view):
+        return grid.candidates(view, layout(view.parallel), start)[0][0].shape
+    return planning.target_shape(start, view.student)
+
+
+def pruning_view(config: Config, step: int, start: ModelShape) -> Config:
     """The settings of an ordinary run that prunes what the step starts from, by shapes alone."""
-    return _pruning_view(config, step, shapes(config, step - 1)[-1])
-
-
-def _pruning_view(config: Config, step: int, start: ModelShape) -> Config:
     entry = config.iterate.students[step - 1]
     sizes = {name: getattr(entry, name) for name in PRUNED_SIZES}
     view = _view(config, step, start, StudentConfig(drop_layers=entry.drop_layers, **sizes))
@@ -114,11 +111,11 @@ def _pruning_view(config: Config, step: int, start: ModelShape) -> Config:
     return view
 
 
-def distillation_view(config: Config, step: int) -> Config:
-    """The settings of an ordinary run that distils from and to models of the step's shapes."""
-    models = shapes(config, step)
-    teacher = models[-2] if config.iterate.teacher is StepTeacher.previous else models[0]
-    view = _view(config, step, teacher, _whole(models[-1]))
+def distillation_view(config: Config, step: int, models: Sequence[ModelShape]) -> Config:
+    """The settings of an ordinary run that distils as the step does, by shapes alone: of the first teacher and of the
+    students up to this step's."""
+    teacher = models[step - 1] if config.iterate.teacher is StepTeacher.previous else models[0]
+    view = _view(config, step, teacher, _whole(models[step]))
     view.prune.depth_method, view.prune.protect = DepthMethod.block_influence, ProtectConfig()
     return view
 

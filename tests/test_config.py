@@ -395,6 +395,7 @@ def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
         (["distil"], ["distil.kd_weight=0", "distil.temperature=2"], "distil.temperature has no effect"),
         (["distil"], ["distil.kd_weight=0", "distil.divergence=reverse_kl"], "distil.divergence has no effect"),
         (["distil"], ["distil.kd_weight=0", "distil.top_k=256"], "distil.top_k has no effect"),
+        (["prune"], ["student.hidden_size=64", "iterate.teacher=previous"], "iterate.teacher=previous has no effect"),
         (["corpus"], ["format=json"], "format=json has no effect without stage=plan"),
         (["prune"], ["student.hidden_size=64", "prune.depth_method=layers"], "depth_method=layers has no effect"),
         (["corpus"], ["data.sources=[{kind: standard_library, text_key: body}]"], "text_key has no effect"),

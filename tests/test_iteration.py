@@ -25,10 +25,14 @@ def machine_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @functools.cache
-def parts(*overrides: str, stages: tuple[str, ...] = PIPELINE) -> list[tuple[Part, configuration.Config]]:
-    """Each part with the configuration that its own process composes."""
-    given = [*BASE, TWO, *overrides]
-    return [(part, compose([*given, *part.overrides])) for part in expand(compose(given), stages)]
+def composed(*overrides: str) -> configuration.Config:
+    return compose([*BASE, TWO, *overrides])
+
+
+def parts(*overrides: str) -> list[tuple[Part, configuration.Config]]:
+    """The parts that belong to a step, each with the configuration that its own process composes."""
+    found = expand(composed(*overrides), ("prune", "distil"))
+    return [(part, composed(*overrides, *part.overrides)) for part in found]
 
 
 def test_without_students_a_run_is_its_stages() -> None:
@@ -36,29 +40,20 @@ def test_without_students_a_run_is_its_stages() -> None:
 
 
 def test_steps_stand_in_the_place_of_prune_and_distil() -> None:
-    found = [(part.stage, config.run.name) for part, config in parts()]
-    run = "quickstart"
-    assert found == [
-        ("corpus", run),
-        ("teacher", run),
-        ("prune", f"{run}/step1"),
-        ("distil", f"{run}/step1"),
-        ("prune", run),
-        ("distil", run),
-        ("evaluate", run),
-        ("export", run),
-        ("report", run),
-    ]
-    assert [(p.stage, p.step) for p, _ in parts(stages=("distil",))] == [("distil", 2)]
-    assert [(p.stage, p.step) for p, _ in parts(stages=("prune",))] == [("prune", 1), ("distil", 1), ("prune", 2)]
+    def places(*stages: str) -> list[str]:
+        return [f"{part.stage}{part.step or ''}" for part in expand(composed(), stages)]
+
+    inner = ["prune1", "distil1", "prune2", "distil2"]
+    assert places(*PIPELINE) == ["corpus", "teacher", *inner, "evaluate", "export", "report"]
+    assert places("distil") == ["distil2"] and places("prune") == inner[:3]
+    names = [config.run.name for _, config in parts()]
+    assert names == ["quickstart/step1", "quickstart/step1", "quickstart", "quickstart"]
 
 
 @pytest.mark.parametrize("teaches", ["first", "previous"])
 def test_each_student_is_what_the_next_step_prunes(teaches: str) -> None:
-    found = [(part, config) for part, config in parts(f"iterate.teacher={teaches}") if part.step]
+    found = parts(f"iterate.teacher={teaches}")
     first, student = Path("runs/quickstart/teacher/hf"), Path("runs/quickstart/step1/distil/hf")
-    read = [artifacts.teacher_directory(config) for _, config in found]
-    # until it is there, a path that is given is that of the stage's own directory
     read = [Path(str(config.model.path)) for _, config in found]
     last = student if teaches == "previous" else first
     assert read == [first, first, student, last]
@@ -78,21 +73,14 @@ def test_a_given_teacher_and_corpus_are_read_where_they_lie(tmp_path: Path) -> N
     model.mkdir()
     (model / "config.json").write_text("{}")
     given = [f'model.path="{model}"', "teacher=take", f'data.corpus="{tmp_path}/a corpus"']
-    for part, config in parts(*given):
-        if part.step:
-            assert config.data.corpus == f"{tmp_path}/a corpus"
-    assert [config.model.path for part, config in parts(*given) if part.step and part.stage == "distil"] == [
-        str(model)
-    ] * 2
+    assert all(config.data.corpus == f"{tmp_path}/a corpus" for _, config in parts(*given))
+    assert [config.model.path for part, config in parts(*given) if part.stage == "distil"] == [str(model)] * 2
 
 
 def test_every_other_setting_is_the_runs_own() -> None:
     """What decides a step's result are the run's settings, but for those that the step gives."""
-    whole = compose([*BASE, TWO])
     for part, config in parts():
-        if not part.step:
-            continue
-        before, after = (artifacts.settings(c, STAGES[part.stage]) for c in (whole, config))
+        before, after = (artifacts.settings(c, STAGES[part.stage]) for c in (composed(), config))
         changed = {key for key in before if before[key] != after[key]}
         assert changed <= {"student.hidden_size", "student.num_hidden_layers", "distil.steps", "distil.learning_rate"}
 
@@ -143,7 +131,7 @@ def test_a_step_that_cannot_work_is_refused_by_its_place(overrides: list[str], p
 
 def test_a_run_in_steps_may_be_named_like_any_other_and_its_name_has_no_slashes() -> None:
     assert "run.name" in refusal(TWO, "run.name=a/b")
-    assert validate(compose([*BASE, TWO]), list(PIPELINE)) == []
+    assert validate(composed(), list(PIPELINE)) == []
 
 
 def test_shapes_follow_one_another_and_the_largest_stands_for_one_that_is_searched_for() -> None:
@@ -156,7 +144,7 @@ def test_shapes_follow_one_another_and_the_largest_stands_for_one_that_is_search
 
 
 def test_the_plan_is_that_of_each_step_and_their_sum() -> None:
-    config = compose([*BASE, TWO])
+    config = composed()
     figures = steps_plan(config)
     first, second = figures["steps"]
     assert [step["student"]["hidden_size"] for step in (first, second)] == [112, 96]
@@ -167,5 +155,4 @@ def test_the_plan_is_that_of_each_step_and_their_sum() -> None:
     assert figures["sum"]["flops"] == first["flops"] + second["flops"]
     text = as_text(figures)
     assert "plan of quickstart, step 1 of 2" in text and "2 steps, the first model teaches: 675,840 tokens" in text
-    config = compose([*BASE, TWO, "iterate.teacher=previous"])
-    assert steps_plan(config)["steps"][1]["teacher"]["hidden_size"] == 112
+    assert steps_plan(composed("iterate.teacher=previous"))["steps"][1]["teacher"]["hidden_size"] == 112

@@ -25,10 +25,10 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
 
 def steps_plan(config: Config) -> dict[str, Any]:
     """{"experiment", "teaches": who, "steps": `plan` of each, "sum": tokens, FLOPs, hours, minutes of pruning}."""
-    steps = []
-    for number in range(1, len(config.iterate.students) + 1):
-        pruning = plan(iteration.pruning_view(config, number))
-        distillation = plan(iteration.distillation_view(config, number))
+    models, steps = iteration.shapes(config), []
+    for number in range(1, len(models)):
+        pruning = plan(iteration.pruning_view(config, number, models[number - 1]))
+        distillation = plan(iteration.distillation_view(config, number, models))
         steps.append(pruning | distillation | {"pruning": pruning["pruning"]})
     total = {name: sum(step[name] for step in steps) for name in ("tokens", "flops")}
     total |= {name: round(sum(step["prediction"][name] for step in steps), 2) for name in ("device_hours", "hours")}

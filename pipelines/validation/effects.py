@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from pipelines import artifacts, grid, planning
-from pipelines.choices import DepthMethod
+from pipelines.choices import DepthMethod, StepTeacher
 from pipelines.config import PROFILED, Config, Divergence, Format, Layout, SourceKind, TeacherMode
 from pipelines.families import ModelShape, read_shape
 from pipelines.nemo_context import is_nemo_checkpoint
@@ -23,6 +23,8 @@ def warnings(
         yield from _planned(config)
     if config.format is Format.json and "plan" not in stages:
         yield "format=json has no effect without stage=plan"
+    if config.iterate.teacher is StepTeacher.previous and len(config.iterate.students) < 2:
+        yield "iterate.teacher=previous has no effect without several iterate.students"
     if ranks.sequence_parallel and ranks.tensor == 1:
         yield "parallel.sequence_parallel=true has no effect with parallel.tensor=1"
     for name, training in trainings(config, stages):

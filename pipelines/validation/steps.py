@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
-from pipelines import iteration
+from pipelines import iteration, planning
 from pipelines.config import Config, UserError, expect
 from pipelines.prune_settings import PRUNED_SIZES, ProtectConfig
 
@@ -27,10 +27,12 @@ def check(config: Config, stages: Collection[str]) -> None:
 
 def views(config: Config, stages: Collection[str]) -> Iterator[tuple[int, Config, Config]]:
     """(place in iterate.students, settings of ordinary runs that prune and that distil as the step does)."""
+    models = [planning.teacher_shape(config)]
     for step in range(1, len(config.iterate.students) + 1) if IN_STEPS & set(stages) else ():
         with named(step - 1):
-            pruning, distillation = iteration.pruning_view(config, step), iteration.distillation_view(config, step)
-        yield step - 1, pruning, distillation
+            models.append(iteration.student_shape(config, step, models[-1]))
+        pruning = iteration.pruning_view(config, step, models[-2])
+        yield step - 1, pruning, iteration.distillation_view(config, step, models)
 
 
 @contextmanager
