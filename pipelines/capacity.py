@@ -62,5 +62,6 @@ def in_words(found: dict[str, Any]) -> str:
     ]
     return (
         f"the student is {found['ratio']:g} times smaller than the teacher; beyond {FAR:g} a model between them "
-        f"teaches better: prune and distil in {found['distillations']} steps, through {', '.join(parts)} parameters"
+        f"teaches better: prune and distil in {found['distillations']} steps (iterate.students), through "
+        f"{', '.join(parts)} parameters"
     )

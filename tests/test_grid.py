@@ -173,7 +173,13 @@ def test_the_plan_says_the_limits_the_candidates_and_the_largest(capsys: pytest.
     assert found["candidates"] > 1000 and 4.45e9 < found["largest"][0]["parameters"] <= 4.5e9
     assert figures["student"]["parameters"] == found["largest"][0]["parameters"]
     assert found["largest"][0]["tokens_per_second"] > 1000 and found["speeds"] == "modelled for H100 in bf16"
+    forward = 2 * 16 * found["passes"] * 8e9  # about 2 per weight
+    tokens = config.prune.calibration_samples * config.prune.sequence_length
+    assert (
+        found["passes"] == 1 + 8 + 8 + 2 + 8 + 16 + 4 and forward * tokens / 16 < found["flops"] < forward * tokens / 8
+    )
     text = plan.as_text(figures)
+    assert f"{found['passes']} passes over the calibration sequences, " in text
     assert "at most 4,500,000,000 parameters" in text and found["largest"][0]["name"] in text
     assert f"{found['candidates']:,} candidates; 16 are measured, 4 compared again" in text
 

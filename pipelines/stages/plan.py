@@ -7,7 +7,7 @@ run in steps each is planned by itself, with the sums behind them.
 import json
 from typing import Any
 
-from pipelines import artifacts, capacity, grid, iteration, planning
+from pipelines import artifacts, capacity, gpus, grid, iteration, planning
 from pipelines.config import Config, Format, Layout, layout
 from pipelines.families import ModelShape
 from pipelines.prune_costs import prune_cost
@@ -72,6 +72,7 @@ def _search(config: Config, ranks: Layout, teacher: ModelShape) -> tuple[ModelSh
         "followed": min(settings.candidates, len(candidates)),
         "distil_tokens": settings.distil_tokens,
     }
+    found |= _cost_of_search(config, ranks, teacher, candidates[0].shape, values, found)
     return candidates[0].shape, {"search": found}
 
 
@@ -109,6 +110,30 @@ def as_text(figures: dict[str, Any]) -> str:
     return "\n".join([text, "", *_found(figures["search"])]) if "search" in figures else text
 
 
+def _cost_of_search(
+    config: Config,
+    ranks: Layout,
+    teacher: ModelShape,
+    largest: ModelShape,
+    values: grid.Values,
+    found: dict[str, Any],
+) -> dict[str, Any]:
+    """An upper bound: every size by itself and every measured candidate is a pass of the teacher over the calibration
+    sequences; the followed are counted as the largest candidate."""
+    settings = config.prune
+    sizes = sum(size != getattr(teacher, axis) for axis, given in values.items() for size in given)
+    passes = 1 + sizes + found["measured"] + (0 if found["distil_tokens"] else found["followed"])
+    length = settings.sequence_length
+    forward = 2 * planning.matrix_parameters(teacher) + planning.attention_flops(teacher, length)
+    measuring = passes * settings.calibration_samples * length * forward
+    training = planning.distillation_flops(teacher, largest, config.distil.sequence_length).total
+    flops = measuring + found["followed"] * found["distil_tokens"] * training
+    peak = gpus.peak_flops(config.plan.gpu)
+    assert peak is not None, config.plan.gpu
+    seconds = flops / (planning.SHARE_OF_PEAK * peak * ranks.processes)
+    return {"passes": passes, "flops": flops, "minutes": round(seconds / 60, 2)}
+
+
 def _found(search: dict[str, Any]) -> list[str]:
     bounds = {
         "parameters": "at most {:,.0f} parameters",
@@ -123,6 +148,9 @@ def _found(search: dict[str, Any]) -> list[str]:
         f"{search['candidates']:,} candidates; {search['measured']} are measured, {search['followed']} {follow}. "
         "The figures above are the largest one's",
         *(f"  {axis.replace('_', ' '):<22}{', '.join(map(str, values))}" for axis, values in search["values"].items()),
+        f"the search takes about {search['minutes']:,} min: {search['passes']} passes over the calibration sequences"
+        + (f" and {search['followed']} distillations" if search["distil_tokens"] else "")
+        + f", {search['flops']:.3g} FLOPs",
         f"the largest; speeds {search['speeds']}:",
     ]
     for entry in search["largest"]:
