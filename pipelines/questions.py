@@ -92,7 +92,7 @@ def read_questions(path: str | Path) -> list[Question]:
         raise UserError(f"prune.task={path}: expected a JSONL file of questions, found {found}. Check the path.")
     questions = []
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     questions.append(_question(path, number, line))

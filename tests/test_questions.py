@@ -92,6 +92,12 @@ def test_forms_mix_and_empty_lines_do_not_count_but_are_numbered(tmp_path):
     assert [question.line for question in found] == [1, *range(3, len(rows) + 2)]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    row, expected = ROWS["processed"]
+    (tmp_path / "task.jsonl").write_text(json.dumps(row), encoding="utf-8-sig")
+    assert read_questions(tmp_path / "task.jsonl") == [expected]
+
+
 GOOD = json.dumps(ROWS["processed"][0])
 
 

@@ -100,6 +100,7 @@ def test_idle_layers_are_found_and_the_student_computes_what_the_teacher_does(ra
     assert (logits(tmp_path / "prune" / "hf", tokens) - expected).norm() < 1e-5 * expected.norm()
 
 
+@pytest.mark.slow
 def test_every_layout_measures_and_chooses_the_same(ranks, tmp_path, paths):
     found = {}
     for name, (world, layout) in LAYOUTS.items():
@@ -202,6 +203,7 @@ def quiz(tmp_path_factory):
     return {"teacher": str(teacher), "corpus": str(corpus)}, str(root / "task.jsonl")
 
 
+@pytest.mark.slow
 def test_layers_are_chosen_by_the_score_of_a_task(ranks, tmp_path, quiz):
     paths, task = quiz
     by_task = {"prune.depth_measure": Measure.task, "prune.task": task}
