@@ -89,7 +89,7 @@ def _look(config: Config, path: Path, needed: list[str], teacher: ModelShape) ->
     if config.prune.scores and needed:
         given = Path(config.prune.scores)
         scores_origin.check_given(given, origin, needed, teacher)
-        if given.resolve() != path.resolve():
+        if _origin(path) != _origin(given):  # else it has them, and what was added to them
             scores_file.copy(given, path)
         return {"origin": origin, "source": str(given), "missing": []}
     if origin["importance"] == Importance.random.value:  # what is measured for layers alone
@@ -106,6 +106,13 @@ def _look(config: Config, path: Path, needed: list[str], teacher: ModelShape) ->
     if not needed:
         scores_file.write(path, None, origin)
     return {"origin": origin, "source": None, "missing": needed}
+
+
+def _origin(path: Path) -> scores_origin.Origin | None:
+    try:
+        return scores_origin.read_origin(path)
+    except UserError:
+        return None
 
 
 # Measuring
