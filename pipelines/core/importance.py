@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 from pipelines.choices import Aggregation
 
-_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 26}  # elements at a time: on a CPU what its caches hold
+_CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}  # elements at a time: on a CPU what its caches hold
 
 
 @dataclass(frozen=True)
