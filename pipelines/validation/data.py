@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from pipelines import artifacts, grid
-from pipelines.choices import DepthMethod
+from pipelines.choices import DepthMethod, Importance
 from pipelines.config import Config, SourceConfig, SourceKind, TeacherMode, expect
 from pipelines.families import ModelShape
 from pipelines.files import read_object
@@ -16,6 +16,7 @@ from pipelines.vocabulary import TOKENIZERS, check_vocabulary, read_blend, token
 HELD_OUT = ("validation", "test", "calibration")
 SPLITS = ("train", *HELD_OUT)
 MEASURED = (DepthMethod.loss, DepthMethod.contiguous, DepthMethod.greedy)  # by losses on the calibration split
+SCORED = (DepthMethod.block_influence, DepthMethod.taylor)  # by passes over it
 SMALLEST_VOCABULARY = 258  # of a byte-level BPE: 256 bytes and two special tokens
 
 
@@ -108,6 +109,8 @@ def needed_splits(config: Config, stages: Collection[str]) -> Iterator[tuple[str
             yield name, "validation"
     student = config.student
     sizes = [name for name in PRUNED_SIZES if name != "num_hidden_layers" or not student.drop_layers]
+    if config.prune.importance is Importance.random:  # by no data
+        sizes = [name for name in sizes if name == "num_hidden_layers" and config.prune.depth_method in SCORED]
     scored = any(getattr(student, name) for name in sizes) and not config.prune.scores
     measured = config.prune.depth_method in MEASURED and student.num_hidden_layers and not student.drop_layers
     if "prune" in stages and not student.path and (scored or measured or grid.searches(config)):

@@ -17,7 +17,7 @@ from pipelines.files import write_json
 from pipelines.pruning import scores_file
 from pipelines.pruning.scores import random_scores
 from pipelines.scores_origin import asked
-from pipelines.validation import scores
+from pipelines.validation import data, scores
 from tests.model.teachers import random_weights, write_teacher
 from tests.stages.test_prune import ERROR, RUN, SHAPE, write_corpus
 
@@ -200,6 +200,22 @@ def test_random_channels_stand_beside_layers_that_are_measured(ranks, tmp_path, 
     kept = json.loads((tmp_path / "prune/kept.json").read_text())
     assert kept["hidden"] == sorted(random_scores(SHAPE, 1234).hidden.topk(8).indices.tolist())
     assert kept["layers"] == sorted((load_file(measured)["block_influence"].topk(2).indices + 1).tolist())
+
+
+def test_only_what_is_measured_asks_for_a_calibration_split(paths, measured):
+    def needed(layers: int | None = None, **settings) -> bool:
+        config = configuration(paths, **settings)
+        config.student.num_hidden_layers = layers
+        return ("prune", "calibration") in data.needed_splits(config, ["prune"])
+
+    random = {"importance": Importance.random}
+    assert (
+        needed()
+        and needed(**random, layers=2)
+        and needed(scores=str(measured), depth_method=DepthMethod.loss, layers=2)
+    )
+    assert not needed(**random) and not needed(scores=str(measured), layers=2)
+    assert not needed(**random, depth_method=DepthMethod.random, layers=2)
 
 
 # What cannot be scored
