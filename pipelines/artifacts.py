@@ -37,7 +37,7 @@ from pipelines.stages import FREE, STAGES, Stage
 
 __all__ = ["file_hash", "fingerprint", "new_directory", "write_atomic", "write_json"]  # the rest is defined here
 
-TRAINING_STATE = ("checkpoints", "metrics.jsonl", "tensorboard")
+TRAINING_STATE = ("checkpoints", "metrics.jsonl", "tensorboard", "candidates")  # the last: what a search distils
 CHECKED = ("scores.safetensors",)  # what a stage takes from an earlier attempt where its own record of origin fits
 
 
@@ -145,7 +145,7 @@ def settings(config: Config, stage: Stage) -> dict[str, Any]:
     """{dotted path: value} of the settings that decide the stage's result."""
     flat: dict[str, Any] = {}
     tree = json.loads(json.dumps(asdict(config), default=plain))
-    for path in stage.settings:
+    for path in (*stage.settings, *_of_search(config, stage)):
         value = tree
         for key in path.split("."):
             value = value[key]
@@ -154,6 +154,13 @@ def settings(config: Config, stage: Stage) -> dict[str, Any]:
         else:
             flat[path] = value
     return flat
+
+
+def _of_search(config: Config, stage: Stage) -> tuple[str, ...]:
+    """What decides a search for the student's shape beside the stage's own: the distillation of its candidates."""
+    target = any(value is not None for value in vars(config.prune.target).values())
+    distils = stage.name == "prune" and target and not config.student.path and config.prune.search.distil_tokens > 0
+    return ("distil", "distil.validation_batches", "run.seed") if distils else ()
 
 
 def _flatten(tree: dict[str, Any]) -> dict[str, Any]:

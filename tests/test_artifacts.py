@@ -141,6 +141,20 @@ def test_layout_logging_and_checkpoint_interval_may_change(config: Config) -> No
     assert state(config, "teacher") is State.finished
 
 
+def test_the_distillation_decides_a_search_that_distils_its_candidates_and_no_other(config: Config) -> None:
+    config.prune.target.ratio = 0.6
+    before = artifacts.settings(config, STAGES["prune"])
+    config.distil.learning_rate, config.distil.validation_batches = 3e-3, 7
+    assert artifacts.settings(config, STAGES["prune"]) == before
+    config.prune.search.distil_tokens = 1e5
+    before = artifacts.settings(config, STAGES["prune"])
+    config.distil.checkpoint_interval += 1
+    assert artifacts.settings(config, STAGES["prune"]) == before
+    config.distil.learning_rate, config.distil.validation_batches = 4e-3, 8
+    changed = artifacts.changes({"settings": before}, artifacts.settings(config, STAGES["prune"]), {})
+    assert changed == ["distil.learning_rate: 0.003 -> 0.004", "distil.validation_batches: 7 -> 8"]
+
+
 def test_every_setting_in_the_stage_table_is_in_the_schema() -> None:
     for name in PIPELINE:
         if STAGES[name].settings:
@@ -171,6 +185,15 @@ def test_overwrite_moves_training_state_aside_and_says_so(config: Config) -> Non
     config.teacher.steps = 8
     artifacts.begin(config, "teacher", print).release()
     assert (moved / "step_5" / "weights").read_text() == "w"
+
+
+def test_overwrite_moves_aside_what_a_search_has_distilled(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "candidates" / "h8-f8-a2-g2-l2" / "checkpoints" / "step_5" / "weights"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_text("w")
+    artifacts.move_aside(tmp_path, print)
+    (moved,) = tmp_path.glob("candidates.2*")
+    assert (moved / checkpoint.relative_to(tmp_path / "candidates")).read_text() == "w"
 
 
 def test_a_directory_that_is_being_emptied_is_complete_no_more(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

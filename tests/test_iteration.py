@@ -1,6 +1,7 @@
 """A run in steps: what it expands to, and what is refused before its first step."""
 
 import functools
+import json
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,26 @@ def refusal(*overrides: str) -> str:
 def test_a_step_that_cannot_work_is_refused_by_its_place(overrides: list[str], parts: list[str]) -> None:
     message = refusal(*overrides)
     assert all(part in message for part in parts), message
+
+
+def test_what_distils_the_students_before_the_last_is_checked_with_prune_alone(tmp_path: Path) -> None:
+    splits = {"calibration": [{"prefix": "data/text", "weight": 1.0}]}
+    (tmp_path / "blend.json").write_text(json.dumps({"splits": splits, "vocab_size": 50, "eod": 0}))
+    for ending in (".bin", ".idx"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"text{ending}").write_text("")
+
+    def found(*overrides: str) -> str:
+        with pytest.raises(UserError) as caught:
+            validate(compose([*BASE, f"data.corpus={tmp_path}", *overrides]), ["prune"])
+        return str(caught.value)
+
+    assert "expected the train split, which stage distil reads" in found(TWO)
+    slow = "iterate.students=[{hidden_size: 112, steps: 5}, {hidden_size: 96}]"
+    assert "iterate.students[0]: distil.warmup_steps" in found(slow)
+    assert (
+        validate(compose([*BASE, f"data.corpus={tmp_path}", "iterate.students=[{hidden_size: 96}]"]), ["prune"]) == []
+    )
 
 
 def test_a_run_in_steps_may_be_named_like_any_other_and_its_name_has_no_slashes() -> None:

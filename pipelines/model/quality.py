@@ -207,7 +207,7 @@ def _require_finite(names: list[str], totals: Tensor) -> None:
             if not abs(value) < float("inf"):
                 raise UserError(
                     f"{name}: expected a finite {figure}, found {value}. Its weights or activations are not finite: "
-                    "check the directory it was read from; with bf16 weights try evaluate.precision=fp32."
+                    "check the directory it was read from; with bf16 weights try fp32."
                 )
 
 

@@ -15,7 +15,7 @@ is measured goes into search.json at once (pruning/search_file.py), and a search
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from pipelines import artifacts, console, files, grid, speeds
@@ -95,8 +95,6 @@ class Search:
         source["settings"].pop("prune.search.keep_candidates", None)
         source |= {"files": {name: entry["files"] for name, entry in inputs.items()}}
         source |= {"teacher": str(self.directory), "layout": [self.ranks.tensor, self.ranks.pipeline]}
-        if grid.distils(config):
-            source |= {"distil": asdict(config.distil), "seed": config.run.seed}
         return source
 
     def _candidates(self) -> list[Candidate]:

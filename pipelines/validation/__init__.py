@@ -49,9 +49,11 @@ def validate(config: Config, stages: Collection[str]) -> list[str]:
         with steps.named(place):
             found += [f"iterate.students[{place}]: {warning}" for warning in _validate(pruning, ["plan"])]
             _validate(distillation, ["plan"])
-            trained = {"distil"} & set(stages)
-            training.check(distillation, trained, layout(config.parallel), distillation.model.shape.vocab_size)
-    return found + _validate(iteration.final_view(config), stages)
+            trained = steps.stages_with(config, stages, place)
+            training.check(
+                distillation, trained & {"distil"}, layout(config.parallel), distillation.model.shape.vocab_size
+            )
+    return found + _validate(iteration.final_view(config), steps.stages_with(config, stages))
 
 
 def _validate(config: Config, stages: Collection[str]) -> list[str]:

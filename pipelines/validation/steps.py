@@ -25,6 +25,12 @@ def check(config: Config, stages: Collection[str]) -> None:
     expect(not several or protect == ProtectConfig(), "prune.protect", expected, "some", remedy)
 
 
+def stages_with(config: Config, stages: Collection[str], step: int = 0) -> frozenset[str]:
+    """The stages, and distil where prune makes the students before the last: from the step at this place on."""
+    follows = "prune" in stages and step < len(config.iterate.students) - 1
+    return frozenset(stages) | ({"distil"} if follows else frozenset())
+
+
 def views(config: Config, stages: Collection[str]) -> Iterator[tuple[int, Config, Config]]:
     """(place in iterate.students, settings of ordinary runs that prune and that distil as the step does)."""
     models = [planning.teacher_shape(config)]
