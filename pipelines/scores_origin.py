@@ -163,8 +163,9 @@ def check_given(file: Path, wanted: Origin, needed: list[str], teacher: ModelSha
         )
     expected = shapes(teacher)
     for name in needed:
-        if entries[name].shape != expected[name]:
+        entry = entries[name]
+        if (entry.shape, entry.dtype) != (expected[name], "F64"):
             raise UserError(
-                f"prune.scores={file}: expected {name} of shape {list(expected[name])}, found "
-                f"{list(entries[name].shape)}. Leave prune.scores out to measure it."
+                f"prune.scores={file}: expected {name} of shape {list(expected[name])} in F64, found "
+                f"{list(entry.shape)} in {entry.dtype}. Leave prune.scores out to measure it."
             )

@@ -10,6 +10,7 @@ Modelled: of the products of a layer, and of the head, the greater of FLOPs / (S
 bf16 weights / bandwidth. No communication, no launch of kernels: a lower bound for small models.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,12 +123,17 @@ def read_table(path: Path, head: Mapping[str, Any]) -> Speeds:
         remedy = "Measure it at this setting: prune.search.speed=measured."
         expect(content.get(name) == wanted, str(path), f"{name} {wanted}", content.get(name), remedy)
     rows: dict[Width, tuple[float, float]] = {}
-    for number, row in enumerate(content.get("rows") or [], start=1):
+    held = content.get("rows") or []
+    expect(isinstance(held, list), str(path), "a list of rows", held, "Measure it again.")
+    for number, row in enumerate(held, start=1):
         try:
             outer, layer = float(row["outer_seconds"]), float(row["layer_seconds"])
             width = (int(row[WIDTH[0]]), int(row[WIDTH[1]]), int(row[WIDTH[2]]), int(row[WIDTH[3]]))
         except (KeyError, TypeError, ValueError):
             names = ", ".join((*WIDTH, "outer_seconds", "layer_seconds"))
             raise UserError(f"{path}: expected rows of {names}, found another as row {number}. Correct it.") from None
+        timed = math.isfinite(outer + layer) and min(outer, layer) >= 0 and outer + layer > 0
+        seconds = "outer_seconds and layer_seconds of 0 or more, not both 0"
+        expect(timed, f"{path}, row {number}", seconds, f"{outer:g} and {layer:g}", "Measure it again.")
         rows[width] = (outer, layer)
     return Speeds(f"measured on {content.get('machine', 'an unnamed machine')}, {path}", rows)

@@ -58,6 +58,10 @@ def test_measuring_methods_take_a_number_of_layers(method: str, task: str) -> No
             ["2 neighbouring layers that it does not name", "found at most 1", "greedy"],
         ),
         (["prune.protect.ffn=[{layer: 3, indices: [0]}]", "student.num_hidden_layers=2"], ["4 neighbouring layers"]),
+        (
+            ["student.num_hidden_layers=null", "prune.target.ratio=0.6", "prune.protect.layers=[2,4]"],
+            ["3 neighbouring layers that it does not name", "found at most 2"],
+        ),
         (["prune.depth_samples=0"], ["prune.depth_samples: expected 1 or more, found 0"]),
     ],
 )

@@ -214,6 +214,17 @@ def test_a_table_of_speeds_bounds_the_search_and_another_layouts_is_refused(tmp_
     (tmp_path / "speed.json").write_text(json.dumps(speeds.table_head(config, ranks(), TEACHER) | {"rows": [{}]}))
     with pytest.raises(UserError, match="expected rows of hidden_size.*row 1"):
         grid.candidates(config, ranks(), TEACHER)
+    row = dict.fromkeys(speeds.WIDTH, 48)
+    for rows, expected in (
+        (5, "expected a list of rows, found 5"),
+        ([row | {"outer_seconds": 1, "layer_seconds": -1}], "row 1: expected outer_seconds and .*found 1 and -1"),
+        ([row | {"outer_seconds": 1, "layer_seconds": float("nan")}], "row 1: expected .*found 1 and nan"),
+        ([row | {"outer_seconds": 0, "layer_seconds": 0}], "row 1: expected .*found 0 and 0"),
+    ):
+        head = speeds.table_head(config, ranks(), TEACHER)
+        (tmp_path / "speed.json").write_text(json.dumps(head | {"rows": rows}))
+        with pytest.raises(UserError, match=expected):
+            grid.candidates(config, ranks(), TEACHER)
 
 
 def test_speeds_yet_to_be_measured_bound_nothing_before_they_are() -> None:

@@ -212,9 +212,21 @@ def arrays(costs: Mapping[Layers, Cost], layers: int) -> dict[str, torch.Tensor]
 
 
 def read_removals(path: Path, sources: Mapping[str, Any], layers: int) -> dict[Layers, Cost]:
-    """What the file has of the same sources; nothing where there is no file, or of others."""
+    """What the file has of the same sources; nothing where there is no file, or of others. Raises UserError where it is
+    damaged."""
     if not path.is_file():
         return {}
+    try:
+        return _read_removals(path, sources, layers)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        expected = f"{path}: expected what leaving layers out costs in the arrays removed, removed_loss, "
+        raise UserError(
+            f"{expected}{', '.join(_TASK)} and their origin in the metadata, found them damaged. Remove the file, or "
+            "give another one with prune.scores, to measure it again."
+        ) from None
+
+
+def _read_removals(path: Path, sources: Mapping[str, Any], layers: int) -> dict[Layers, Cost]:
     told = scores_file.read_notes(path).get("removal", {})
     same = {name for name, source in sources.items() if source and told.get(name) == source}
     if not same:
@@ -223,6 +235,8 @@ def read_removals(path: Path, sources: Mapping[str, Any], layers: int) -> dict[L
     removed, columns = held["removed"].bool(), {name: held[name].tolist() for name in ("removed_loss", *_TASK)}
     if removed.shape[1] != layers:
         return {}
+    if {len(column) for column in columns.values()} != {len(removed)}:
+        raise ValueError
     found = {}
     for row, mask in enumerate(removed):
         left_out = tuple((mask.nonzero().flatten() + 1).tolist())

@@ -89,6 +89,7 @@ def _look(config: Config, path: Path, needed: list[str], teacher: ModelShape) ->
     if config.prune.scores and needed:
         given = Path(config.prune.scores)
         scores_origin.check_given(given, origin, needed, teacher)
+        scores_file.check_finite(given, needed)
         if _origin(path) != _origin(given):  # else it has them, and what was added to them
             scores_file.copy(given, path)
         return {"origin": origin, "source": str(given), "missing": []}

@@ -5,7 +5,7 @@ where the loss was differentiated taylor_layers. Others may add arrays of their 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from pipelines import files
+from pipelines.config import UserError
 from pipelines.core.importance import Scores
 from pipelines.families import ModelShape
 from pipelines.safetensors_header import read_header
@@ -69,6 +70,17 @@ def read_arrays(path: Path) -> dict[str, torch.Tensor]:
     """Every array of the file, on the CPU."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+def check_finite(path: Path, names: Sequence[str]) -> None:
+    """Raises UserError where one of these arrays has NaN or infinity, by which nothing can be ranked."""
+    arrays = read_arrays(path)
+    bad = [name for name in names if not arrays[name].isfinite().all()]
+    if bad:
+        raise UserError(
+            f"prune.scores={path}: expected finite numbers, found NaN or infinity in {', '.join(bad[:5])}. Leave "
+            "prune.scores out to measure them."
+        )
 
 
 def read_notes(path: Path) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def _validate(config: Config, stages: Collection[str]) -> list[str]:
     for shape in students:
         with search.named(config, shape):
             signals.check(config, used, ranks, teacher, shape)
-    depth.check(config, stages, teacher)
+    depth.check(config, stages, teacher, min(shape.num_hidden_layers for shape in students))
     data.check_tokenizer(config, stages, teacher, where)
     data.check_splits(config, stages, teacher)
     documents.check(config, used, ranks)

@@ -16,8 +16,8 @@ def measures(config: Config) -> bool:
     return config.prune.depth_method in MEASURED and not config.student.drop_layers
 
 
-def check(config: Config, stages: Collection[str], teacher: ModelShape) -> None:
-    """What these methods need. Raises UserError."""
+def check(config: Config, stages: Collection[str], teacher: ModelShape, layers: int) -> None:
+    """What these methods need. layers: the fewest that may stay. Raises UserError."""
     settings, student = config.prune, config.student
     if "prune" not in stages or student.path or not measures(config):
         return
@@ -34,7 +34,7 @@ def check(config: Config, stages: Collection[str], teacher: ModelShape) -> None:
         expect(bool(settings.task), "prune.task", f"questions with {method} by task", "none", remedy)
     if settings.task:
         read_questions(settings.task)
-    drop = teacher.num_hidden_layers - (student.num_hidden_layers or teacher.num_hidden_layers)
+    drop = teacher.num_hidden_layers - layers
     if settings.depth_method is DepthMethod.contiguous and drop > 0:
         protected = protection.protected(settings.protect).all_layers
         longest = run = 0

@@ -44,6 +44,28 @@ def test_only_what_was_measured_on_the_same_counts(path):
     assert read_removals(path.with_name("none"), SOURCES, 4) == {}
 
 
+@pytest.mark.parametrize("damage", ["removed", "removed_task", "shorter", "metadata"])
+def test_a_damaged_file_is_refused_by_its_name(path, damage):
+    held, notes = scores_file.read_arrays(path), scores_file.read_notes(path)
+    path.unlink()
+    if damage == "metadata":
+        notes["removal"] = [1]
+    elif damage == "shorter":
+        held["removed"] = held["removed"][:1]
+    else:
+        del held[damage]
+    scores_file.update(path, held, notes)
+    with pytest.raises(UserError, match=f"{path}: expected what leaving layers out costs.*found them damaged"):
+        read_removals(path, SOURCES, 4)
+
+
+def test_scores_that_are_not_finite_are_refused(path):
+    scores_file.update(path, {"hidden": torch.tensor([1.0, torch.nan]), "ffn.1": torch.ones(1)}, {})
+    scores_file.check_finite(path, ["ffn.1"])
+    with pytest.raises(UserError, match="found NaN or infinity in hidden. Leave prune.scores out"):
+        scores_file.check_finite(path, ["hidden", "ffn.1"])
+
+
 def test_one_measure_adds_to_the_other():
     task = TaskScore(0.5, 0.5, -1.0)
     assert merged(Cost(1.0), Cost(task=task)) == Cost(1.0, task) == merged(Cost(task=task), Cost(1.0))

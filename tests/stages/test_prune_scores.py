@@ -92,7 +92,7 @@ def test_a_file_that_does_not_fit_is_refused_before_anything_starts(tmp_path, pa
     assert "missing ffn.2. Leave prune.scores out" in refusal(configuration(paths, scores=str(without)))
     wrong = tmp_path / "wrong.safetensors"
     scores_file.update(wrong, arrays | {"heads.1": torch.ones(3)}, notes)
-    assert "expected heads.1 of shape [8], found [3]" in refusal(configuration(paths, scores=str(wrong)))
+    assert "expected heads.1 of shape [8] in F64, found [3] in F32" in refusal(configuration(paths, scores=str(wrong)))
     given = configuration(paths, scores=str(measured), sample_aggregation=Aggregation.max)
     assert "another kind than asked for: sample_aggregation: l2, not max" in refusal(given)
     given = configuration(paths, scores=str(measured), importance=Importance.taylor)
