@@ -22,7 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.config import UserError
+from pipelines import artifacts
+from pipelines.config import Config, UserError
+from pipelines.families import ModelShape
+from pipelines.vocabulary import check_vocabulary
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,29 @@ def read_questions(path: str | Path) -> list[Question]:
     if not questions:
         raise UserError(f"{path}: expected a question per line, found none. Give another file with prune.task.")
     return questions
+
+
+def tokenizer_directory(config: Config, directory: Path, teacher: ModelShape) -> Path:
+    """With the teacher's tokenizer.json: its own, or the corpus's. Raises UserError where that is another model's."""
+    if (directory / "tokenizer.json").is_file():
+        return directory
+    corpus = artifacts.corpus_directory(config)
+    found = corpus / "tokenizer"
+    if not (found / "tokenizer.json").is_file():
+        raise UserError(
+            f"prune.task: expected a tokenizer.json in the teacher's directory {directory} or in {found}, found "
+            "neither. Put the model's tokenizer there."
+        )
+    check_vocabulary(corpus, directory, teacher.vocab_size)
+    return found
+
+
+def check(config: Config, teacher: ModelShape) -> None:
+    """prune.task, and its tokenizer where teacher and corpus are there already. Raises UserError."""
+    read_questions(str(config.prune.task))
+    directory = artifacts.teacher_directory(config)
+    if artifacts.is_hugging_face(directory) and (artifacts.corpus_directory(config) / "blend.json").is_file():
+        tokenizer_directory(config, directory, teacher)
 
 
 def _question(path: Path, number: int, line: str) -> Question:

@@ -8,6 +8,8 @@ import pytest
 from pipelines import config as configuration
 from pipelines.compose import compose
 from pipelines.config import UserError
+from pipelines.families import ModelShape
+from pipelines.model.random_model import write_random_model
 from pipelines.validation import validate
 
 BASE = [
@@ -76,6 +78,15 @@ def test_a_broken_line_of_the_task_is_told_at_once(tmp_path: Path) -> None:
     (tmp_path / "task.jsonl").write_text("{")
     with pytest.raises(UserError, match="line 1: expected JSON"):
         warned("prune.depth_method=loss", "prune.depth_measure=task", f"prune.task={tmp_path / 'task.jsonl'}")
+
+
+def test_a_task_without_the_models_tokenizer_is_told_at_once(tmp_path: Path, task: str) -> None:
+    write_random_model(tmp_path / "teacher", ModelShape(50, 16, 24, 6, 8, 2, 4), 1)
+    (tmp_path / "blend.json").write_text(json.dumps({"splits": {}, "vocab_size": 50, "eod": 0}))
+    given = ["model=given", f"model.path={tmp_path / 'teacher'}", "teacher=take", f"data.corpus={tmp_path}"]
+    by_task = ["prune.depth_method=loss", "prune.depth_measure=task", f"prune.task={task}"]
+    with pytest.raises(UserError, match="prune.task: expected a tokenizer.json in the teacher's directory"):
+        validate(compose([*BASE, *given, *by_task]), ["prune"])
 
 
 @pytest.mark.parametrize(

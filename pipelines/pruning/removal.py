@@ -26,9 +26,8 @@ from pipelines.model import parallel, quality, tasks
 from pipelines.model.masking import pruned
 from pipelines.pruning import scores_file
 from pipelines.pruning.calibration import calibration_batches, calibration_windows
-from pipelines.questions import TaskScore, read_questions, score
+from pipelines.questions import TaskScore, read_questions, score, tokenizer_directory
 from pipelines.text.multiple_choice import encode
-from pipelines.vocabulary import check_vocabulary
 
 Layers = tuple[int, ...]  # from 1, ascending
 
@@ -112,21 +111,6 @@ class Measurement:
         vocab_size = self.teacher.vocab_size
         likelihoods = tasks.log_likelihoods(model, rows, vocab_size=vocab_size, tokens_per_pass=budget)
         return score(questions, likelihoods)
-
-
-def tokenizer_directory(config: Config, directory: Path, teacher: ModelShape) -> Path:
-    """With the teacher's tokenizer.json: its own, or the corpus's. Raises UserError where that is another model's."""
-    if (directory / "tokenizer.json").is_file():
-        return directory
-    corpus = artifacts.corpus_directory(config)
-    found = corpus / "tokenizer"
-    if not (found / "tokenizer.json").is_file():
-        raise UserError(
-            f"prune.task: expected a tokenizer.json in the teacher's directory {directory} or in {found}, found "
-            "neither. Put the model's tokenizer there."
-        )
-    check_vocabulary(corpus, directory, teacher.vocab_size)
-    return found
 
 
 class Removals:

@@ -2,11 +2,10 @@
 
 from collections.abc import Collection, Iterator
 
-from pipelines import grid, protection
+from pipelines import grid, protection, questions
 from pipelines.choices import DepthMethod, Measure
 from pipelines.config import Config, expect
 from pipelines.families import ModelShape
-from pipelines.questions import read_questions
 
 MEASURED = (DepthMethod.loss, DepthMethod.contiguous, DepthMethod.greedy)
 
@@ -33,7 +32,7 @@ def check(config: Config, stages: Collection[str], teacher: ModelShape, layers: 
         remedy = "Give a JSONL file of questions, or set prune.depth_measure=loss."
         expect(bool(settings.task), "prune.task", f"questions with {method} by task", "none", remedy)
     if settings.task:
-        read_questions(settings.task)
+        questions.check(config, teacher)
     drop = teacher.num_hidden_layers - layers
     if settings.depth_method is DepthMethod.contiguous and drop > 0:
         protected = protection.protected(settings.protect).all_layers

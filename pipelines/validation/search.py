@@ -4,13 +4,12 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipelines import capacity, grid
+from pipelines import capacity, grid, questions
 from pipelines.choices import Measure
 from pipelines.config import Config, Layout, UserError, expect
 from pipelines.families import ModelShape
 from pipelines.grid import Candidate
 from pipelines.prune_settings import SearchConfig
-from pipelines.questions import read_questions
 from pipelines.speeds import MEASURED, MODELLED
 
 
@@ -28,7 +27,7 @@ def check(config: Config, ranks: Layout, teacher: ModelShape) -> list[Candidate]
         not by_task or bool(config.prune.task), "prune.search.by", "loss without prune.task", "task", "Set prune.task."
     )
     if by_task:
-        read_questions(str(config.prune.task))
+        questions.check(config, teacher)
     remedy = "Leave it at loss, or parallel.context=1."
     whole = not by_task or ranks.context == 1
     expect(whole, "prune.search.by", f"loss with parallel.context={ranks.context}", "task", remedy)

@@ -8,8 +8,8 @@ import torch
 from pipelines.config import Config, UserError
 from pipelines.families import ModelShape
 from pipelines.pruning import scores_file
-from pipelines.pruning.removal import Cost, arrays, merged, read_removals, tokenizer_directory, without
-from pipelines.questions import TaskScore
+from pipelines.pruning.removal import Cost, arrays, merged, read_removals, without
+from pipelines.questions import TaskScore, tokenizer_directory
 
 SOURCES = {"loss": {"model": "a", "samples": 3}, "task": {"model": "a", "task": "t"}}
 COSTS = {
