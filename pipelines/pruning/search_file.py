@@ -13,6 +13,7 @@ winner, why
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ NAME = "search.json"
 class SearchFile:
     """The file as every rank sees it: with the numbers of the first rank. Every rank calls its methods alike.
 
-    directory: the stage's. What lies there of a search of another source (candidates/, hf/) is removed.
+    directory: the stage's. What lies there of a search of another source (candidates/, hf/) is removed; training
+    checkpoints are moved aside with their candidates.
     """
 
     def __init__(self, directory: Path, source: dict[str, Any]) -> None:
@@ -38,6 +40,11 @@ class SearchFile:
                 return held
             if held:
                 console.say(f"search  {self.path} is of other settings or inputs: the search starts anew")
+            followed = directory / "candidates"
+            if any(followed.glob("*/checkpoints")):
+                kept = directory / f"candidates.{datetime.now():%Y%m%d-%H%M%S}"
+                followed.rename(kept)
+                console.say(f"search  moved {followed} to {kept}")
             for name in ("candidates", "hf"):
                 shutil.rmtree(directory / name, ignore_errors=True)
             files.write_json(self.path, {"source": plain})

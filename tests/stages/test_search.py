@@ -162,6 +162,10 @@ def test_kept_candidates_stay_beside_the_winner(ranks: RankPools, tmp_path: Path
         assert shape_name(read_shape(stage / "candidates" / name / "hf")) == name
     winner = stage / "candidates" / found["figures"]["search"]["winner"] / "hf" / "model.safetensors"
     assert winner.read_bytes() == (stage / "hf" / "model.safetensors").read_bytes()
+    (winner.parent.parent / "checkpoints" / "step_1").mkdir(parents=True)
+    ranks(1, RUN, directory=str(tmp_path), settings={**settings, "plan.gpu": "A100"}, **paths)
+    assert len(list(stage.glob("candidates.2*/*/checkpoints/step_1"))) == 1  # of another source: moved aside
+    assert not list(stage.glob("candidates/*/checkpoints"))
 
 
 def test_measured_speeds_bound_the_search(ranks: RankPools, tmp_path: Path, paths: dict[str, str]) -> None:
