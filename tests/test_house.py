@@ -181,7 +181,8 @@ def check_command(command: str) -> None:
 
 
 def documented_commands() -> list[str]:
-    blocks = re.findall(r"^```(?:sh|bash|text)?\n(.*?)^```", README, re.M | re.S)
+    text = README + (ROOT / "docs" / "pruning" / "pruning.md").read_text()
+    blocks = re.findall(r"^```(?:sh|bash|text)?\n(.*?)^```", text, re.M | re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     inline = re.findall(r"`((?:python -m pipelines|make|launchers/\S+) [^`]+)`", README)
     known = ("python -m pipelines", "stillhouse ", "make ", "launchers/")
