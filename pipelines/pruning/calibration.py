@@ -35,14 +35,22 @@ def calibration_batches(
         yield windows.laid_out(batch)
 
 
+def windows_of(config: Config, split: str) -> Windows:
+    """A split in windows of prune's sequence length. Raises UserError where the corpus has no such split."""
+    corpus = artifacts.corpus_directory(config)
+    prefixes = split_prefixes(corpus, split)
+    end = end_of_document(corpus, split) if config.prune.document_mask else None
+    return Windows(prefixes, config.prune.sequence_length, end)
+
+
 def calibration_windows(config: Config, directory: Path, teacher: ModelShape) -> Windows:
-    """Of prune's sequence length. directory: the teacher's. Raises UserError where the split has too few, or another
-    tokenizer's ids."""
+    """Those of the calibration split. directory: the teacher's.
+
+    Raises UserError where the split has too few, or another tokenizer's ids.
+    """
     corpus, settings = artifacts.corpus_directory(config), config.prune
-    prefixes = split_prefixes(corpus, "calibration")
     check_vocabulary(corpus, directory, teacher.vocab_size)
-    end = end_of_document(corpus, "calibration") if settings.document_mask else None
-    windows = Windows(prefixes, settings.sequence_length, end)
+    windows = windows_of(config, "calibration")
     if len(windows) < settings.calibration_samples:
         raise UserError(
             f"prune.calibration_samples: expected {settings.calibration_samples} sequences of "

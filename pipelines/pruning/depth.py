@@ -17,12 +17,12 @@ from typing import Any
 
 from pipelines import artifacts, console, protection
 from pipelines.choices import DepthMethod, Measure
-from pipelines.config import Config, Layout, UserError
+from pipelines.config import Config, UserError
 from pipelines.families import ModelShape
 from pipelines.model import parallel
 from pipelines.pruning import scores_file
-from pipelines.pruning.removal import Cost, Layers, Measurement, Removals, sources
-from pipelines.pruning.scores import load_teacher
+from pipelines.pruning.loaded_teacher import LoadedTeacher
+from pipelines.pruning.removal import Cost, Layers, Removals, measured_inside, sources
 from pipelines.validation.depth import measures
 
 CostOf = Callable[[Layers], Cost]
@@ -140,11 +140,11 @@ def figures(depth: Depth, whole: Cost, method: DepthMethod, measure: Measure) ->
 class LayerChoice:
     """The layers that go, for any number that stays: those that are given, or those that measuring finds.
 
-    Every rank makes one and asks it alike. The teacher is loaded where something has to be measured, and let go of.
+    Every rank makes one and asks it alike.
     """
 
-    def __init__(self, context: artifacts.StageContext, ranks: Layout, teacher: ModelShape) -> None:
-        self.context, self.ranks, self.teacher = context, ranks, teacher
+    def __init__(self, context: artifacts.StageContext, teacher: LoadedTeacher) -> None:
+        self.context, self.teacher = context, teacher
         self._found: dict[int, dict[str, Any]] = {}
 
     def dropped(self, keep: int) -> list[int] | None:
@@ -155,12 +155,12 @@ class LayerChoice:
         config = self.context.config
         if not measures(config):
             return config.student.drop_layers
-        if keep == self.teacher.num_hidden_layers:
+        if keep == self.teacher.shape.num_hidden_layers:
             return None
         if keep not in self._found:
             started = time.monotonic()
-            removals = open_removals(self.context, self.ranks, self.teacher)
-            whole, found = choose_by_cost(removals, config, self.teacher, keep)
+            removals = open_removals(self.context, self.teacher)
+            whole, found = choose_by_cost(removals, config, self.teacher.shape, keep)
             told = figures(found, whole, config.prune.depth_method, config.prune.depth_measure)
             seconds = round(time.monotonic() - started, 2)
             self._found[keep] = told | {
@@ -205,15 +205,11 @@ def choose_by_cost(removals: Removals, config: Config, teacher: ModelShape, keep
     return whole, found
 
 
-def open_removals(context: artifacts.StageContext, ranks: Layout, teacher: ModelShape) -> Removals:
-    """What leaving layers out costs, with what the stage's file and prune.scores know of it. The teacher is loaded when
-    something is measured. Collective."""
+def open_removals(context: artifacts.StageContext, teacher: LoadedTeacher) -> Removals:
+    """What leaving layers out costs, with what the stage's file and prune.scores know of it. Collective."""
     config, settings = context.config, context.config.prune
-    directory = artifacts.teacher_directory(config)
     samples = min(settings.depth_samples or settings.calibration_samples, settings.calibration_samples)
-    open_model = functools.partial(load_teacher, config, ranks, directory, teacher)
-    measurement = Measurement(config, directory, teacher, open_model, samples)
-    measurement.prepare(settings.depth_measure)
-    origin = parallel.on_first_rank(lambda: sources(config, teacher, samples))
+    origin = parallel.on_first_rank(lambda: sources(config, teacher.shape, samples))
     given = Path(settings.scores) if settings.scores else None
-    return Removals(teacher, measurement, context.directory / scores_file.FILE, origin, given)
+    measure = measured_inside(teacher, samples)
+    return Removals(teacher.shape, measure, context.directory / scores_file.FILE, origin, given)

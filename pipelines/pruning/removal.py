@@ -1,10 +1,9 @@
-"""What it costs to take parts of a teacher away: the loss and the task's score of the rest, before anything is cut.
+"""What it costs to leave layers out of a teacher: the loss and the task's score of the rest, before anything is cut.
 
-`Measurement` measures any `Kept` with the teacher's own model (model/masking.py). `Removals` does so for layers, each
-set of them once, and keeps the results in scores.safetensors, whatever the target: `removed` (n, layers) uint8, 1 where
-a layer is left out; `removed_loss` (n,), nats/token; `removed_task`, `removed_task_normalised` (n,), accuracies from 0
-to 1, and `removed_task_log_probability` (n,), nats; NaN where not measured. What they were measured on stands in the
-metadata as "removal"; never the layout.
+Each set of layers is measured once, and the results are kept in scores.safetensors, whatever the target: `removed`
+(n, layers) uint8, 1 where a layer is left out; `removed_loss` (n,), nats/token; `removed_task`,
+`removed_task_normalised` (n,), accuracies from 0 to 1, and `removed_task_log_probability` (n,), nats; NaN where not
+measured. What they were measured on stands in the metadata as "removal"; never the layout.
 """
 
 import math
@@ -14,20 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 
 from pipelines import artifacts, files, scores_origin
 from pipelines.choices import Measure
 from pipelines.config import Config, UserError
 from pipelines.core.selection import Kept
 from pipelines.families import ModelShape
-from pipelines.model import parallel, quality, tasks
-from pipelines.model.masking import pruned
+from pipelines.model import parallel
 from pipelines.pruning import scores_file
-from pipelines.pruning.calibration import calibration_batches, calibration_windows
-from pipelines.questions import TaskScore, read_questions, score, tokenizer_directory
-from pipelines.text.multiple_choice import encode
+from pipelines.pruning.loaded_teacher import LoadedTeacher
+from pipelines.questions import TaskScore, tokenizer_directory
 
 Layers = tuple[int, ...]  # from 1, ascending
 
@@ -57,60 +52,6 @@ class Cost:
         assert self.task is not None
         accuracy = self.task.normalised if normalised else self.task.accuracy
         return f"accuracy {accuracy:.2%} (log-probability {self.task.log_probability:.4f})"
-
-
-class Measurement:
-    """Measures what a student would score, on the teacher's model. Every rank makes one and calls it alike.
-
-    open_model: gives this rank's stage of the loaded teacher; called once, at the first measurement.
-    samples: of the calibration split, for the loss. What it reads is read when it is needed.
-    """
-
-    def __init__(
-        self, config: Config, directory: Path, teacher: ModelShape, open_model: Callable[[], GPTModel], samples: int
-    ) -> None:
-        self.config, self.directory, self.teacher, self.samples = config, directory, teacher, samples
-        self._open_model = open_model
-        self._model: GPTModel | None = None
-        self._batches: list[dict[str, torch.Tensor]] | None = None
-        self._questions: Any = None
-
-    def prepare(self, measure: Measure) -> None:
-        """Read the calibration sequences, or the questions. Raises UserError where these do not fit the teacher."""
-        settings = self.config.prune
-        if measure is Measure.loss and self._batches is None:
-            windows = calibration_windows(self.config, self.directory, self.teacher)
-            rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-            size = settings.micro_batch_size
-            self._batches = list(calibration_batches(windows, self.samples, size, rank, ranks))
-        if measure is Measure.task and self._questions is None:
-            assert settings.task, "validation asks for prune.task"
-            questions = read_questions(settings.task)
-            tokenizer = tokenizer_directory(self.config, self.directory, self.teacher)
-            longest = self.teacher.sliding_window or self.teacher.max_position_embeddings
-            self._questions = questions, encode(questions, tokenizer, self.teacher.vocab_size, longest)
-
-    def __call__(self, kept: Kept, measure: Measure) -> Cost:
-        """Collectives as of a forward pass for each batch, and those that add up their sums."""
-        self.prepare(measure)
-        if self._model is None:
-            self._model = self._open_model()
-        vocab_size = self.teacher.vocab_size
-        with pruned(self._model, kept, self.teacher):
-            if measure is Measure.loss:
-                assert self._batches is not None
-                found = quality.evaluate({"the pruned teacher": self._model}, self._batches, vocab_size=vocab_size)
-                return Cost(loss=found["the pruned teacher"].loss)
-            return Cost(task=self.task(self._model))
-
-    def task(self, model: GPTModel) -> TaskScore:
-        """Of any model of the teacher's vocabulary as it is."""
-        self.prepare(Measure.task)
-        questions, rows = self._questions
-        budget = self.config.prune.micro_batch_size * self.config.prune.sequence_length
-        vocab_size = self.teacher.vocab_size
-        likelihoods = tasks.log_likelihoods(model, rows, vocab_size=vocab_size, tokens_per_pass=budget)
-        return score(questions, likelihoods)
 
 
 class Removals:
@@ -158,6 +99,17 @@ class Removals:
     def _write(self) -> None:
         found = arrays(self.known, self.teacher.num_hidden_layers)
         scores_file.update(self.path, found, {"removal": self.sources})
+
+
+def measured_inside(teacher: LoadedTeacher, samples: int) -> Callable[[Kept, Measure], Cost]:
+    """Measures any `Kept` inside the teacher; samples: of the calibration split, for the loss. Collective."""
+
+    def cost(kept: Kept, measure: Measure) -> Cost:
+        if measure is Measure.loss:
+            return Cost(loss=teacher.loss(kept, samples=samples))
+        return Cost(task=teacher.task(kept))
+
+    return cost
 
 
 def without(teacher: ModelShape, layers: Layers) -> Kept:

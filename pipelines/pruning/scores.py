@@ -1,29 +1,28 @@
 """The scores that a pruning ranks by: taken from where they lie, or measured; or random, as a control."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 
 from pipelines import artifacts, console, scores_origin
 from pipelines.choices import DepthMethod, Importance
-from pipelines.config import Config, Layout, UserError
+from pipelines.config import Config, UserError
 from pipelines.core.importance import Scores
 from pipelines.families import ModelShape
 from pipelines.model import parallel
-from pipelines.model.build import build_model
+from pipelines.model.forward import Batch
 from pipelines.model.scoring import score
 from pipelines.model.taylor import score_taylor
-from pipelines.model.weights import load_hugging_face
 from pipelines.pruning import scores_file
-from pipelines.pruning.calibration import calibration_batches, calibration_windows
+from pipelines.pruning.loaded_teacher import LoadedTeacher
 
 MEASURED = "measured"
+Batches = Iterable[Batch]
+Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Found:
         }
 
 
-def obtain(context: artifacts.StageContext, ranks: Layout, teacher: ModelShape) -> Found:
+def obtain(context: artifacts.StageContext, loaded: LoadedTeacher) -> Found:
     """The scores that the configuration asks for, the same on every rank, and what was measured in the stage's file.
 
     Measured ones are taken in this order: those of prune.scores; those that the stage's directory has, of the same
@@ -56,7 +55,7 @@ def obtain(context: artifacts.StageContext, ranks: Layout, teacher: ModelShape) 
     Raises UserError where the given file does not fit, the split is too small, or activations are not finite; no file
     is written then. Collective: every rank calls it.
     """
-    config, path = context.config, context.directory / scores_file.FILE
+    config, teacher, path = context.config, loaded.shape, context.directory / scores_file.FILE
     needed = scores_origin.needed(config, teacher)
     found = parallel.on_first_rank(lambda: _look(config, path, needed, teacher))
     origin, source, missing = found["origin"], found["source"], found["missing"]
@@ -72,7 +71,7 @@ def obtain(context: artifacts.StageContext, ranks: Layout, teacher: ModelShape) 
         console.say(f"prune  scores of {scores.samples} samples taken from {source}")
         return Found(ranking(scores, config, teacher), source)
     started = time.monotonic()
-    scores = _measure(config, ranks, teacher, missing)
+    scores = _measure(loaded, missing)
     if source:  # it has all but some arrays
         arrays = scores_file.named_arrays(scores)
         parallel.on_first_rank(lambda: scores_file.update(path, {name: arrays[name] for name in missing}, {}))
@@ -119,74 +118,40 @@ def _origin(path: Path) -> scores_origin.Origin | None:
 # Measuring
 
 
-def _measure(config: Config, ranks: Layout, teacher: ModelShape, missing: list[str]) -> Scores:
+def _measure(teacher: LoadedTeacher, missing: list[str]) -> Scores:
     """Forward passes for all but Taylor scores; these take forward and backward passes of their own."""
-    settings, directory = config.prune, artifacts.teacher_directory(config)
-    calibration_windows(config, directory, teacher)  # what it refuses is refused before the teacher is loaded
-    model = load_teacher(config, ranks, directory, teacher)
+    settings = teacher.config.prune
     by_loss = settings.importance is Importance.taylor or "taylor_layers" in missing
     by_activation = settings.importance is not Importance.taylor and missing != ["taylor_layers"]
-    found: list[Scores] = []
-    if by_activation:
-        found.append(
-            _pass(
-                config,
-                directory,
-                teacher,
-                settings.micro_batch_size,
-                lambda batches, advance: score(
-                    model,
-                    batches,
-                    micro_batch_size=settings.micro_batch_size,
-                    sequence_aggregation=settings.sequence_aggregation,
-                    sample_aggregation=settings.sample_aggregation,
-                    advance=advance,
-                ),
-            )
+
+    def activation(batches: Batches, advance: Advance) -> Scores:
+        return score(
+            teacher.model(),
+            batches,
+            micro_batch_size=settings.micro_batch_size,
+            sequence_aggregation=settings.sequence_aggregation,
+            sample_aggregation=settings.sample_aggregation,
+            advance=advance,
         )
-    if by_loss:
-        found.append(
-            _pass(
-                config,
-                directory,
-                teacher,
-                1,
-                lambda batches, advance: score_taylor(
-                    model,
-                    batches,
-                    vocab_size=teacher.vocab_size,
-                    sample_aggregation=settings.sample_aggregation,
-                    advance=advance,
-                ),
-            )
+
+    def taylor(batches: Batches, advance: Advance) -> Scores:
+        return score_taylor(
+            teacher.model(),
+            batches,
+            vocab_size=teacher.shape.vocab_size,
+            sample_aggregation=settings.sample_aggregation,
+            advance=advance,
         )
+
+    found = [_pass(teacher, settings.micro_batch_size, activation)] if by_activation else []
+    found += [_pass(teacher, 1, taylor)] if by_loss else []
     return replace(found[0], taylor_layers=found[-1].taylor_layers)
 
 
-def load_teacher(config: Config, ranks: Layout, directory: Path, teacher: ModelShape) -> GPTModel:
-    """This rank's shard of the teacher, in prune.precision."""
-    model = build_model(
-        teacher,
-        sequence_parallel=ranks.sequence_parallel,
-        precision=config.prune.precision.value,
-        sequence_length=config.prune.sequence_length,
-    )
-    load_hugging_face(model, directory, teacher)
-    return model
-
-
-def _pass(
-    config: Config, directory: Path, teacher: ModelShape, micro_batch_size: int, work: Callable[..., Scores]
-) -> Scores:
+def _pass(teacher: LoadedTeacher, micro_batch_size: int, work: Callable[[Batches, Advance], Scores]) -> Scores:
     """One pass over the calibration split, with a progress bar."""
-    settings = config.prune
-    batches = calibration_batches(
-        calibration_windows(config, directory, teacher),
-        settings.calibration_samples,
-        micro_batch_size,
-        parallel_state.get_data_parallel_rank(),
-        parallel_state.get_data_parallel_world_size(),
-    )
+    settings = teacher.config.prune
+    batches = teacher.batches("calibration", settings.calibration_samples, micro_batch_size)
     started = time.monotonic()
     with console.progress("prune  scoring", settings.calibration_samples, "samples") as bar:
 

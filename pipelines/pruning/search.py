@@ -20,7 +20,7 @@ from typing import Any
 
 from pipelines import artifacts, console, files, grid, speeds
 from pipelines.choices import Measure
-from pipelines.config import layout, without_context
+from pipelines.config import layout
 from pipelines.core.selection import Kept
 from pipelines.families import ModelShape, read_shape
 from pipelines.grid import Candidate
@@ -29,7 +29,7 @@ from pipelines.model.export import save_hugging_face
 from pipelines.model.slicing import slice_checkpoint
 from pipelines.prune_settings import PRUNED_SIZES
 from pipelines.pruning import speed
-from pipelines.pruning.inside import Inside, free
+from pipelines.pruning.loaded_teacher import LoadedTeacher, free
 from pipelines.pruning.ranking import alone, ordered, spread, winner
 from pipelines.pruning.search_file import SearchFile
 from pipelines.questions import TaskScore
@@ -44,20 +44,18 @@ class Search:
     """
 
     def __init__(
-        self, context: artifacts.StageContext, teacher: ModelShape, keep: Callable[[ModelShape], Kept]
+        self, context: artifacts.StageContext, loaded: LoadedTeacher, keep: Callable[[ModelShape], Kept]
     ) -> None:
-        self.context, self.config, self.teacher, self.keep = context, context.config, teacher, keep
+        self.context, self.config, self.loaded, self.keep = context, context.config, loaded, keep
         self.settings, self.home = context.config.prune.search, context.directory / "candidates"
-        self.ranks = without_context(layout(context.config.parallel))
-        self.directory = artifacts.teacher_directory(context.config)
+        self.teacher, self.ranks, self.directory = loaded.shape, loaded.ranks, loaded.directory
         self.file = SearchFile(context.directory, self._source())
-        self.inside = Inside(self.config, self.ranks, self.directory, teacher)
 
     def run(self) -> ModelShape:
         """The winner's shape. Where it was sliced, hf/ is the winner."""
         candidates = self._candidates()
         for layers in sorted({candidate.shape.num_hidden_layers for candidate in candidates}):
-            self.keep(self.teacher.replace(num_hidden_layers=layers))  # may load the teacher; not beside ours
+            self.keep(self.teacher.replace(num_hidden_layers=layers))  # may measure, with a bar of its own
         above = self._alone(candidates)
         predicted = {c.name: self._predicted(c) for c in candidates}
         measured = spread(ordered(candidates, predicted, above), self.settings.measured)
@@ -67,7 +65,7 @@ class Search:
             self._sliced(candidate)
             if not grid.distils(self.config):
                 self._compared(candidate)
-        self.inside.release()
+        self.loaded.release()
         if grid.distils(self.config):
             for candidate in followed:
                 self._distilled(candidate)
@@ -121,7 +119,7 @@ class Search:
 
     def _alone(self, candidates: list[Candidate]) -> float:
         """Measure what is not known of the axes by themselves. Returns the teacher's loss."""
-        whole = self.file.once(["teacher"], lambda: {"loss": self.inside.calibration(self.keep(self.teacher))})["loss"]
+        whole = self.file.once(["teacher"], lambda: {"loss": self.loaded.loss(self.keep(self.teacher))})["loss"]
         shapes: dict[tuple[str, str], ModelShape] = {}
         for candidate in candidates:
             shapes |= alone(self.teacher, candidate.shape)
@@ -129,7 +127,7 @@ class Search:
         if missing:
             with console.progress("search  axes", len(missing), "sizes") as bar:
                 for axis, size in missing:
-                    change = self.inside.calibration(self.keep(shapes[axis, size])) - whole
+                    change = self.loaded.loss(self.keep(shapes[axis, size])) - whole
                     self.file.put(["sensitivities", axis, size], change)
                     bar.advance(1, detail=f"{axis} {size}: {change:+.4f} nats/token")
         return float(whole)
@@ -149,7 +147,7 @@ class Search:
                 "bytes_per_gpu": candidate.bytes_per_gpu,
                 "tokens_per_second": self._speed(candidate),
                 "predicted": predicted,
-                "measured": self.inside.calibration(self.keep(candidate.shape)),
+                "measured": self.loaded.loss(self.keep(candidate.shape)),
             }
             console.say(
                 f"search  {candidate.name:<28}{candidate.parameters:>15,} parameters  loss {entry['measured']:.4f}, "
@@ -188,10 +186,10 @@ class Search:
         """Without distillation: the loss on validation text, or the task's score."""
         kept, place = self.keep(candidate.shape), ["candidates", candidate.name]
         if self.file.get(*place, "validation") is None:
-            loss = self.file.put([*place, "validation"], self.inside.validation(kept))
+            loss = self.file.put([*place, "validation"], self.loaded.loss(kept, "validation"))
             console.say(f"search  {candidate.name:<28}loss on validation text {loss:.4f}")
         if self.settings.by is Measure.task:
-            self.file.once([*place, "task"], lambda: self._told(candidate, self.inside.task(kept)))
+            self.file.once([*place, "task"], lambda: self._told(candidate, self.loaded.task(kept)))
 
     def _told(self, candidate: Candidate, score: TaskScore) -> float:
         """The accuracy that counts."""
@@ -218,7 +216,7 @@ class Search:
         figures: dict[str, float] = {"steps": settings.steps, "tokens": tokens}
         figures |= {name: found[name] for name in OF_TRAINING if name in found}
         if self.settings.by is Measure.task:
-            score = self._told(candidate, self.inside.task_of(pair.student))
+            score = self._told(candidate, self.loaded.task_of(pair.student))
             self.file.put(["candidates", candidate.name, "task"], score)
         if self.settings.keep_candidates:
             tokenizer = artifacts.corpus_directory(config) / "tokenizer"

@@ -17,6 +17,7 @@ from pipelines.model import parallel
 from pipelines.model.slicing import slice_checkpoint, sliced_shape
 from pipelines.pruning.choice import checked_target, choose
 from pipelines.pruning.depth import LayerChoice
+from pipelines.pruning.loaded_teacher import LoadedTeacher
 from pipelines.pruning.scores import obtain
 from pipelines.pruning.search import Search
 
@@ -29,15 +30,16 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
     teacher = read_shape(directory)
     target = checked_target(config, teacher)
     parallel.initialize(ranks.tensor, ranks.pipeline, ranks.context, device=ranks.device, seed=config.run.seed)
-    found = obtain(context, ranks, teacher)
-    layers = LayerChoice(context, ranks, teacher)
+    loaded = LoadedTeacher(config, ranks, directory, teacher)
+    found, layers = obtain(context, loaded), LayerChoice(context, loaded)
 
     def keep(shape: ModelShape) -> Kept:
         dropped = layers.dropped(shape.num_hidden_layers)
         return choose(found.scores, teacher, shape, drop_layers=dropped, protect=config.prune.protect)
 
-    search = Search(context, teacher, keep) if grid.searches(config) else None
+    search = Search(context, loaded, keep) if grid.searches(config) else None
     kept = keep(search.run() if search else target)
+    loaded.release()
     student = sliced_shape(teacher, kept)
     sliced = search is not None and search.has_sliced(student)
     parallel.on_first_rank(lambda: _write(context, directory, teacher, kept, sliced))

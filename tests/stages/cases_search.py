@@ -48,6 +48,7 @@ def run(
     at which its first distillation set off}."""
     from pipelines.model import quality
     from pipelines.pruning import search, search_file, speed
+    from pipelines.pruning.loaded_teacher import STUDENT
 
     config = configured(directory, teacher, corpus, settings)
     stage = Path(directory) / "prune"
@@ -57,7 +58,7 @@ def run(
     evaluate, put, slices = quality.evaluate, search_file.SearchFile.put, search.slice_checkpoint
 
     def counted(models: Any, *arguments: Any, **keywords: Any) -> Any:
-        counts["losses"] += "candidate" in models
+        counts["losses"] += STUDENT in models
         return evaluate(models, *arguments, **keywords)
 
     def sliced(*arguments: Any, **keywords: Any) -> Any:
