@@ -54,6 +54,9 @@ class DepthMethod(Enum):
     greedy = "greedy"  # one after the other, each time the one whose removal hurts least
 
 
+BY_REMOVAL = (DepthMethod.loss, DepthMethod.contiguous, DepthMethod.greedy)  # what measures what a removal costs
+
+
 class Measure(Enum):
     """What tells how much a removal hurts."""
 

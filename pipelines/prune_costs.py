@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipelines import scores_origin
-from pipelines.choices import DepthMethod, Importance, Measure, Precision
+from pipelines import grid, scores_origin
+from pipelines.choices import BY_REMOVAL, DepthMethod, Importance, Measure, Precision
 from pipelines.config import Config, Layout
 from pipelines.families import ModelShape
 from pipelines.planning import (
@@ -20,10 +20,10 @@ from pipelines.planning import (
     matrix_parameters,
     peak_flops,
 )
+from pipelines.prune_settings import PruneConfig
 
 READ_BYTES_PER_SECOND = 1e9  # an assumption: one disk, or one client of a shared one; hashing is about as fast
 CUT_BYTES_PER_SECOND = 0.15e9  # of the student; measured on one core: 9.0 GB of the 8B-to-4B width student in 57 s
-MEASURED_BY_REMOVAL = (DepthMethod.loss, DepthMethod.contiguous, DepthMethod.greedy)
 
 
 @dataclass(frozen=True)
@@ -41,21 +41,19 @@ def prune_cost(config: Config, teacher: ModelShape, student: ModelShape, ranks: 
 
     student: what is cut out. Weights count 2 bytes with prune.precision=bf16, else 4.
     """
-    done = list(passes(config, teacher, student))
+    done, by_task = list(passes(config, teacher, student)), _removes(config, teacher, Measure.task)
     peak = peak_flops(config.plan.gpu)
     assert peak is not None, config.plan.gpu
     speed = SHARE_OF_PEAK * peak * ranks.processes
     width = 2 if config.prune.precision is Precision.bf16 else 4
     whole, cut = width * teacher.parameters(), width * student.parameters()
-    read = whole if done else 0  # the cut reads again what it needs, and is counted by what it writes
+    read = whole if done or by_task else 0  # the cut reads again what it needs, and is counted by what it writes
     seconds = {
         "reading": read / READ_BYTES_PER_SECOND,
         **{entry.what: entry.flops / speed for entry in done},
         "cutting": cut / CUT_BYTES_PER_SECOND,
         "hashing": (whole + cut) / READ_BYTES_PER_SECOND,
     }
-    by_task = config.prune.depth_method in MEASURED_BY_REMOVAL and config.prune.depth_measure is Measure.task
-    searched = any(value is not None for value in vars(config.prune.target).values())
     return {
         "passes": [asdict(entry) for entry in done],
         "flops": sum(entry.flops for entry in done),
@@ -66,26 +64,37 @@ def prune_cost(config: Config, teacher: ModelShape, student: ModelShape, ranks: 
         "cut_bytes_per_second": CUT_BYTES_PER_SECOND,
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "minutes": round(sum(seconds.values()) / 60, 2),
-        "not_counted": ["questions of prune.task"] * by_task + ["the search"] * searched,
+        "not_counted": ["questions of prune.task"] * by_task + ["the search"] * grid.searches(config),
     }
 
 
 def passes(config: Config, teacher: ModelShape, student: ModelShape) -> Iterator[Passes]:
     """Scoring runs the teacher without its head; Taylor's also backward and with it, as a training step of the weights
     would; removals run what is left, with the head."""
-    settings, needed = config.prune, set(scores_origin.needed(config, teacher))
+    settings = config.prune
+    needed = set() if settings.scores else set(scores_origin.needed(config, teacher))
     tokens = settings.calibration_samples * settings.sequence_length
     taylor, layers = settings.importance is Importance.taylor, teacher.num_hidden_layers
     if "block_influence" in needed or ("hidden" in needed and not taylor):
         yield Passes("scoring", 1, tokens, FORWARD * tokens * forward_flops(config, teacher, layers, head=False))
     if "taylor_layers" in needed or ("hidden" in needed and taylor):
         yield Passes("taylor", 1, tokens, FORWARD_AND_BACKWARD * tokens * forward_flops(config, teacher, layers))
-    if settings.depth_method in MEASURED_BY_REMOVAL and scores_origin.ranked(config, teacher)[1]:
-        samples = settings.depth_samples or settings.calibration_samples
-        tokens = samples * settings.sequence_length
+    if _removes(config, teacher, Measure.loss):
+        tokens = removal_samples(settings) * settings.sequence_length
         runs = removals(settings.depth_method, layers, layers - student.num_hidden_layers)
         flops = sum(times * tokens * forward_flops(config, teacher, run) for times, run in runs)
         yield Passes("layers left out", sum(times for times, _ in runs), tokens, flops)
+
+
+def removal_samples(settings: PruneConfig) -> int:
+    """Sequences of the calibration split that the loss of a removal is measured on."""
+    return min(settings.depth_samples or settings.calibration_samples, settings.calibration_samples)
+
+
+def _removes(config: Config, teacher: ModelShape, by: Measure) -> bool:
+    """Whether removals are measured in this way."""
+    measures = config.prune.depth_method in BY_REMOVAL and scores_origin.ranked(config, teacher)[1]
+    return measures and config.prune.depth_measure is by
 
 
 def removals(method: DepthMethod, layers: int, drop: int) -> list[tuple[int, int]]:

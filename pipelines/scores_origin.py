@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import artifacts, grid, lineage, planning
-from pipelines.choices import DepthMethod, Importance
+from pipelines.choices import BY_REMOVAL, DepthMethod, Importance
 from pipelines.config import Config, UserError
 from pipelines.families import ModelShape
 from pipelines.files import file_hash
@@ -111,6 +111,11 @@ def ranked(config: Config, teacher: ModelShape) -> tuple[bool, bool]:
     smaller = {name for name in PRUNED_SIZES if getattr(student, name) != getattr(teacher, name)}
     layers = not config.student.drop_layers and (searched or "num_hidden_layers" in smaller)
     return searched or bool(smaller - {"num_hidden_layers"}), layers
+
+
+def measures_removals(config: Config) -> bool:
+    """Whether layers are chosen by what their removal costs, where any goes."""
+    return config.prune.depth_method in BY_REMOVAL and not config.student.drop_layers
 
 
 def shapes(teacher: ModelShape) -> dict[str, tuple[int, ...]]:

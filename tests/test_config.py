@@ -283,6 +283,18 @@ def test_a_split_that_a_stage_reads_may_not_be_empty(stages: list[str], fraction
     validate(compose(overrides), ["corpus"])
 
 
+def test_a_split_that_a_stage_does_not_read_may_be_empty(tmp_path: Path) -> None:
+    task = tmp_path / "task.jsonl"
+    task.write_text(json.dumps({"query": "q", "choices": ["a", "b"], "gold": 0}) + "\n")
+    deep = [*BASE, "data.calibration_fraction=0", "model.shape.num_hidden_layers=6", "student.num_hidden_layers=4"]
+    measured = ["prune.depth_method=greedy", f"prune.task={task}"]
+    validate(compose([*deep, *measured, "prune.depth_measure=task"]), ["corpus", "prune"])
+    validate(compose([*deep, "prune.depth_method=random"]), ["corpus", "prune"])
+    for method in ("greedy", "block_influence"):
+        with pytest.raises(UserError, match=r"^data.calibration_fraction: expected above 0"):
+            validate(compose([*deep, f"prune.depth_method={method}"]), ["corpus", "prune"])
+
+
 def test_a_file_where_the_run_is_to_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "corpus").write_text("")

@@ -1,6 +1,7 @@
 """What the prune stage is said to cost, against counts taken by hand."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -55,6 +56,16 @@ def test_layers_that_are_named_cost_no_pass_and_those_that_are_found_do() -> Non
     assert contiguous["minutes"] < 10
     fewer = cost(*free, "prune.depth_method=contiguous", "prune.depth_samples=256")["passes"][0]["flops"]
     assert left_out["flops"] == 4 * fewer
+
+
+def test_what_is_not_passed_over_is_not_counted(tmp_path: Path) -> None:
+    free = ["experiment=llama31_8b_to_4b_depth", "student.drop_layers=null"]
+    assert cost(*free, f"prune.scores={tmp_path / 'scores.safetensors'}")["passes"] == []
+    by_task = cost(*free, "prune.depth_method=contiguous", "prune.depth_measure=task")
+    assert by_task["passes"] == [] and by_task["not_counted"] == ["questions of prune.task"]
+    assert by_task["bytes_read"] == 2 * 8_030_261_248
+    contiguous = [*free, "prune.depth_method=contiguous"]
+    assert cost(*contiguous, "prune.depth_samples=99999")["passes"] == cost(*contiguous)["passes"]
 
 
 def test_taylor_runs_backward_too() -> None:

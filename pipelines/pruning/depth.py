@@ -20,10 +20,11 @@ from pipelines.choices import DepthMethod, Measure
 from pipelines.config import Config, UserError
 from pipelines.families import ModelShape
 from pipelines.model import parallel
+from pipelines.prune_costs import removal_samples
 from pipelines.pruning import scores_file
 from pipelines.pruning.loaded_teacher import LoadedTeacher
 from pipelines.pruning.removal import Cost, Layers, Removals, measured_inside, sources
-from pipelines.validation.depth import measures
+from pipelines.scores_origin import measures_removals
 
 CostOf = Callable[[Layers], Cost]
 
@@ -153,7 +154,7 @@ class LayerChoice:
         Raises UserError where the calibration split or the questions do not fit the teacher.
         """
         config = self.context.config
-        if not measures(config):
+        if not measures_removals(config):
             return config.student.drop_layers
         if keep == self.teacher.shape.num_hidden_layers:
             return None
@@ -208,7 +209,7 @@ def choose_by_cost(removals: Removals, config: Config, teacher: ModelShape, keep
 def open_removals(context: artifacts.StageContext, teacher: LoadedTeacher) -> Removals:
     """What leaving layers out costs, with what the stage's file and prune.scores know of it. Collective."""
     config, settings = context.config, context.config.prune
-    samples = min(settings.depth_samples or settings.calibration_samples, settings.calibration_samples)
+    samples = removal_samples(settings)
     origin = parallel.on_first_rank(lambda: sources(config, teacher.shape, samples))
     given = Path(settings.scores) if settings.scores else None
     measure = measured_inside(teacher, samples)

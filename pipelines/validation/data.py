@@ -4,19 +4,16 @@ import glob
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from pipelines import artifacts, grid
-from pipelines.choices import DepthMethod, Importance
+from pipelines import artifacts, grid, scores_origin
+from pipelines.choices import Measure
 from pipelines.config import Config, SourceConfig, SourceKind, TeacherMode, expect
 from pipelines.families import ModelShape
 from pipelines.files import read_object
 from pipelines.nemo_context import tokenizer_directories
-from pipelines.prune_settings import PRUNED_SIZES
 from pipelines.vocabulary import TOKENIZERS, check_vocabulary, read_blend, tokenizer_size
 
 HELD_OUT = ("validation", "test", "calibration")
 SPLITS = ("train", *HELD_OUT)
-MEASURED = (DepthMethod.loss, DepthMethod.contiguous, DepthMethod.greedy)  # by losses on the calibration split
-SCORED = (DepthMethod.block_influence, DepthMethod.taylor)  # by passes over it
 SMALLEST_VOCABULARY = 258  # of a byte-level BPE: 256 bytes and two special tokens
 
 
@@ -101,19 +98,21 @@ def check_tokenizer(config: Config, stages: Collection[str], teacher: ModelShape
         expect(ids <= teacher.vocab_size, setting, rows, f"{ids} ids in {directory}", remedy)
 
 
-def needed_splits(config: Config, stages: Collection[str]) -> Iterator[tuple[str, str]]:
+def _calibrates(config: Config, teacher: ModelShape) -> bool:
+    """Whether prune reads the calibration split: to score, to measure losses without layers, or to search."""
+    scored = bool(scores_origin.needed(config, teacher)) and not config.prune.scores
+    _, layers = scores_origin.ranked(config, teacher)
+    by_loss = config.prune.depth_measure is Measure.loss and scores_origin.measures_removals(config)
+    return scored or (layers and by_loss) or grid.searches(config)
+
+
+def needed_splits(config: Config, stages: Collection[str], teacher: ModelShape) -> Iterator[tuple[str, str]]:
     """(stage, split) of what the stages read of the corpus."""
     for name in ("teacher", "distil"):
         if name in stages and not (name == "teacher" and config.teacher.mode is TeacherMode.take):
             yield name, "train"
             yield name, "validation"
-    student = config.student
-    sizes = [name for name in PRUNED_SIZES if name != "num_hidden_layers" or not student.drop_layers]
-    if config.prune.importance is Importance.random:  # by no data
-        sizes = [name for name in sizes if name == "num_hidden_layers" and config.prune.depth_method in SCORED]
-    scored = any(getattr(student, name) for name in sizes) and not config.prune.scores
-    measured = config.prune.depth_method in MEASURED and student.num_hidden_layers and not student.drop_layers
-    if "prune" in stages and not student.path and (scored or measured or grid.searches(config)):
+    if "prune" in stages and not config.student.path and _calibrates(config, teacher):
         yield "prune", "calibration"
     if "prune" in stages and grid.searches(config):
         yield "prune", "validation"
@@ -127,14 +126,14 @@ def needed_splits(config: Config, stages: Collection[str]) -> Iterator[tuple[str
 def check_splits(config: Config, stages: Collection[str], teacher: ModelShape) -> None:
     """That the corpus has, or will have, every split that the stages read, and the teacher's vocabulary."""
     if makes_corpus(config, stages):
-        for name, split in needed_splits(config, stages):
+        for name, split in needed_splits(config, stages, teacher):
             if split != "train" and not getattr(config.data, f"{split}_fraction"):
                 remedy = "Raise it" + (", or set evaluate.split." if name in ("evaluate", "export") else ".")
                 expected = f"above 0, since stage {name} reads the {split} split"
                 expect(False, f"data.{split}_fraction", expected, 0, remedy)
         return
     corpus = artifacts.corpus_directory(config)
-    needed = list(needed_splits(config, stages))
+    needed = list(needed_splits(config, stages, teacher))
     if not needed or not (corpus / "blend.json").is_file():
         return  # artifacts says what is missing
     splits = read_blend(corpus)["splits"]

@@ -3,22 +3,16 @@
 from collections.abc import Collection, Iterator
 
 from pipelines import grid, protection, questions
-from pipelines.choices import DepthMethod, Measure
+from pipelines.choices import BY_REMOVAL, DepthMethod, Measure
 from pipelines.config import Config, expect
 from pipelines.families import ModelShape
-
-MEASURED = (DepthMethod.loss, DepthMethod.contiguous, DepthMethod.greedy)
-
-
-def measures(config: Config) -> bool:
-    """Whether layers are chosen by what their removal costs."""
-    return config.prune.depth_method in MEASURED and not config.student.drop_layers
+from pipelines.scores_origin import measures_removals
 
 
 def check(config: Config, stages: Collection[str], teacher: ModelShape, layers: int) -> None:
     """What these methods need. layers: the fewest that may stay. Raises UserError."""
     settings, student = config.prune, config.student
-    if "prune" not in stages or student.path or not measures(config):
+    if "prune" not in stages or student.path or not measures_removals(config):
         return
     method = f"prune.depth_method={settings.depth_method.value}"
     expect(
@@ -53,7 +47,7 @@ def warnings(config: Config, teacher: ModelShape) -> Iterator[str]:
     """Settings without effect on the choice of layers. For a run of the prune stage."""
     settings, student = config.prune, config.student
     method = f"prune.depth_method={settings.depth_method.value}"
-    measured = settings.depth_method in MEASURED
+    measured = settings.depth_method in BY_REMOVAL
     if student.drop_layers and settings.depth_method not in (DepthMethod.layers, DepthMethod.block_influence):
         yield f"{method} has no effect with student.drop_layers"
         measured = False

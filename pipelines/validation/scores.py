@@ -8,8 +8,6 @@ from pipelines.choices import Aggregation, Importance
 from pipelines.config import Config
 from pipelines.families import ModelShape
 from pipelines.prune_settings import PruneConfig
-from pipelines.safetensors_header import read_header
-from pipelines.validation import depth
 
 
 def check(config: Config, stages: Collection[str], teacher: ModelShape) -> None:
@@ -18,7 +16,6 @@ def check(config: Config, stages: Collection[str], teacher: ModelShape) -> None:
         return
     file, needed = Path(config.prune.scores), scores_origin.needed(config, teacher)
     scores_origin.read_origin(file)
-    read_header(file)
     if needed and artifacts.is_hugging_face(artifacts.teacher_directory(config)):
         scores_origin.check_given(file, scores_origin.asked(config, data=False), needed, teacher)
 
@@ -28,7 +25,7 @@ def warnings(config: Config, stages: Collection[str], teacher: ModelShape) -> It
     if "prune" not in stages or config.student.path:
         return
     needed = scores_origin.needed(config, teacher)
-    if settings.scores and not needed and not depth.measures(config):
+    if settings.scores and not needed and not scores_origin.measures_removals(config):
         yield "prune.scores has no effect: nothing is ranked by scores"
     if settings.sequence_aggregation is not Aggregation.mean and settings.importance is not Importance.activation:
         yield f"prune.sequence_aggregation has no effect with prune.importance={settings.importance.value}"

@@ -206,7 +206,7 @@ def test_only_what_is_measured_asks_for_a_calibration_split(paths, measured):
     def needed(layers: int | None = None, **settings) -> bool:
         config = configuration(paths, **settings)
         config.student.num_hidden_layers = layers
-        return ("prune", "calibration") in data.needed_splits(config, ["prune"])
+        return ("prune", "calibration") in data.needed_splits(config, ["prune"], SHAPE)
 
     random = {"importance": Importance.random}
     assert (
