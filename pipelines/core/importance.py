@@ -84,7 +84,7 @@ class ActivationNorm:
         greatest = self.sequence is Aggregation.max
         if sequence_group is not None:
             if greatest:  # of which no NaN would come out
-                found = found.nan_to_num(nan=torch.inf)
+                found = found.nan_to_num(nan=torch.inf, posinf=torch.inf)
             dist.all_reduce(found, op=dist.ReduceOp.MAX if greatest else dist.ReduceOp.SUM, group=sequence_group)
         if self.sequence is Aggregation.mean:
             found = found / counted.tokens.clamp(min=1).unsqueeze(-1)

@@ -131,6 +131,15 @@ def test_no_nan_is_lost_in_a_maximum():
     assert norm.total.isnan().all()
 
 
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_what_is_not_finite_stays_so_in_a_maximum_over_ranks(monkeypatch, value):
+    monkeypatch.setattr(importance.dist, "all_reduce", lambda *arguments, **named: None)
+    norm = ActivationNorm(1, sequence=Aggregation.max, samples=Aggregation.mean)
+    mask = torch.ones(2, 1, dtype=torch.bool)
+    norm.update(torch.tensor([[[1.0]], [[float(value)]]]), counted(mask), sequence_group=object())
+    assert not norm.total.isfinite().any()
+
+
 def test_hidden_scores_add_the_norms_and_units_join_the_channels_of_a_head_or_a_group():
     assert hidden_scores(torch.tensor([[3.0, 4.0], [1.0, 0.0]])).tolist() == [4.0, 4.0]
     scores = torch.tensor([[3.0, 4.0, 0.0, 12.0], [12.0, 5.0, 1.0, 0.0]])
