@@ -73,8 +73,7 @@ def obtain(context: artifacts.StageContext, loaded: LoadedTeacher) -> Found:
     started = time.monotonic()
     scores = _measure(loaded, missing)
     if source:  # it has all but some arrays
-        arrays = scores_file.named_arrays(scores)
-        parallel.on_first_rank(lambda: scores_file.update(path, {name: arrays[name] for name in missing}, {}))
+        parallel.on_first_rank(lambda: scores_file.add(path, scores, missing))
         scores = scores_file.read(path, teacher)
     else:
         parallel.on_first_rank(lambda: scores_file.write(path, scores, origin))

@@ -18,7 +18,7 @@ from pipelines.config import UserError
 from pipelines.core.importance import Scores
 from pipelines.families import ModelShape
 from pipelines.safetensors_header import read_header
-from pipelines.scores_origin import Origin
+from pipelines.scores_origin import Origin, shapes
 
 FILE = "scores.safetensors"
 _BY_LAYER = ("ffn", "heads", "kv_groups")
@@ -35,9 +35,17 @@ def named_arrays(scores: Scores) -> dict[str, torch.Tensor]:
 
 
 def write(path: Path, scores: Scores | None, origin: Origin) -> None:
-    """A new file in the place of what was there. scores: None where nothing had to be ranked."""
-    counts = {"samples": scores.samples, "tokens": scores.tokens} if scores else {"samples": 0, "tokens": 0}
-    _write(path, named_arrays(scores) if scores else {}, {"provenance": json.dumps(origin | counts)})
+    """Scores in the place of those that were there; measured removals (pruning/removal.py) stay. scores: None where
+    nothing had to be ranked."""
+    removed, told = _removals(path)
+    notes = {"provenance": origin | _counts(scores)} | told
+    _write(path, (named_arrays(scores) if scores else {}) | removed, notes)
+
+
+def add(path: Path, scores: Scores, names: Sequence[str]) -> None:
+    """Put these arrays of scores, and how much was scored, into a file of the same origin that lacks them."""
+    arrays, origin = named_arrays(scores), read_notes(path)["provenance"]
+    update(path, {name: arrays[name] for name in names}, {"provenance": origin | _counts(scores)})
 
 
 def update(path: Path, arrays: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
@@ -47,18 +55,17 @@ def update(path: Path, arrays: Mapping[str, torch.Tensor], metadata: Mapping[str
     """
     held, words = (read_arrays(path), read_notes(path)) if path.is_file() else ({}, {})
     added = {name: value.detach().cpu().contiguous() for name, value in arrays.items()}
-    _write(path, held | added, {name: json.dumps(value) for name, value in (words | dict(metadata)).items()})
+    _write(path, held | added, words | dict(metadata))
 
 
 def copy(given: Path, path: Path) -> None:
-    """Another run's file as one's own, with all that it says of its origin; what one has measured of removed layers
-    (pruning/removal.py) stays."""
+    """Another run's file as one's own, with all that it says of its origin; one's own measured removals stay."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    removed = {n: v for n, v in read_arrays(path).items() if n.startswith("removed")} if path.is_file() else {}
-    told = {"removal": read_notes(path)["removal"]} if removed else {}
-    files.write_atomic(path, given.read_bytes())
+    removed, told = _removals(path)
     if removed:
-        update(path, removed, told)
+        _write(path, read_arrays(given) | removed, read_notes(given) | told)
+    else:
+        files.write_atomic(path, given.read_bytes())
 
 
 def present(path: Path) -> list[str]:
@@ -91,32 +98,40 @@ def read_notes(path: Path) -> dict[str, Any]:
 
 def read(path: Path, teacher: ModelShape) -> Scores:
     """The scores of a file that has been checked. Arrays that it lacks are NaN, but taylor_layers, which are None."""
-    arrays, origin = read_arrays(path), read_notes(path)["provenance"]
-    layers = teacher.num_hidden_layers
-    sizes = {
-        "ffn": teacher.intermediate_size,
-        "heads": teacher.num_attention_heads,
-        "kv_groups": teacher.num_key_value_heads,
+    held, origin = read_arrays(path), read_notes(path)["provenance"]
+    arrays = {
+        name: held.get(name, torch.full(shape, torch.nan, dtype=torch.float64))
+        for name, shape in shapes(teacher).items()
     }
-
-    def rows(axis: str) -> torch.Tensor:
-        absent = torch.full((sizes[axis],), torch.nan, dtype=torch.float64)
-        return torch.stack([arrays.get(f"{axis}.{number}", absent) for number in range(1, layers + 1)])
-
-    def whole(name: str, size: int) -> torch.Tensor:
-        return arrays.get(name, torch.full((size,), torch.nan, dtype=torch.float64))
-
+    by_layer = {
+        axis: torch.stack([arrays[f"{axis}.{number}"] for number in range(1, teacher.num_hidden_layers + 1)])
+        for axis in _BY_LAYER
+    }
     return Scores(
-        hidden=whole("hidden", teacher.hidden_size),
-        ffn=rows("ffn"),
-        heads=rows("heads"),
-        kv_groups=rows("kv_groups"),
-        block_influence=whole("block_influence", layers),
+        hidden=arrays["hidden"],
+        **by_layer,
+        block_influence=arrays["block_influence"],
         samples=origin["samples"],
         tokens=origin["tokens"],
-        taylor_layers=arrays.get("taylor_layers"),
+        taylor_layers=held.get("taylor_layers"),
     )
 
 
-def _write(path: Path, arrays: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    files.write_atomic(path, save(dict(arrays), metadata))
+def _counts(scores: Scores | None) -> dict[str, int]:
+    return {"samples": scores.samples, "tokens": scores.tokens} if scores else {"samples": 0, "tokens": 0}
+
+
+def _removals(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(arrays, metadata) that a file has of removed layers; none where it is missing or damaged."""
+    try:
+        if not path.is_file() or "removed" not in present(path):
+            return {}, {}
+        told = {"removal": read_notes(path)["removal"]}
+    except (UserError, KeyError, ValueError):
+        return {}, {}
+    return {name: value for name, value in read_arrays(path).items() if name.startswith("removed")}, told
+
+
+def _write(path: Path, arrays: Mapping[str, torch.Tensor], notes: Mapping[str, Any]) -> None:
+    """notes: the metadata, whose values become JSON."""
+    files.write_atomic(path, save(dict(arrays), {name: json.dumps(value) for name, value in notes.items()}))
