@@ -81,10 +81,10 @@ def select_layers(
     *,
     keep: int | None = None,
     drop: Sequence[int] | None = None,
-    block_influence: torch.Tensor | None = None,
+    scores: torch.Tensor | None = None,
     protected: Iterable[int] = (),
 ) -> list[int]:
-    """Layer numbers that stay, counted from 1: all but `drop`, or the `keep` of highest block_influence: (layers,)."""
+    """Layer numbers that stay, counted from 1: all but `drop`, or the `keep` of highest scores: (layers,)."""
     check_layers(layers, keep=keep, drop=drop)
     if drop:
         against = sorted(set(drop) & set(protected))
@@ -96,9 +96,9 @@ def select_layers(
         return [number for number in range(1, layers + 1) if number not in drop]
     if keep is None or keep == layers:
         return list(range(1, layers + 1))
-    assert block_influence is not None and len(block_influence) == layers
+    assert scores is not None and len(scores) == layers
     places = [number - 1 for number in protected]
-    return [i + 1 for i in select_channels(block_influence, keep, what="student.num_hidden_layers", protected=places)]
+    return [i + 1 for i in select_channels(scores, keep, what="student.num_hidden_layers", protected=places)]
 
 
 def select(
@@ -121,9 +121,9 @@ def select(
 
     keep_groups without keep_heads: every head of the groups that stay.
     """
-    influence = None if scores is None else scores.block_influence if scores.layers is None else scores.layers
+    of_layers = None if scores is None else scores.block_influence if scores.layers is None else scores.layers
     numbers = select_layers(
-        layers, keep=keep_layers, drop=drop_layers, block_influence=influence, protected=protected.all_layers
+        layers, keep=keep_layers, drop=drop_layers, scores=of_layers, protected=protected.all_layers
     )
     per_group, nothing = heads // groups, frozenset[int]()
     left = groups if keep_groups is None else keep_groups

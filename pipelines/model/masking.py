@@ -33,7 +33,6 @@ def pruned(model: GPTModel, kept: Kept, teacher: ModelShape) -> Iterator[None]:
     Afterwards it is as before, bit for bit, after an exception too. Not to be entered twice. No collectives; every rank
     enters with the same kept.
 
-
     model: this rank's pipeline stage of the whole teacher, of shape `teacher`; a stage may lose all of its layers.
     Without gradients of the norms' weights: these are scaled in place, in their own dtype. So with bf16 weights the
     results differ from the sliced student's by bf16's rounding where hidden channels are dropped, and only there.

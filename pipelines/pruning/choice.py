@@ -21,7 +21,7 @@ def choose(
 ) -> Kept:
     """What stays for a student of the target's shape. scores may be None where nothing has to be ranked.
 
-    drop_layers: the layers that go, from 1; None: those of lowest block influence.
+    drop_layers: the layers that go, from 1; None: those that score lowest.
     """
     return select(
         scores,

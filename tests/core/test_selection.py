@@ -36,8 +36,8 @@ def test_heads_keep_the_same_number_in_every_group_however_the_scores_lie():
 def test_layers_by_drop_list_and_by_block_influence():
     influence = torch.tensor([0.9, 0.1, 0.3, 0.1, 0.5])
     assert select_layers(5, drop=[4, 2]) == [1, 3, 5]
-    assert select_layers(5, keep=4, block_influence=influence) == [1, 2, 3, 5]
-    assert select_layers(5, keep=2, block_influence=influence) == [1, 5]
+    assert select_layers(5, keep=4, scores=influence) == [1, 2, 3, 5]
+    assert select_layers(5, keep=2, scores=influence) == [1, 5]
     assert select_layers(5, keep=5) == select_layers(5) == [1, 2, 3, 4, 5]
 
 
@@ -108,7 +108,7 @@ def test_what_is_protected_stays_whatever_its_score_and_all_else_is_the_highest(
 
 def test_a_protected_layer_is_neither_ranked_away_nor_dropped():
     influence = torch.tensor([0.9, 0.1, 0.3, 0.1, 0.5])
-    assert select_layers(5, keep=2, block_influence=influence, protected=[4]) == [1, 4]
+    assert select_layers(5, keep=2, scores=influence, protected=[4]) == [1, 4]
     with pytest.raises(UserError, match=r"no layer that prune.protect names, or that holds .*found \[2\]"):
         select_layers(5, drop=[1, 2], protected=[2, 3])
     protected = Protected(ffn={2: frozenset({4})})
