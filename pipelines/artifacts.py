@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import lineage
-from pipelines.config import Config, TeacherMode, UserError
+from pipelines.config import Config, TeacherMode, UserError, distils_candidates
 from pipelines.files import (
     COMPLETE,
     MANIFEST,
@@ -158,8 +158,7 @@ def settings(config: Config, stage: Stage) -> dict[str, Any]:
 
 def _of_search(config: Config, stage: Stage) -> tuple[str, ...]:
     """What decides a search for the student's shape beside the stage's own: the distillation of its candidates."""
-    target = any(value is not None for value in vars(config.prune.target).values())
-    distils = stage.name == "prune" and target and not config.student.path and config.prune.search.distil_tokens > 0
+    distils = stage.name == "prune" and distils_candidates(config)
     return ("distil", "distil.validation_batches", "run.seed") if distils else ()
 
 

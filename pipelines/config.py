@@ -266,6 +266,16 @@ def teacher_precision(distil: DistilConfig) -> TeacherPrecision:
     return distil.teacher_precision or TeacherPrecision(distil.precision.value)
 
 
+def searches(config: Config) -> bool:
+    """Whether prune searches for the student's shape."""
+    return not config.student.path and any(value is not None for value in vars(config.prune.target).values())
+
+
+def distils_candidates(config: Config) -> bool:
+    """Whether the search distils its candidates."""
+    return searches(config) and config.prune.search.distil_tokens > 0
+
+
 def document_mask(config: Config, stage: str) -> bool:
     """Whether a stage keeps the documents apart that share a row."""
     if stage == "evaluate" and config.evaluate.document_mask is None:

@@ -60,16 +60,6 @@ class Limits:
         return not (slow or large or heavy)
 
 
-def searches(config: Config) -> bool:
-    """Whether the student's shape is searched for."""
-    return not config.student.path and any(value is not None for value in vars(config.prune.target).values())
-
-
-def distils(config: Config) -> bool:
-    """Whether the search distils its candidates."""
-    return searches(config) and config.prune.search.distil_tokens > 0
-
-
 def shape_name(shape: ModelShape) -> str:
     """h3072-f9216-a32-g8-l32: hidden, ffn, attention heads, KV groups, layers."""
     return (

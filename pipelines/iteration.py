@@ -13,7 +13,7 @@ from typing import Any
 
 from pipelines import artifacts, grid, planning
 from pipelines.choices import DepthMethod, StepTeacher
-from pipelines.config import Config, ShapeConfig, StudentConfig, layout
+from pipelines.config import Config, ShapeConfig, StudentConfig, layout, searches
 from pipelines.families import ModelShape
 from pipelines.prune_settings import PRUNED_SIZES, IterateConfig, ProtectConfig, TargetConfig
 
@@ -97,7 +97,7 @@ def shapes(config: Config) -> list[ModelShape]:
 def student_shape(config: Config, step: int, start: ModelShape) -> ModelShape:
     """What a step makes of a start of this shape; where it is searched for, the largest that it may be."""
     view = pruning_view(config, step, start)
-    if grid.searches(view):
+    if searches(view):
         return grid.candidates(view, layout(view.parallel), start)[0][0].shape
     return planning.target_shape(start, view.student)
 

@@ -4,13 +4,13 @@ Passes are reckoned as planning.py reckons training, at its share of the device'
 the two speeds below, and so is as good as they are for the machine at hand.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipelines import grid, scores_origin
+from pipelines import scores_origin
 from pipelines.choices import BY_REMOVAL, DepthMethod, Importance, Measure, Precision
-from pipelines.config import Config, Layout
+from pipelines.config import Config, Layout, searches
 from pipelines.families import ModelShape
 from pipelines.planning import (
     FORWARD,
@@ -64,7 +64,7 @@ def prune_cost(config: Config, teacher: ModelShape, student: ModelShape, ranks: 
         "cut_bytes_per_second": CUT_BYTES_PER_SECOND,
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "minutes": round(sum(seconds.values()) / 60, 2),
-        "not_counted": ["questions of prune.task"] * by_task + ["the search"] * grid.searches(config),
+        "not_counted": ["questions of prune.task"] * by_task + ["the search"] * searches(config),
     }
 
 
@@ -97,13 +97,20 @@ def _removes(config: Config, teacher: ModelShape, by: Measure) -> bool:
     return measures and config.prune.depth_measure is by
 
 
-def removals(method: DepthMethod, layers: int, drop: int) -> list[tuple[int, int]]:
-    """(passes, layers that each runs) of a measured depth_method, the whole teacher first; without protected layers."""
+def blocks(layers: int, length: int, protected: Collection[int] = ()) -> list[tuple[int, ...]]:
+    """Every block of `length` neighbouring layers, from 1, without a protected one, the lowest first."""
+    every = (tuple(range(first, first + length)) for first in range(1, layers - length + 2))
+    return [block for block in every if not set(block) & set(protected)]
+
+
+def removals(method: DepthMethod, layers: int, drop: int, protected: Collection[int] = ()) -> list[tuple[int, int]]:
+    """(passes, layers that each runs) of a measured depth_method (pruning/depth.py), the whole teacher first."""
+    free = layers - len(set(protected))
     if method is DepthMethod.contiguous:
-        return [(1, layers), (layers - drop + 1, layers - drop)]
+        return [(1, layers), (len(blocks(layers, drop, protected)), layers - drop)]
     if method is DepthMethod.greedy:
-        return [(1, layers), *((layers - gone + 1, layers - gone) for gone in range(1, drop + 1))]
-    return [(1, layers), (layers, layers - 1), *[(1, layers - drop)] * (drop > 1)]
+        return [(1, layers), *((free - gone + 1, layers - gone) for gone in range(1, drop + 1))]
+    return [(1, layers), (free, layers - 1), *[(1, layers - drop)] * (drop > 1)]
 
 
 def forward_flops(config: Config, shape: ModelShape, layers: int, head: bool = True) -> int:

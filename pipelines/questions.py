@@ -69,6 +69,10 @@ class TaskScore:
     normalised: float
     log_probability: float
 
+    def counted(self, by_character: bool) -> float:
+        """The accuracy that counts: normalised or not."""
+        return self.normalised if by_character else self.accuracy
+
 
 def score(questions: Sequence[Question], likelihoods: Sequence[float]) -> TaskScore:
     """likelihoods: the log-likelihood in nats of every choice, one question after the other. Of equal ones the first

@@ -17,9 +17,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipelines import artifacts, grid, lineage, planning
+from pipelines import artifacts, lineage, planning
 from pipelines.choices import BY_REMOVAL, DepthMethod, Importance
-from pipelines.config import Config, UserError
+from pipelines.config import Config, UserError, searches
 from pipelines.families import ModelShape
 from pipelines.files import file_hash
 from pipelines.prune_settings import PRUNED_SIZES
@@ -107,7 +107,7 @@ def needed(config: Config, teacher: ModelShape) -> list[str]:
 
 def ranked(config: Config, teacher: ModelShape) -> tuple[bool, bool]:
     """Whether channels, neurons, heads or KV groups have to be ranked, and whether layers have."""
-    student, searched = planning.target_shape(teacher, config.student), grid.searches(config)
+    student, searched = planning.target_shape(teacher, config.student), searches(config)
     smaller = {name for name in PRUNED_SIZES if getattr(student, name) != getattr(teacher, name)}
     layers = not config.student.drop_layers and (searched or "num_hidden_layers" in smaller)
     return searched or bool(smaller - {"num_hidden_layers"}), layers

@@ -16,6 +16,8 @@ from pipelines.validation import validate
 from pipelines.validation.numbers import RANGES
 from pipelines.vocabulary import tokenizer_size
 
+pytestmark = pytest.mark.usefixtures("machine_without_gpu")
+
 # A shape and a batch of this test's own, whatever the quickstart's become.
 BASE = [
     "experiment=quickstart",
@@ -32,12 +34,6 @@ def refusal(stage: str, *overrides: str) -> str:
     with pytest.raises(UserError) as caught:
         validate(compose(list(overrides)), [stage])
     return str(caught.value)
-
-
-@pytest.fixture(autouse=True)
-def machine_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(configuration, "gpu_count", lambda: 0)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
 
 
 @pytest.fixture

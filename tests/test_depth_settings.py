@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import config as configuration
 from pipelines.compose import compose
 from pipelines.config import UserError
 from pipelines.families import ModelShape
 from pipelines.model.random_model import write_random_model
 from pipelines.validation import validate
+
+pytestmark = pytest.mark.usefixtures("machine_without_gpu")
 
 BASE = [
     "experiment=quickstart",
@@ -19,12 +20,6 @@ BASE = [
     "model.shape.num_hidden_layers=6",
     "student.num_hidden_layers=4",
 ]
-
-
-@pytest.fixture(autouse=True)
-def machine_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(configuration, "gpu_count", lambda: 0)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
 
 
 @pytest.fixture

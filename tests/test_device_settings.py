@@ -13,13 +13,9 @@ from pipelines.config import Layout, TeacherMode, UserError, layout, without_con
 from pipelines.stages import PIPELINE
 from pipelines.validation import layouts, validate
 
+pytestmark = pytest.mark.usefixtures("machine_without_gpu")
+
 STAGES = ["corpus", "distil"]
-
-
-@pytest.fixture(autouse=True)
-def machine_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(configuration, "gpu_count", lambda: 0)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
 
 
 @pytest.fixture

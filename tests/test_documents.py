@@ -9,11 +9,7 @@ from pipelines.compose import compose
 from pipelines.config import UserError, document_mask
 from pipelines.validation import validate
 
-
-@pytest.fixture(autouse=True)
-def machine_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(configuration, "gpu_count", lambda: 0)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+pytestmark = pytest.mark.usefixtures("machine_without_gpu")
 
 
 def refusal(stages: list[str], *overrides: str) -> str:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines import config as configuration
 from pipelines import planning
 from pipelines.compose import compose
 from pipelines.config import UserError
@@ -16,6 +15,8 @@ from pipelines.families import ModelShape, read_shape
 from pipelines.safetensors_header import ITEM_BYTES
 from pipelines.validation import validate
 from pipelines.vocabulary import tokenizer_size
+
+pytestmark = pytest.mark.usefixtures("machine_without_gpu")
 
 SHAPE = ModelShape(
     vocab_size=512,
@@ -28,12 +29,6 @@ SHAPE = ModelShape(
 )
 INDEX = "model.safetensors.index.json"
 SHARDS = 3
-
-
-@pytest.fixture(autouse=True)
-def machine_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(configuration, "gpu_count", lambda: 0)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
 
 
 def write_file(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str = "F32") -> None:

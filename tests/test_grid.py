@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from pipelines import capacity, grid, planning, speeds
-from pipelines import config as configuration
 from pipelines.compose import compose
 from pipelines.config import Config, Layout, UserError
 from pipelines.families import ModelShape
@@ -18,6 +17,8 @@ from pipelines.prune_settings import OfLayerConfig
 from pipelines.stages import plan
 from pipelines.validation import validate
 from pipelines.validation.shapes import check_target
+
+pytestmark = pytest.mark.usefixtures("machine_without_gpu")
 
 TEACHER = ModelShape(97, 48, 96, 6, 12, 4, 8)
 TARGETS = (
@@ -27,12 +28,6 @@ TARGETS = (
     {"ratio": 0.8, "tokens_per_second": 2.0e9},
     {"seconds": 3e-7, "bytes_per_gpu": 80_000.0},
 )
-
-
-@pytest.fixture(autouse=True)
-def machine_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(configuration, "gpu_count", lambda: 0)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
 
 
 def ranks(tensor: int = 1, pipeline: int = 1) -> Layout:

@@ -15,14 +15,10 @@ from pipelines.stages import PIPELINE, STAGES
 from pipelines.stages.plan import as_text, steps_plan
 from pipelines.validation import validate
 
+pytestmark = pytest.mark.usefixtures("machine_without_gpu")
+
 BASE = ["experiment=quickstart", "student=custom", "parallel=tp2"]
 TWO = "iterate.students=[{hidden_size: 112, num_hidden_layers: 5, steps: 50}, {hidden_size: 96, learning_rate: 2e-3}]"
-
-
-@pytest.fixture(autouse=True)
-def machine_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(configuration, "gpu_count", lambda: 0)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
 
 
 @functools.cache

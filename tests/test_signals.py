@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 
-from pipelines import config as configuration
 from pipelines.compose import compose, group_options
 from pipelines.signals import (
     AttentionLossConfig,
@@ -19,11 +18,7 @@ from pipelines.validation import validate
 from pipelines.validation.signals import alpha_conventions
 from tests.test_config import BASE, refusal
 
-
-@pytest.fixture(autouse=True)
-def machine_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(configuration, "gpu_count", lambda: 0)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+pytestmark = pytest.mark.usefixtures("machine_without_gpu")
 
 
 @pytest.mark.parametrize("option", group_options("signals"))

@@ -1,6 +1,7 @@
 """Forward passes alone through Megatron's schedule, which sends hidden states between pipeline stages."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,30 @@ from torch import Tensor
 from pipelines.model.documents import packed_sequences
 
 Batch = dict[str, Tensor]
+
+
+@contextmanager
+def evaluating(models: Iterable[GPTModel]) -> Iterator[None]:
+    """Models in eval mode, and in the mode they had afterwards."""
+    modes = [(model, model.training) for model in models]
+    for model, _ in modes:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, training in modes:
+            model.train(training)
+
+
+@contextmanager
+def without_head(model: GPTModel) -> Iterator[None]:
+    """The model's passes end before the output layer."""
+    whole = model.post_process
+    model.post_process = False
+    try:
+        yield
+    finally:
+        model.post_process = whole
 
 
 def micro_batches_per_pass() -> int:

@@ -147,3 +147,9 @@ def _norm_weight(config: TransformerConfig, size: int) -> torch.nn.Parameter:
     # Under sequence parallelism each rank sees its part of the sequence: Megatron sums these gradients over TP.
     weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
     return weight
+
+
+def layer_input(inputs: tuple[Any, ...], keywords: dict[str, Any]) -> torch.Tensor:
+    """The hidden states that a layer was called with, by name or by position: for hooks."""
+    found: torch.Tensor = keywords["hidden_states"] if "hidden_states" in keywords else inputs[0]
+    return found

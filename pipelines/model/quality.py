@@ -1,10 +1,9 @@
 """Quality of sharded models on the same batches: loss, KL from the teacher, agreement, speed of a forward pass."""
 
 import statistics
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -17,8 +16,9 @@ from pipelines.core import telemetry
 from pipelines.core.divergence import token_terms
 from pipelines.core.loss import masked_sum, valid_tokens
 from pipelines.core.vocab_parallel import Shard
+from pipelines.model import measure
 from pipelines.model.documents import moved
-from pipelines.model.forward import Batch, forward_pass, micro_batches_per_pass
+from pipelines.model.forward import Batch, evaluating, forward_pass, micro_batches_per_pass
 
 TEACHER = "teacher"
 
@@ -65,18 +65,18 @@ def evaluate(
     order = sorted(models, key=lambda name: name != TEACHER)  # the teacher's logits come first
     sums = torch.zeros(len(order), len(_SUMS) + telemetry.SIZE, dtype=torch.float64, device=device)
     first = True
-    with _evaluating(models.values()):
+    with evaluating(models.values()):
         for batch in batches:
             batch = moved(batch, device)
             sums += _batch_sums({name: models[name] for name in order}, batch, vocab_size, sums)
             if first:
-                _require_finite(order, _reduced(sums))
+                _require_finite(order, reduced(sums))
             first = False
             if advance:
                 advance(int(valid_tokens(batch["labels"], batch["loss_mask"]).sum()))
         if first:
-            _require_finite(order, _reduced(sums))  # a rank without a batch takes part in the others' check
-    totals = _reduced(sums)
+            _require_finite(order, reduced(sums))  # a rank without a batch takes part in the others' check
+    totals = reduced(sums)
     _require_finite(order, totals)
     return {
         name: _quality(row, has_teacher=TEACHER in models) for name, row in zip(order, totals.tolist(), strict=True)
@@ -150,48 +150,18 @@ def pass_seconds(
     device = next(next(iter(models.values())).parameters()).device
     micro_batches = [moved(batch, device) for batch in micro_batches]
     times: dict[str, list[float]] = {name: [] for name in models}
-    with _evaluating(models.values()):
+    with evaluating(models.values()):
         for turn in range(warmup + 1000):
             if turn >= warmup + 3 and min(sum(passes) for passes in times.values()) >= seconds:
                 break
             for name, model in models.items():
-                elapsed = _timed(model, micro_batches, device)
+                elapsed = measure.seconds(partial(forward_pass, model, micro_batches), device)
                 if turn >= warmup:
                     times[name].append(elapsed)
     return {name: statistics.median(passes) for name, passes in times.items()}
 
 
-def _timed(model: GPTModel, micro_batches: Sequence[Batch], device: torch.device) -> float:
-    """Seconds of one pass on the slowest rank: the same number on every rank."""
-    dist.barrier()
-    _synchronize(device)
-    start = time.perf_counter()
-    forward_pass(model, micro_batches)
-    _synchronize(device)
-    elapsed = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=device)
-    dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
-    return float(elapsed)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-@contextmanager
-def _evaluating(models: Iterable[GPTModel]) -> Iterator[None]:
-    """Models in eval mode, and in the mode they had afterwards."""
-    modes = [(model, model.training) for model in models]
-    for model, _ in modes:
-        model.eval()
-    try:
-        yield
-    finally:
-        for model, training in modes:
-            model.train(training)
-
-
-def _reduced(sums: Tensor) -> Tensor:
+def reduced(sums: Tensor) -> Tensor:
     """Sums of the last pipeline stage over data-parallel ranks, on every rank."""
     total = sums.clone()
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group())

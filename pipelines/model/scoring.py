@@ -27,7 +27,8 @@ from pipelines.core.importance import (
     unit_scores,
 )
 from pipelines.model.documents import moved
-from pipelines.model.forward import Batch, forward_pass, micro_batches_per_pass
+from pipelines.model.forward import Batch, evaluating, forward_pass, micro_batches_per_pass, without_head
+from pipelines.model.layers import layer_input
 
 PLACES = ("the norm before attention", "attention", "the norm before the MLP", "the MLP's neurons")
 
@@ -58,15 +59,11 @@ def score(
     assert parallel_state.get_context_parallel_world_size() == 1, "scoring reads whole sequences"
     device = next(model.parameters()).device
     recorder = _Recorder(model, device, sequence_aggregation, sample_aggregation)
-    training, post_process = model.training, model.post_process
-    model.eval()
-    model.post_process = False
-    try:
-        _run(model, recorder, iter(batches), micro_batch_size, advance, device)
-    finally:
-        recorder.remove_hooks()
-        model.post_process = post_process
-        model.train(training)
+    with evaluating([model]), without_head(model):
+        try:
+            _run(model, recorder, iter(batches), micro_batch_size, advance, device)
+        finally:
+            recorder.remove_hooks()
     return recorder.reduce()
 
 
@@ -200,7 +197,7 @@ class _Recorder:
 
     def _layer_hook(self, influence: BlockInfluence) -> Callable:
         def hook(layer: Any, inputs: tuple, keywords: dict, outputs: tuple[torch.Tensor, ...]) -> None:
-            hidden = keywords["hidden_states"] if "hidden_states" in keywords else inputs[0]
+            hidden = layer_input(inputs, keywords)
             influence.update(hidden, outputs[0], self.own.mask)
 
         return hook

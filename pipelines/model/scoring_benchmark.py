@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from megatron.core.models.gpt import GPTModel
 
 from pipelines.model import measure
 from pipelines.model.documents import moved
-from pipelines.model.forward import Batch, forward_pass, micro_batches_per_pass
+from pipelines.model.forward import Batch, forward_pass, micro_batches_per_pass, without_head
 from pipelines.model.scoring import score
 
 SCORING, FORWARD, WITH_HEAD = "scoring", "forward", "forward with head"
@@ -36,14 +37,10 @@ def run(
         score(model, batches, micro_batch_size=size)
 
     def forward(head: bool) -> None:
-        kept = model.post_process
-        model.post_process = kept and head
         per_pass = micro_batches_per_pass()
-        try:
+        with nullcontext() if head else without_head(model):
             for start in range(0, len(batches), per_pass):
                 forward_pass(model, [moved(batch, device) for batch in batches[start : start + per_pass]])
-        finally:
-            model.post_process = kept
 
     model.eval()
     works = {SCORING: scoring, FORWARD: lambda: forward(False), WITH_HEAD: lambda: forward(True)}

@@ -22,6 +22,7 @@ from torch import Tensor
 from pipelines.config import UserError
 from pipelines.core.attention_transfer import attention_loss
 from pipelines.core.features import hidden_loss, relational_loss
+from pipelines.model.layers import layer_input
 from pipelines.model.projections import build_projections
 from pipelines.signals import FeatureLoss, pipeline_stage
 
@@ -151,7 +152,7 @@ class FeatureLosses(torch.nn.Module):
     def _layer_taker(self, key: tuple[str, str, int]) -> Any:
         def hook(module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             if self._taking:
-                self._taken[key] = keywords["hidden_states"] if "hidden_states" in keywords else arguments[0]
+                self._taken[key] = layer_input(arguments, keywords)
 
         return hook
 

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from math import lcm
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
@@ -12,8 +11,8 @@ from torch import Tensor
 from pipelines.config import UserError
 from pipelines.core.divergence import token_terms
 from pipelines.core.vocab_parallel import IGNORED_LABEL, Shard
-from pipelines.model.forward import Batch
-from pipelines.model.quality import forward_logits
+from pipelines.model.forward import Batch, evaluating
+from pipelines.model.quality import forward_logits, reduced
 from pipelines.questions import Row
 
 
@@ -40,9 +39,7 @@ def log_likelihoods(
     found = torch.zeros(len(rows), dtype=torch.float64, device=device)
     passes = _passes(rows, tokens_per_pass)
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    training = model.training
-    model.eval()
-    try:
+    with evaluating([model]):
         for first in range(0, len(passes), ranks):
             together = passes[first : first + ranks]
             if rank < len(together):
@@ -53,12 +50,7 @@ def log_likelihoods(
                     found[places] = sums
             if advance:
                 advance(sum(len(places) for places in together))
-    finally:
-        model.train(training)
-    dist.all_reduce(found, group=parallel_state.get_data_parallel_group())
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        last = parallel_state.get_pipeline_model_parallel_last_rank()
-        dist.broadcast(found, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+    found = reduced(found)
     if not bool(found.isfinite().all()):
         raise UserError(
             "prune.task: expected finite log-likelihoods, found NaN or infinity. Check the model's weights; with bf16 "

@@ -33,6 +33,7 @@ from pipelines.choices import Aggregation
 from pipelines.core.importance import BlockInfluence, Scores, add_samples, over_samples
 from pipelines.core.loss import valid_tokens
 from pipelines.model.forward import Batch, micro_batches_per_pass
+from pipelines.model.layers import layer_input
 from pipelines.model.pair import DistillationPair
 from pipelines.model.scoring import PLACES, is_first_of_replica, require_finite, sum_over_replicas
 from pipelines.model.step import run_micro_batches
@@ -209,7 +210,7 @@ class _Recorder:
 
     def _layer_hook(self, index: int) -> Callable:
         def hook(layer: Any, inputs: tuple, keywords: dict, outputs: tuple[torch.Tensor, ...]) -> None:
-            before = (keywords["hidden_states"] if "hidden_states" in keywords else inputs[0]).detach()
+            before = layer_input(inputs, keywords).detach()
             after, sample = outputs[0].detach(), self.current
             self.influences[index].update(before, after, self.masks[sample])
 

@@ -15,12 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines import artifacts, console, protection
+from pipelines import artifacts, console, protection, prune_costs
 from pipelines.choices import DepthMethod, Measure
 from pipelines.config import Config, UserError
 from pipelines.families import ModelShape
 from pipelines.model import parallel
-from pipelines.prune_costs import removal_samples
 from pipelines.pruning import scores_file
 from pipelines.pruning.loaded_teacher import LoadedTeacher
 from pipelines.pruning.removal import Cost, Layers, Removals, measured_inside, sources
@@ -38,22 +37,6 @@ class Depth:
     cost: Cost | None = None
     candidates: dict[Layers, Cost] = field(default_factory=dict)
     next_best: Layers | None = None
-
-
-def measurements(method: DepthMethod, layers: int, drop: int, protected: Collection[int] = ()) -> int:
-    """How many costs `by_cost` asks for, that of the whole teacher included."""
-    free = layers - len(set(protected))
-    if method is DepthMethod.contiguous:
-        return 1 + len(blocks(layers, drop, protected))
-    if method is DepthMethod.greedy:
-        return 1 + sum(free - gone for gone in range(drop))
-    return 1 + free + (drop > 1)
-
-
-def blocks(layers: int, length: int, protected: Collection[int] = ()) -> list[Layers]:
-    """Every block of `length` neighbours without a protected one, the lowest first."""
-    every = (tuple(range(first, first + length)) for first in range(1, layers - length + 2))
-    return [block for block in every if not set(block) & set(protected)]
 
 
 def by_cost(
@@ -77,7 +60,7 @@ def by_cost(
         return sorted(of, key=lambda one: order(found[one]))  # stable: of equal costs the lowest first
 
     if method is DepthMethod.contiguous:
-        best = ranked(blocks(layers, drop, protected))
+        best = ranked(prune_costs.blocks(layers, drop, protected))
         if not best:
             raise UserError(
                 f"prune.depth_method=contiguous: expected {drop} neighbouring layers that prune.protect does not name, "
@@ -188,7 +171,7 @@ def choose_by_cost(removals: Removals, config: Config, teacher: ModelShape, keep
     order = functools.partial(Cost.order, measure=measure, normalised=settings.task_normalised)
     asked: set[Layers] = set()
     before = removals.measured
-    count = measurements(method, layers, layers - keep, protected)
+    count = sum(passes for passes, _ in prune_costs.removals(method, layers, layers - keep, protected))
     with console.progress("prune  leaving layers out", count, "removals") as bar:
 
         def cost(left_out: Layers) -> Cost:
@@ -209,7 +192,7 @@ def choose_by_cost(removals: Removals, config: Config, teacher: ModelShape, keep
 def open_removals(context: artifacts.StageContext, teacher: LoadedTeacher) -> Removals:
     """What leaving layers out costs, with what the stage's file and prune.scores know of it. Collective."""
     config, settings = context.config, context.config.prune
-    samples = removal_samples(settings)
+    samples = prune_costs.removal_samples(settings)
     origin = parallel.on_first_rank(lambda: sources(config, teacher.shape, samples))
     given = Path(settings.scores) if settings.scores else None
     measure = measured_inside(teacher, samples)

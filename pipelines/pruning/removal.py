@@ -43,15 +43,13 @@ class Cost:
             assert self.loss is not None
             return (self.loss,)
         assert self.task is not None
-        accuracy = self.task.normalised if normalised else self.task.accuracy
-        return (-accuracy, -self.task.log_probability)
+        return (-self.task.counted(normalised), -self.task.log_probability)
 
     def words(self, measure: Measure, normalised: bool = False) -> str:
         if measure is Measure.loss:
             return f"loss {self.loss:.4f}"
         assert self.task is not None
-        accuracy = self.task.normalised if normalised else self.task.accuracy
-        return f"accuracy {accuracy:.2%} (log-probability {self.task.log_probability:.4f})"
+        return f"accuracy {self.task.counted(normalised):.2%} (log-probability {self.task.log_probability:.4f})"
 
 
 class Removals:
@@ -131,8 +129,10 @@ def merged(one: Cost, other: Cost) -> Cost:
 
 # The file
 
-_TASK = {"removed_task": "accuracy", "removed_task_normalised": "normalised"} | {
-    "removed_task_log_probability": "log_probability"
+_TASK = {
+    "removed_task": "accuracy",
+    "removed_task_normalised": "normalised",
+    "removed_task_log_probability": "log_probability",
 }
 
 

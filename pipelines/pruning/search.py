@@ -20,7 +20,7 @@ from typing import Any
 
 from pipelines import artifacts, console, files, grid, speeds
 from pipelines.choices import Measure
-from pipelines.config import layout
+from pipelines.config import distils_candidates, layout
 from pipelines.core.selection import Kept
 from pipelines.families import ModelShape, read_shape
 from pipelines.grid import Candidate
@@ -63,10 +63,10 @@ class Search:
         followed = spread(ordered(measured, losses, above), self.settings.candidates)
         for candidate in followed:
             self._sliced(candidate)
-            if not grid.distils(self.config):
+            if not distils_candidates(self.config):
                 self._compared(candidate)
         self.loaded.release()
-        if grid.distils(self.config):
+        if distils_candidates(self.config):
             for candidate in followed:
                 self._distilled(candidate)
         found = self._winner(followed)
@@ -171,7 +171,7 @@ class Search:
 
     def _sliced(self, candidate: Candidate) -> None:
         """candidates/<name>/hf, where it is distilled or kept."""
-        if not grid.distils(self.config) and not self.settings.keep_candidates:
+        if not distils_candidates(self.config) and not self.settings.keep_candidates:
             return
         kept, where = self.keep(candidate.shape), self.home / candidate.name / "hf"
 
@@ -193,7 +193,7 @@ class Search:
 
     def _told(self, candidate: Candidate, score: TaskScore) -> float:
         """The accuracy that counts."""
-        found = score.normalised if self.config.prune.task_normalised else score.accuracy
+        found = score.counted(self.config.prune.task_normalised)
         console.say(f"search  {candidate.name:<28}accuracy {found:.2%}")
         return found
 
@@ -235,12 +235,12 @@ class Search:
         entry = self.file.get("candidates", candidate.name)
         if self.settings.by is Measure.task:
             return float(entry["task"])
-        return float(entry["distilled"]["ce"] if grid.distils(self.config) else entry["validation"])
+        return float(entry["distilled"]["ce"] if distils_candidates(self.config) else entry["validation"])
 
     def _winner(self, followed: list[Candidate]) -> Candidate:
         found, second, tied = winner(followed, self._figure, self.settings.by)
         what = "task score" if self.settings.by is Measure.task else "validation loss"
-        after = " after distillation" if grid.distils(self.config) else ""
+        after = " after distillation" if distils_candidates(self.config) else ""
         why = f"{found.name} has {what} {self._figure(found):.4f}{after}, {self._share(found)} of the teacher"
         if second is not None:
             against = f"{second.name} has {self._figure(second):.4f} and {self._share(second)}"

@@ -8,9 +8,9 @@ import json
 from typing import Any
 
 from pipelines import artifacts, capacity, gpus, grid, iteration, planning
-from pipelines.config import Config, Format, Layout, layout
+from pipelines.config import Config, Format, Layout, layout, searches
 from pipelines.families import ModelShape
-from pipelines.prune_costs import prune_cost
+from pipelines.prune_costs import forward_flops, prune_cost
 from pipelines.speeds import pass_tokens, speeds
 
 SHOWN = 8  # candidates
@@ -40,7 +40,7 @@ def plan(config: Config) -> dict[str, Any]:
     """planning.plan's figures, and `pruning` (prune_costs.py) unless the student is given; with `search` where
     prune.target is set, `capacity` where the student is far below."""
     teacher, ranks = planning.teacher_shape(config), layout(config.parallel)
-    student, found = _search(config, ranks, teacher) if grid.searches(config) else (planning.student_shape(config), {})
+    student, found = _search(config, ranks, teacher) if searches(config) else (planning.student_shape(config), {})
     if far := capacity.advice(config, ranks, teacher, student):
         found["capacity"] = far
     if not config.student.path:
@@ -123,9 +123,8 @@ def _cost_of_search(
     settings = config.prune
     sizes = sum(size != getattr(teacher, axis) for axis, given in values.items() for size in given)
     passes = 1 + sizes + found["measured"] + (0 if found["distil_tokens"] else found["followed"])
-    length = settings.sequence_length
-    forward = 2 * planning.matrix_parameters(teacher) + planning.attention_flops(teacher, length)
-    measuring = passes * settings.calibration_samples * length * forward
+    forward = forward_flops(config, teacher, teacher.num_hidden_layers)
+    measuring = passes * settings.calibration_samples * settings.sequence_length * forward
     training = planning.distillation_flops(teacher, largest, config.distil.sequence_length).total
     flops = measuring + found["followed"] * found["distil_tokens"] * training
     peak = gpus.peak_flops(config.plan.gpu)

@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipelines import artifacts, console, files, grid
-from pipelines.config import layout, without_context
+from pipelines import artifacts, console, files
+from pipelines.config import layout, searches, without_context
 from pipelines.core.selection import Kept
 from pipelines.families import ModelShape, read_shape
 from pipelines.model import parallel
@@ -37,7 +37,7 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
         dropped = layers.dropped(shape.num_hidden_layers)
         return choose(found.scores, teacher, shape, drop_layers=dropped, protect=config.prune.protect)
 
-    search = Search(context, loaded, keep) if grid.searches(config) else None
+    search = Search(context, loaded, keep) if searches(config) else None
     kept = keep(search.run() if search else target)
     loaded.release()
     student = sliced_shape(teacher, kept)

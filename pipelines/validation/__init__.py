@@ -7,8 +7,8 @@ that another launcher started pass here too, so that a stage need not check its 
 
 from collections.abc import Collection
 
-from pipelines import artifacts, grid, iteration, planning
-from pipelines.config import Config, Layout, layout
+from pipelines import artifacts, iteration, planning
+from pipelines.config import Config, Layout, layout, searches
 from pipelines.families import ModelShape, read_shape
 from pipelines.stages import STAGES
 from pipelines.validation import (
@@ -105,7 +105,7 @@ def _students(config: Config, stages: Collection[str], ranks: Layout, teacher: M
         return [read_shape(start)]  # what an earlier prune made, whatever the settings say by now
     student = planning.target_shape(teacher, config.student)
     if WITH_STUDENT & set(stages):
-        if grid.searches(config):
+        if searches(config):
             found = search.representatives(search.check(config, ranks, teacher))
             for shape in found:
                 with search.named(config, shape):

@@ -4,9 +4,17 @@ import glob
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from pipelines import artifacts, grid, scores_origin
+from pipelines import artifacts, scores_origin
 from pipelines.choices import Measure
-from pipelines.config import Config, SourceConfig, SourceKind, TeacherMode, expect
+from pipelines.config import (
+    Config,
+    SourceConfig,
+    SourceKind,
+    TeacherMode,
+    distils_candidates,
+    expect,
+    searches,
+)
 from pipelines.families import ModelShape
 from pipelines.files import read_object
 from pipelines.nemo_context import tokenizer_directories
@@ -103,7 +111,7 @@ def _calibrates(config: Config, teacher: ModelShape) -> bool:
     scored = bool(scores_origin.needed(config, teacher)) and not config.prune.scores
     _, layers = scores_origin.ranked(config, teacher)
     by_loss = config.prune.depth_measure is Measure.loss and scores_origin.measures_removals(config)
-    return scored or (layers and by_loss) or grid.searches(config)
+    return scored or (layers and by_loss) or searches(config)
 
 
 def needed_splits(config: Config, stages: Collection[str], teacher: ModelShape) -> Iterator[tuple[str, str]]:
@@ -114,9 +122,9 @@ def needed_splits(config: Config, stages: Collection[str], teacher: ModelShape) 
             yield name, "validation"
     if "prune" in stages and not config.student.path and _calibrates(config, teacher):
         yield "prune", "calibration"
-    if "prune" in stages and grid.searches(config):
+    if "prune" in stages and searches(config):
         yield "prune", "validation"
-        if grid.distils(config):
+        if distils_candidates(config):
             yield "prune", "train"
     for name in ("evaluate", "export"):
         if name in stages:

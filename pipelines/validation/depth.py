@@ -2,10 +2,11 @@
 
 from collections.abc import Collection, Iterator
 
-from pipelines import grid, protection, questions
+from pipelines import protection, questions
 from pipelines.choices import BY_REMOVAL, DepthMethod, Measure
-from pipelines.config import Config, expect
+from pipelines.config import Config, expect, searches
 from pipelines.families import ModelShape
+from pipelines.prune_costs import blocks
 from pipelines.scores_origin import measures_removals
 
 
@@ -16,7 +17,7 @@ def check(config: Config, stages: Collection[str], teacher: ModelShape, layers: 
         return
     method = f"prune.depth_method={settings.depth_method.value}"
     expect(
-        student.num_hidden_layers is not None or grid.searches(config),
+        student.num_hidden_layers is not None or searches(config),
         "student.num_hidden_layers",
         f"the number of layers that stay with {method}",
         "none",
@@ -30,10 +31,8 @@ def check(config: Config, stages: Collection[str], teacher: ModelShape, layers: 
     drop = teacher.num_hidden_layers - layers
     if settings.depth_method is DepthMethod.contiguous and drop > 0:
         protected = protection.protected(settings.protect).all_layers
-        longest = run = 0
-        for number in range(1, teacher.num_hidden_layers + 1):
-            run = 0 if number in protected else run + 1
-            longest = max(longest, run)
+        every = teacher.num_hidden_layers
+        longest = max(length for length in range(every + 1) if blocks(every, length, protected))
         expect(
             longest >= drop,
             "prune.protect",

@@ -3,9 +3,9 @@
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from pipelines import artifacts, grid, planning
+from pipelines import artifacts, planning
 from pipelines.choices import DepthMethod, StepTeacher
-from pipelines.config import PROFILED, Config, Divergence, Format, Layout, SourceKind, TeacherMode
+from pipelines.config import PROFILED, Config, Divergence, Format, Layout, SourceKind, TeacherMode, searches
 from pipelines.families import ModelShape, read_shape
 from pipelines.nemo_context import is_nemo_checkpoint
 from pipelines.prune_settings import PRUNED_SIZES
@@ -92,7 +92,7 @@ def _student(config: Config, stages: Collection[str], teacher: ModelShape, stude
     if "prune" in stages:
         yield from depth.warnings(config, teacher)
     made = artifacts.student_start_directory(config)
-    alone = "distil" in stages and "prune" not in stages and not grid.searches(config)
+    alone = "distil" in stages and "prune" not in stages and not searches(config)
     if alone and artifacts.is_hugging_face(made):
         there, asked = read_shape(made), planning.target_shape(teacher, config.student)
         for name in PRUNED_SIZES:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipelines import capacity, grid, questions
 from pipelines.choices import Measure
-from pipelines.config import Config, Layout, UserError, expect
+from pipelines.config import Config, Layout, UserError, distils_candidates, expect, searches
 from pipelines.families import ModelShape
 from pipelines.grid import Candidate
 from pipelines.prune_settings import SearchConfig
@@ -15,7 +15,7 @@ from pipelines.speeds import MEASURED, MODELLED
 
 def stages_with(config: Config, stages: Collection[str]) -> frozenset[str]:
     """The stages, and distil where prune distils candidates: by the same settings, which must be as right."""
-    follows = "prune" in stages and grid.distils(config)
+    follows = "prune" in stages and distils_candidates(config)
     return frozenset(stages) | ({"distil"} if follows else frozenset())
 
 
@@ -59,7 +59,7 @@ def named(config: Config, shape: ModelShape) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        which = f" (Of the candidate {grid.shape_name(shape)} of prune.target.)" if grid.searches(config) else ""
+        which = f" (Of the candidate {grid.shape_name(shape)} of prune.target.)" if searches(config) else ""
         raise UserError(f"{error}{which}") from None
 
 

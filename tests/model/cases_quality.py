@@ -9,7 +9,7 @@ import torch
 from megatron.core import parallel_state
 
 from pipelines.families import read_shape
-from pipelines.model import parallel, quality
+from pipelines.model import measure, parallel, quality
 from pipelines.model.build import build_model
 from pipelines.model.weights import load_hugging_face
 
@@ -72,10 +72,10 @@ def speed(directory: str, tensor: int = 1, pipeline: int = 1, seconds_per_pass: 
     load_hugging_face(model, Path(directory), shape)
     windows, mask = rows(shape.vocab_size, 2, 12)
     batch = next(batches(windows, mask, 2, 0, 1))
-    real = quality._timed
+    real = measure.seconds
     try:
         if seconds_per_pass:
-            quality._timed = lambda *arguments: seconds_per_pass
+            measure.seconds = lambda *arguments: seconds_per_pass
         return quality.tokens_per_second({"teacher": model}, batch, seconds=0.05)
     finally:
-        quality._timed = real
+        measure.seconds = real

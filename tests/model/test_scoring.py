@@ -93,17 +93,21 @@ def test_every_aggregation_is_its_formula_on_the_activations_of_transformers(
 
     arguments = {"sequence_aggregation": over_sequence, "sample_aggregation": over_samples}
     result = ranks(1, SCORES, directory=str(teacher), **arguments)[0]
+    for name, values in by_formula(seen, joined).items():
+        np.testing.assert_allclose(result[name], values.numpy(), rtol=2e-5, err_msg=name)
+
+
+def by_formula(seen, norm) -> dict[str, torch.Tensor]:
+    """norm: of one place's channels, over its activations."""
     layers = range(SHAPE.num_hidden_layers)
-    expected = {
-        "hidden": sum(joined(seen[f"norm {n}", i]) for i in layers for n in (1, 2)),
-        "ffn": torch.stack([joined(seen["ffn", i]) for i in layers]),
-        "heads": torch.stack([joined(seen["heads", i]).view(-1, SHAPE.head_dim).norm(dim=1) for i in layers]),
+    return {
+        "hidden": sum(norm(seen[f"norm {n}", i]) for i in layers for n in (1, 2)),
+        "ffn": torch.stack([norm(seen["ffn", i]) for i in layers]),
+        "heads": torch.stack([norm(seen["heads", i]).view(-1, SHAPE.head_dim).norm(dim=1) for i in layers]),
         "kv_groups": torch.stack(
-            [joined(seen["heads", i]).view(SHAPE.num_key_value_heads, -1).norm(dim=1) for i in layers]
+            [norm(seen["heads", i]).view(SHAPE.num_key_value_heads, -1).norm(dim=1) for i in layers]
         ),
     }
-    for name, values in expected.items():
-        np.testing.assert_allclose(result[name], values.numpy(), rtol=2e-5, err_msg=name)
 
 
 def activations(teacher) -> dict[tuple[str, int], torch.Tensor]:
@@ -142,13 +146,7 @@ def test_scores_are_the_formula_on_the_activations_of_transformers(seen, single)
         return torch.stack(means).norm(dim=0)
 
     layers = range(SHAPE.num_hidden_layers)
-    expected = {
-        "hidden": sum(norm(seen[f"norm {n}", i]) for i in layers for n in (1, 2)),
-        "ffn": torch.stack([norm(seen["ffn", i]) for i in layers]),
-        "heads": torch.stack([norm(seen["heads", i]).view(-1, SHAPE.head_dim).norm(dim=1) for i in layers]),
-        "kv_groups": torch.stack(
-            [norm(seen["heads", i]).view(SHAPE.num_key_value_heads, -1).norm(dim=1) for i in layers]
-        ),
+    expected = by_formula(seen, norm) | {
         "block_influence": torch.stack(
             [1 - F.cosine_similarity(seen["layer", i][mask], seen["layer out", i][mask], dim=-1).mean() for i in layers]
         ),

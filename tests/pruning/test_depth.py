@@ -7,9 +7,9 @@ import pytest
 
 from pipelines.choices import DepthMethod, Measure
 from pipelines.config import UserError
-from pipelines.prune_costs import removals
+from pipelines.prune_costs import blocks, removals
 from pipelines.pruning import depth
-from pipelines.pruning.depth import blocks, by_cost, measurements, words
+from pipelines.pruning.depth import by_cost, words
 from pipelines.pruning.removal import Cost
 from pipelines.questions import TaskScore
 
@@ -25,10 +25,9 @@ def search(method, layers, drop, loss, protected=(), measure=Measure.loss):
 
     cost(())
     found = by_cost(method, layers, drop, cost, lambda one: one.order(measure), protected)
-    assert len(asked) == measurements(method, layers, drop, protected)
-    if not protected:  # and so plan counts them
-        planned = {run: passes for passes, run in removals(method, layers, drop)}
-        assert planned == Counter(layers - len(left_out) for left_out in asked)
+    planned = {run: passes for passes, run in removals(method, layers, drop, protected)}
+    assert len(asked) == sum(planned.values())
+    assert planned == Counter(layers - len(left_out) for left_out in asked)
     return found, asked
 
 

@@ -7,32 +7,13 @@ from typing import Any
 from unittest import mock
 
 from pipelines.artifacts import StageContext
-from pipelines.config import Config
 from pipelines.stages import prune
+from tests.stages.cases_prune import configured, error_of
 from tests.trainer.cases_training import nemo_on_cpu
 
 
 class Stopped(Exception):
     """A search that ends here without a word of its own."""
-
-
-def configured(directory: str, teacher: str, corpus: str, settings: dict[str, Any]) -> Config:
-    """settings: {"prune.target.ratio": 0.5, ...} on top of small sizes."""
-    config = Config()
-    config.run.directory, config.run.name = str(Path(directory).parent), Path(directory).name
-    config.model.path, config.data.corpus = teacher, corpus
-    config.prune.sequence_length, config.prune.calibration_samples, config.prune.micro_batch_size = 16, 12, 4
-    config.distil.sequence_length, config.distil.micro_batch_size, config.distil.global_batch_size = 16, 2, 4
-    config.distil.steps, config.distil.warmup_steps, config.distil.learning_rate = 40, 4, 1e-2
-    config.distil.validation_batches, config.distil.checkpoint_interval = 2, 2
-    for path, value in settings.items():
-        *groups, name = path.split(".")
-        target: Any = config
-        for group in groups:
-            target = getattr(target, group)
-        assert hasattr(target, name), path
-        setattr(target, name, value)
-    return config
 
 
 def run(
@@ -114,8 +95,4 @@ def _distilling(stop_step: int | None, starts: list[int]) -> Iterator[None]:
 
 
 def error(**arguments: Any) -> str:
-    try:
-        run(**arguments)
-    except ValueError as error:
-        return str(error)
-    return ""
+    return error_of(run, arguments)
