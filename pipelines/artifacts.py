@@ -38,7 +38,8 @@ from pipelines.stages import FREE, STAGES, Stage
 __all__ = ["file_hash", "fingerprint", "new_directory", "write_atomic", "write_json"]  # the rest is defined here
 
 TRAINING_STATE = ("checkpoints", "metrics.jsonl", "tensorboard", "candidates")  # the last: what a search distils
-CHECKED = ("scores.safetensors",)  # what a stage takes from an earlier attempt where its own record of origin fits
+# What a stage takes from an earlier attempt where its own record of origin fits.
+CHECKED = ("scores.safetensors", "search.json", "speed.json")
 
 
 @dataclass

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipelines import scores_origin
+from pipelines import protection, scores_origin
 from pipelines.choices import BY_REMOVAL, DepthMethod, Importance, Measure, Precision
 from pipelines.config import Config, Layout, searches
 from pipelines.families import ModelShape
@@ -81,7 +81,8 @@ def passes(config: Config, teacher: ModelShape, student: ModelShape) -> Iterator
         yield Passes("taylor", 1, tokens, FORWARD_AND_BACKWARD * tokens * forward_flops(config, teacher, layers))
     if _removes(config, teacher, Measure.loss):
         tokens = removal_samples(settings) * settings.sequence_length
-        runs = removals(settings.depth_method, layers, layers - student.num_hidden_layers)
+        protected = protection.protected(settings.protect).all_layers
+        runs = removals(settings.depth_method, layers, layers - student.num_hidden_layers, protected)
         flops = sum(times * tokens * forward_flops(config, teacher, run) for times, run in runs)
         yield Passes("layers left out", sum(times for times, _ in runs), tokens, flops)
 

@@ -180,7 +180,11 @@ def _arc(row: Mapping[str, Any]) -> _Parts:
     labels, key = [str(label) for label in choices["label"]], str(row["answerKey"])
     if key not in labels:
         raise _Unreadable(f"expected an answerKey that is one of {', '.join(labels)}, found {key!r}. Correct the line.")
-    return _same_context(f"Question: {_text(row, 'question')}\nAnswer:", _texts(choices, "text"), labels.index(key))
+    texts = _texts(choices, "text")
+    if len(texts) != len(labels):
+        found = f"{len(texts)} and {len(labels)}"
+        raise _Unreadable(f"expected as many texts as labels of the choices, found {found}. Correct the line.")
+    return _same_context(f"Question: {_text(row, 'question')}\nAnswer:", texts, labels.index(key))
 
 
 def _hellaswag(row: Mapping[str, Any]) -> _Parts:

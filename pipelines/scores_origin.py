@@ -85,7 +85,7 @@ def read_origin(file: Path) -> Origin:
     read_header(file)
     try:
         origin = json.loads(read_metadata(file)["provenance"])
-        if not isinstance(origin, dict):
+        if not isinstance(origin, dict) or not isinstance(origin["samples"], int):
             raise ValueError
         return origin
     except (KeyError, ValueError, TypeError, RecursionError):

@@ -162,12 +162,19 @@ def test_every_setting_in_the_stage_table_is_in_the_schema() -> None:
         assert set(STAGES[name].reads + STAGES[name].may_read) <= artifacts.INPUTS.keys()
 
 
-def test_overwrite_leaves_scores_that_say_themselves_what_they_are_of(tmp_path: Path) -> None:
-    for name in ("scores.safetensors", "kept.json", "hf/config.json", "hf/scores.safetensors"):
+def test_overwrite_leaves_what_says_itself_what_it_is_of(tmp_path: Path) -> None:
+    for name in (
+        "scores.safetensors",
+        "search.json",
+        "speed.json",
+        "kept.json",
+        "hf/config.json",
+        "hf/scores.safetensors",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
     artifacts.move_aside(tmp_path, print)
-    assert [path.name for path in tmp_path.rglob("*")] == ["scores.safetensors"]
+    assert {path.name for path in tmp_path.rglob("*")} == {"scores.safetensors", "search.json", "speed.json"}
 
 
 def test_overwrite_moves_training_state_aside_and_says_so(config: Config) -> None:

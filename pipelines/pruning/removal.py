@@ -25,6 +25,7 @@ from pipelines.pruning.loaded_teacher import LoadedTeacher
 from pipelines.questions import TaskScore, tokenizer_directory
 
 Layers = tuple[int, ...]  # from 1, ascending
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")  # what decides a question's ids
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,10 @@ class Removals:
     """Costs of leaving layers out of a whole teacher. `removals(layers, measure)` measures what is not known yet.
 
     path: of scores.safetensors, written anew after each measurement, so that a killed search goes on where it was.
-    sources: what decides the figures of each measure; what the file has of others is measured again. given: another
-    file whose measurements of the same sources are taken over. Every rank makes one and calls it with the same layers
-    in the same order: one barrier over all ranks at the start and after each measurement.
+    sources: what decides the figures of each measure; what the file has of others is measured again. None for a measure
+    that is not asked for, whose figures stay as they are. given: another file whose measurements of the same sources
+    are taken over. Every rank makes one and calls it with the same layers in the same order: one barrier over all ranks
+    at the start and after each measurement.
     """
 
     def __init__(
@@ -69,19 +71,19 @@ class Removals:
         sources: Mapping[str, Any],
         given: Path | None = None,
     ) -> None:
-        self.teacher, self.path, self.sources, self._measure = teacher, path, dict(sources), measure
+        self.teacher, self.path, self._measure = teacher, path, measure
 
         def read() -> list[Any]:
+            used = _with_those_of_the_file(path, sources)
             found: dict[Layers, Cost] = {}
             for file in filter(None, (given, path)):
-                for layers, cost in read_removals(file, self.sources, teacher.num_hidden_layers).items():
+                for layers, cost in read_removals(file, used, teacher.num_hidden_layers).items():
                     found[layers] = merged(found.get(layers, Cost()), cost)
-            return [[layers, cost.loss, vars(cost.task) if cost.task else None] for layers, cost in found.items()]
+            costs = [[layers, cost.loss, vars(cost.task) if cost.task else None] for layers, cost in found.items()]
+            return [used, costs]
 
-        self.known = {
-            tuple(layers): Cost(loss, TaskScore(**task) if task else None)
-            for layers, loss, task in parallel.on_first_rank(read)
-        }
+        self.sources, costs = parallel.on_first_rank(read)
+        self.known = {tuple(layers): Cost(loss, TaskScore(**task) if task else None) for layers, loss, task in costs}
         self.measured = 0
 
     def __call__(self, layers: Layers, measure: Measure) -> Cost:
@@ -162,6 +164,16 @@ def read_removals(path: Path, sources: Mapping[str, Any], layers: int) -> dict[L
         ) from None
 
 
+def _with_those_of_the_file(path: Path, sources: Mapping[str, Any]) -> dict[str, Any]:
+    """The sources, and for a measure that is not asked for what the file says of this model's."""
+    told = scores_file.read_notes(path).get("removal") if path.is_file() else {}
+    models, found = [source["model"] for source in sources.values() if source], dict(sources)
+    for name in (name for name, source in sources.items() if source is None):
+        other = told.get(name) if isinstance(told, dict) else None
+        found[name] = other if isinstance(other, dict) and other.get("model") in models else None
+    return found
+
+
 def _read_removals(path: Path, sources: Mapping[str, Any], layers: int) -> dict[Layers, Cost]:
     told = scores_file.read_notes(path).get("removal", {})
     same = {name for name, source in sources.items() if source and told.get(name) == source}
@@ -195,10 +207,10 @@ def sources(config: Config, teacher: ModelShape, samples: int) -> dict[str, Any]
     loss = {name: origin[name] for name in names} | {"samples": samples}
     task = None
     if settings.task:
-        tokenizer = tokenizer_directory(config, artifacts.teacher_directory(config), teacher) / "tokenizer.json"
-        task = {name: origin[name] for name in ("model", "precision")}
-        task |= {
-            name: files.file_hash(path, artifacts.sidecar_directory(config))
-            for name, path in (("task", Path(settings.task)), ("tokenizer", tokenizer))
+        tokenizer = tokenizer_directory(config, artifacts.teacher_directory(config), teacher)
+        read = {"task": Path(settings.task)} | {
+            name: tokenizer / name for name in TOKENIZER if (tokenizer / name).is_file()
         }
+        task = {name: origin[name] for name in ("model", "precision")}
+        task |= {name: files.file_hash(path, artifacts.sidecar_directory(config)) for name, path in read.items()}
     return {Measure.loss.value: loss, Measure.task.value: task}

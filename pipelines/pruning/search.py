@@ -10,7 +10,8 @@
     winner    the lowest validation loss, or the highest task score; of equal ones the smallest
 
 At `together` and `followed` the first places are those of the best candidate of each number of layers. Everything that
-is measured goes into search.json at once (pruning/search_file.py), and a search that was stopped goes on there.
+is measured goes into search.json at once (pruning/search_file.py): a search that was stopped goes on there, and one
+within other limits, on another grid or at another layout measures only what is not known yet.
 """
 
 import shutil
@@ -34,6 +35,8 @@ from pipelines.pruning.ranking import alone, ordered, spread, winner
 from pipelines.pruning.search_file import SearchFile
 from pipelines.questions import TaskScore
 
+OF_THE_GRID = ("student.", "prune.target.", "prune.multiples.", "prune.search.")  # settings, no loss depends on them
+OF_LOSSES = ("student.drop_layers", "prune.search.by", "prune.search.distil_tokens")  # but on these
 OF_TRAINING = ("ce", "kd", "agreement")  # what is kept of the last validation
 
 
@@ -59,6 +62,7 @@ class Search:
         above = self._alone(candidates)
         predicted = {c.name: self._predicted(c) for c in candidates}
         measured = spread(ordered(candidates, predicted, above), self.settings.measured)
+        self.file.put(["measured"], [c.name for c in measured])
         losses = {c.name: self._together(c, predicted[c.name]) for c in measured}
         followed = spread(ordered(measured, losses, above), self.settings.candidates)
         for candidate in followed:
@@ -80,20 +84,21 @@ class Search:
             "winner": name,
             "why": self.file.get("why"),
             "within_limits": self.file.get("within"),
-            "measured": len(self.file.get("candidates") or {}),
+            "measured": len(self.file.get("measured") or []),
             "candidate": self.file.get("candidates", name),
         }
 
     # The grid
 
     def _source(self) -> dict[str, Any]:
-        """What the numbers depend on: settings and files, of the layout what cuts shapes; never the data ranks."""
-        config, inputs = self.config, artifacts.read_manifest(self.context.directory).get("inputs", {})
-        source: dict[str, Any] = {"settings": self.context.settings(), "gpu": config.plan.gpu}
-        source["settings"].pop("prune.search.keep_candidates", None)
-        source |= {"files": {name: entry["files"] for name, entry in inputs.items()}}
-        source |= {"teacher": str(self.directory), "layout": [self.ranks.tensor, self.ranks.pipeline]}
-        return source
+        """What the losses depend on: settings and files, neither the grid nor the layout."""
+        inputs = artifacts.read_manifest(self.context.directory).get("inputs", {})
+        settings = self.context.settings().items()
+        return {
+            "settings": {k: v for k, v in settings if k in OF_LOSSES or not k.startswith(OF_THE_GRID)},
+            "files": {name: entry["files"] for name, entry in inputs.items()},
+            "teacher": str(self.directory),
+        }
 
     def _candidates(self) -> list[Candidate]:
         table = self.context.directory / "speed.json"
@@ -106,9 +111,7 @@ class Search:
         known = speeds.speeds(self.config, self.ranks, self.teacher, table if table.is_file() and measured else None)
         found, values = grid.candidates(self.config, self.ranks, self.teacher, known)
         head = {"limits": grid.described(self.config, self.teacher), "within": len(found), "values": dict(values)}
-        for name, value in (head | {"speeds": known.source if known else self.settings.speed}).items():
-            if self.file.get(name) is None:
-                self.file.put([name], value)
+        self.file.begin(head | {"speeds": known.source if known else self.settings.speed})
         console.say(
             f"search  {len(found):,} candidates within the limits, up to {found[0].parameters:,} of "
             f"{self.teacher.parameters():,} parameters"
@@ -137,25 +140,26 @@ class Search:
         return float(self.file.get("teacher", "loss") + sum(changes))
 
     def _together(self, candidate: Candidate, predicted: float) -> float:
-        """The candidate's loss, all axes pruned."""
+        """The candidate's loss, all axes pruned; and its size and speed at this layout."""
         place = ["candidates", candidate.name]
-
-        def measure() -> dict[str, Any]:
-            entry = {
-                "shape": {axis: getattr(candidate.shape, axis) for axis in PRUNED_SIZES},
-                "parameters": candidate.parameters,
-                "bytes_per_gpu": candidate.bytes_per_gpu,
-                "tokens_per_second": self._speed(candidate),
-                "predicted": predicted,
-                "measured": self.loaded.loss(self.keep(candidate.shape)),
-            }
+        held = self.file.get(*place) or {}
+        entry = {
+            "shape": {axis: getattr(candidate.shape, axis) for axis in PRUNED_SIZES},
+            "parameters": candidate.parameters,
+            "bytes_per_gpu": candidate.bytes_per_gpu,
+            "tokens_per_second": self._speed(candidate),
+            "predicted": predicted,
+        }
+        if "measured" not in held:
+            loss = self.loaded.loss(self.keep(candidate.shape))
+            entry["measured"] = loss
             console.say(
-                f"search  {candidate.name:<28}{candidate.parameters:>15,} parameters  loss {entry['measured']:.4f}, "
+                f"search  {candidate.name:<28}{candidate.parameters:>15,} parameters  loss {loss:.4f}, "
                 f"predicted {predicted:.4f}"
             )
-            return entry
-
-        return float(self.file.once(place, measure)["measured"])
+        if held != held | entry:
+            held = self.file.put(place, held | entry)
+        return float(held["measured"])
 
     def _speed(self, candidate: Candidate) -> float | None:
         """tokens/s, measured now where speeds are measured and were not needed before."""
@@ -170,17 +174,17 @@ class Search:
     # The followed
 
     def _sliced(self, candidate: Candidate) -> None:
-        """candidates/<name>/hf, where it is distilled or kept."""
-        if not distils_candidates(self.config) and not self.settings.keep_candidates:
+        """candidates/<name>/hf, where it is yet to be distilled or is to be kept."""
+        distilled = self.file.get("candidates", candidate.name, "distilled") is not None
+        if not self.settings.keep_candidates and (distilled or not distils_candidates(self.config)):
             return
         kept, where = self.keep(candidate.shape), self.home / candidate.name / "hf"
 
-        def slice_() -> bool:
-            slice_checkpoint(self.directory, where, self.teacher, kept)
-            return True
+        def slice_() -> None:
+            if not artifacts.is_hugging_face(where):
+                slice_checkpoint(self.directory, where, self.teacher, kept)
 
-        place = ["candidates", candidate.name, "sliced"]
-        self.file.once(place, lambda: parallel.on_first_rank(slice_))
+        parallel.on_first_rank(slice_)
 
     def _compared(self, candidate: Candidate) -> None:
         """Without distillation: the loss on validation text, or the task's score."""
@@ -200,9 +204,10 @@ class Search:
     def _distilled(self, candidate: Candidate) -> None:
         """Distil for a while, continued from its own last checkpoint. At the layout of distil, and back."""
         place = ["candidates", candidate.name, "distilled"]
-        if self.file.get(*place) is not None:
+        config, own, keeps = self.config, self.home / candidate.name, self.settings.keep_candidates
+        there = parallel.on_first_rank(lambda: artifacts.is_hugging_face(own / "distilled"))
+        if self.file.get(*place) is not None and (there or not keeps):
             return
-        config, own = self.config, self.home / candidate.name
         ranks = layout(config.parallel)
         parallel.initialize(ranks.tensor, ranks.pipeline, ranks.context, device=ranks.device, seed=config.run.seed)
         from pipelines.trainer.distillation import distil, shortened
@@ -218,7 +223,7 @@ class Search:
         if self.settings.by is Measure.task:
             score = self._told(candidate, self.loaded.task_of(pair.student))
             self.file.put(["candidates", candidate.name, "task"], score)
-        if self.settings.keep_candidates:
+        if keeps:
             tokenizer = artifacts.corpus_directory(config) / "tokenizer"
             save_hugging_face(pair.student, own / "distilled", candidate.shape, tokenizer=tokenizer)
         del pair
@@ -267,8 +272,9 @@ class Search:
             else:
                 source.rename(target)
         if not self.settings.keep_candidates:
-            for left in [*self.home.glob("*/hf"), *self.home.glob("*/checkpoints")]:
-                shutil.rmtree(left)
+            for left in ("hf", "checkpoints", "data_index"):
+                for directory in self.home.glob(f"*/{left}"):
+                    shutil.rmtree(directory)
 
     def has_sliced(self, shape: ModelShape) -> bool:
         """Whether hf/ is the winner, of this shape, already."""

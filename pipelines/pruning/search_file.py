@@ -1,12 +1,16 @@
 """search.json: what a search for the student's shape has measured, written whole after every measurement.
 
-source          what its numbers depend on; a search of another source starts anew
+source          what its losses depend on; a search of another source starts anew
 teacher         {"loss": of the calibration sequences, nats/token}
-limits, values  of the grid; within: how many candidates keep the limits; speeds: where their speeds come from
 sensitivities   {axis: {size: loss with this axis alone pruned, minus the teacher's}}; of attention heads with all
                 KV groups
 candidates      {name: {"shape", "parameters", "bytes_per_gpu", "tokens_per_second", "predicted", "measured", ...}}
-                of those measured; of those followed also "sliced", "validation" and "task", or "distilled"
+                of those measured; of those followed also "validation" and "task", or "distilled"
+
+and, of the last search alone, which takes what is known from those before it, whatever their limits or layout were:
+
+limits, values  of its grid; within: how many candidates keep the limits; speeds: where their speeds come from
+measured        the names of the candidates that it compares
 winner, why
 """
 
@@ -21,6 +25,7 @@ from pipelines import console, files
 from pipelines.model import parallel
 
 NAME = "search.json"
+LASTING = ("source", "teacher", "sensitivities", "candidates")  # from search to search
 
 
 class SearchFile:
@@ -36,7 +41,8 @@ class SearchFile:
         def read() -> dict[str, Any]:
             held = files.read_object(self.path, "Remove it.") if self.path.is_file() else {}
             if held.get("source") == plain:
-                console.say(f"search  continues from {self.path}")
+                known = len(held.get("candidates") or {})
+                console.say(f"search  continues from {self.path}, where {known:,} candidates are measured")
                 return held
             if held:
                 console.say(f"search  {self.path} is of other settings or inputs: the search starts anew")
@@ -51,6 +57,17 @@ class SearchFile:
             return {"source": plain}
 
         self.content: dict[str, Any] = parallel.on_first_rank(read)
+
+    def begin(self, head: dict[str, Any]) -> None:
+        """A search begins, or goes on: its figures of the grid replace what is there of the last one alone. One barrier
+        over all ranks."""
+
+        def write() -> dict[str, Any]:
+            content = {name: self.content[name] for name in LASTING if name in self.content} | head
+            files.write_json(self.path, content)
+            return content
+
+        self.content = parallel.on_first_rank(write)
 
     def get(self, *place: str) -> Any:
         """What stands at a place; None where nothing does."""

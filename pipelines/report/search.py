@@ -18,10 +18,12 @@ COLUMNS = (
 
 
 def candidates(search: dict[str, Any]) -> list[dict[str, Any]]:
-    """Those of search.json in the order of what is known of them, the winner first: name, won, followed, parameters,
-    predicted, measured, validation, distilled (losses, nats/token), task, tokens_per_second; None where not known."""
-    found = []
-    for name, entry in search.get("candidates", {}).items():
+    """Those that the last search of search.json compared in the order of what is known of them, the winner first:
+    name, won, followed, parameters, predicted, measured, validation, distilled (losses, nats/token), task,
+    tokens_per_second; None where not known."""
+    found, known = [], search.get("candidates", {})
+    for name in (name for name in search.get("measured", []) if name in known):
+        entry = known[name]
         distilled = (entry.get("distilled") or {}).get("ce")
         row = {key: entry.get(key) for key in ("parameters", "predicted", "measured", "validation", "task")}
         row |= {"distilled": distilled, "tokens_per_second": entry.get("tokens_per_second")}

@@ -104,7 +104,7 @@ def _prune(directory: Path) -> None:
 
 
 def sample_search() -> dict[str, Any]:
-    """search.json of a search that distilled three of eight candidates."""
+    """search.json of a search that distilled three of eight candidates, after one that measured a ninth."""
     random, candidates = np.random.default_rng(SEED), {}
     for number, (hidden, ffn, heads, layers) in enumerate(
         ((192, 512, 8, 6), (208, 480, 8, 5), (224, 576, 8, 4), (192, 544, 6, 6), (176, 608, 8, 6), (240, 480, 6, 4))
@@ -118,8 +118,10 @@ def sample_search() -> dict[str, Any]:
             "measured": 4.2 + 0.11 * number + 0.2 * (6 - layers) + 0.02 * random.standard_normal(),
         }
         if number < 3:
-            entry |= {"sliced": True, "distilled": {"steps": 20, "tokens": 40_960, "ce": (3.21, 3.18, 3.34)[number]}}
+            entry |= {"distilled": {"steps": 20, "tokens": 40_960, "ce": (3.21, 3.18, 3.34)[number]}}
         candidates[f"h{hidden}-f{ffn}-a{heads}-g4-l{layers}"] = entry
+    measured = list(candidates)
+    candidates["h256-f768-a8-g4-l8"] = {"parameters": 3_800_000, "predicted": 3.1, "measured": 3.2}
     return {
         "source": {"seed": 1},
         "limits": {"parameters": 3.31e6},
@@ -128,6 +130,7 @@ def sample_search() -> dict[str, Any]:
         "teacher": {"loss": 2.9},
         "sensitivities": {"hidden_size": {"192": 0.4}},
         "candidates": candidates,
+        "measured": measured,
         "why": "h208-f480-a8-g4-l5 has validation loss 3.1800 after distillation",
         "winner": "h208-f480-a8-g4-l5",
     }

@@ -223,6 +223,9 @@ def test_layers_are_chosen_by_the_score_of_a_task(ranks, tmp_path, quiz):
     assert (figures["dropped_layers"], count) == ([3, 4], 6)
     arrays = load_file(tmp_path / "tp1" / "prune" / "scores.safetensors")
     assert len(arrays["removed"]) == 6 and numpy.isfinite(arrays["removed_loss"]).all()
+    # And the task's figures stay, although that run knew of no task.
+    chosen = settings(DepthMethod.contiguous, **by_task)
+    assert ranks(1, RUN, directory=str(tmp_path / "tp1"), settings=chosen, **paths)[0][1] == 0
 
 
 def test_a_tokenizer_of_more_ids_than_the_teacher_has_is_refused(ranks, tmp_path, quiz):

@@ -170,7 +170,10 @@ def test_a_search_is_on_the_page_and_in_the_results(tmp_path: Path) -> None:
     (directory / "prune" / "manifest.json").write_text(json.dumps(manifest))
     document, results, made = make(tmp_path)
     found = results["search"]
-    assert found["winner"] == "h208-f480-a8-g4-l5" and len(found["candidates"]) == 8 and "source" not in found
+    assert found["winner"] == "h208-f480-a8-g4-l5" and len(found["measured"]) == 8 and "source" not in found
+    assert (
+        "h256-f768-a8-g4-l8" in found["candidates"] and "h256-f768-a8-g4-l8" not in document.text
+    )  # of another search
     for shown in (
         "The search for a shape",
         "3.1800 after distillation",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.choices import Measure
+from pipelines.choices import Aggregation, Measure
 from pipelines.families import read_shape
 from pipelines.grid import shape_name
 from pipelines.model.slicing import sliced_shape
@@ -147,9 +147,35 @@ def test_a_stopped_search_goes_on_candidate_by_candidate(
     assert weights[0].read_bytes() == weights[1].read_bytes()
     again = ranks(2, RUN, **arguments)[0]
     assert again["counts"]["losses"] == 0
-    other = {**settings, "prune.search.smallest": 0.4}
+    other = {**settings, "prune.sequence_aggregation": Aggregation.l2}
     again = ranks(2, RUN, **{**arguments, "settings": other})[0]
-    assert again["counts"]["losses"] == whole["losses"]  # of other settings: anew
+    assert again["counts"]["losses"] == whole["losses"]  # of other scores: anew
+
+
+def test_a_search_within_other_limits_measures_what_is_new_alone(
+    ranks: RankPools, tmp_path: Path, paths: dict[str, str]
+) -> None:
+    """And finds what a search of its own finds, at another layout too."""
+    few = {"prune.search.measured": 3, "prune.search.candidates": 1}
+    first, second = {**NARROW, **few, "parallel.tensor": 2}, {**NARROW, "prune.target.ratio": 0.5, "parallel.tensor": 1}
+    taken = {"directory": str(tmp_path / "taken"), **paths}
+    ranks(2, RUN, settings=first, **taken)
+    before = content(tmp_path / "taken")
+    again = ranks(1, RUN, settings=second, **taken)[0]
+    alone = ranks(1, RUN, directory=str(tmp_path / "alone"), settings=second, **paths)[0]
+    found, expected = content(tmp_path / "taken"), content(tmp_path / "alone")
+    news = [set(expected[key]) - set(before[key]) for key in ("candidates", "sensitivities")]
+    assert 0 < again["counts"]["losses"] < alone["counts"]["losses"] and news[0]
+    assert set(found["candidates"]) == set(before["candidates"]) | set(expected["candidates"])
+    found["candidates"] = {name: found["candidates"][name] for name in expected["candidates"]}
+    found["sensitivities"] = {
+        axis: {size: found["sensitivities"][axis][size] for size in sizes}
+        for axis, sizes in expected["sensitivities"].items()
+    }
+    for content_ in (found, expected):
+        content_.pop("why")
+    close(found, expected)
+    assert read_shape(tmp_path / "taken" / "prune" / "hf") == read_shape(tmp_path / "alone" / "prune" / "hf")
 
 
 def test_kept_candidates_stay_beside_the_winner(ranks: RankPools, tmp_path: Path, paths: dict[str, str]) -> None:
@@ -163,7 +189,8 @@ def test_kept_candidates_stay_beside_the_winner(ranks: RankPools, tmp_path: Path
     winner = stage / "candidates" / found["figures"]["search"]["winner"] / "hf" / "model.safetensors"
     assert winner.read_bytes() == (stage / "hf" / "model.safetensors").read_bytes()
     (winner.parent.parent / "checkpoints" / "step_1").mkdir(parents=True)
-    ranks(1, RUN, directory=str(tmp_path), settings={**settings, "plan.gpu": "A100"}, **paths)
+    other = {**settings, "prune.sequence_aggregation": Aggregation.l2}
+    ranks(1, RUN, directory=str(tmp_path), settings=other, **paths)
     assert len(list(stage.glob("candidates.2*/*/checkpoints/step_1"))) == 1  # of another source: moved aside
     assert not list(stage.glob("candidates/*/checkpoints"))
 
