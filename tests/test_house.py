@@ -180,8 +180,12 @@ def check_command(command: str) -> None:
     stage_names(compose(overrides))
 
 
+def documents() -> list[Path]:
+    return sorted(path for pattern in ("*.md", "docs/**/*.md", "containers/*.md") for path in ROOT.glob(pattern))
+
+
 def documented_commands() -> list[str]:
-    text = README + (ROOT / "docs" / "pruning" / "pruning.md").read_text()
+    text = "".join(path.read_text() for path in documents())
     blocks = re.findall(r"^```(?:sh|bash|text)?\n(.*?)^```", text, re.M | re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     inline = re.findall(r"`((?:python -m pipelines|make|launchers/\S+) [^`]+)`", README)
@@ -222,10 +226,6 @@ def test_every_technique_composes_and_changes_the_quickstart(settings: str) -> N
     if not any(override.startswith("model.path=") for override in overrides):  # a model that is given must be there
         assert validate(config, stage_names(config) if "stage=" in settings else [*PIPELINE, "plan"]) == []
         planning.plan(config)
-
-
-def documents() -> list[Path]:
-    return sorted(path for pattern in ("*.md", "docs/**/*.md", "containers/*.md") for path in ROOT.glob(pattern))
 
 
 @pytest.mark.parametrize("document", documents(), ids=lambda path: str(path.relative_to(ROOT)))
