@@ -134,7 +134,8 @@ def dispatch(arguments: list[str]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 0, 1 for our own failure, 2 for a user's mistake, 130 after Ctrl-C."""
+    """The exit code: 0, 1 for our own failure, 2 for a user's mistake, 75 stopped as asked, 130 after Ctrl-C."""
+    from pipelines import stopping
     from pipelines.files import is_disk_error
     from pipelines.launch import StageFailed, tell_parent
 
@@ -142,9 +143,13 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or set(arguments) & set(HELP_FLAGS):
         print(usage(), end="")
         return 0
+    stopping.listen()
     try:
         dispatch(arguments)
         return 0
+    except stopping.Stopped as error:
+        tell_parent(error)
+        return _end(str(error), stopping.EXIT_STOPPED)
     except UserError as error:
         tell_parent(error)
         return _end(str(error) if os.environ.get("LOCAL_RANK", "0") == "0" else "", 2)  # once per machine
@@ -157,7 +162,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except OSError as error:
         if isinstance(error, PermissionError) or is_disk_error(error):
-            return _end(f"{error}: expected a place to write. Check run.directory and the free space there.", 2)
+            message = f"{error}: expected a place to write. Check run.directory and the free space there."
+            stopping.leave_verdict(2, message, "")
+            return _end(message, 2)
         traceback.print_exc()
         return 1
 

@@ -23,12 +23,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pipelines import artifacts, console
+from pipelines import artifacts, console, stopping
 from pipelines.config import Config, UserError, layout
 from pipelines.files import disk_error
 from pipelines.stages import STAGES
+from pipelines.stopping import EXCHANGE, EXIT_STOPPED, Stopped
 
-EXCHANGE = "STILLHOUSE_EXCHANGE"  # the directory where parent and ranks leave each other word
 PATIENCE = 45.0  # seconds that a child gets to end by itself; torchrun gives its ranks 30 before it kills them
 
 
@@ -49,8 +49,11 @@ def is_child() -> bool:
 
 
 def run_stage(config: Config, stage: str, overrides: list[str]) -> None:
-    """Run one stage in child processes and wait. Raises StageFailed with what the children left to say."""
+    """Run one stage in child processes and wait. Raises StageFailed with what the children left to say, and Stopped
+    where the command was asked to stop before the stage began."""
     exchange = Path(tempfile.mkdtemp(prefix="stillhouse-"))
+    stopping.listen(exchange)
+    refuse_when_asked(stage)
     log = artifacts.log_file(config, stage)
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -72,6 +75,12 @@ def run_stage(config: Config, stage: str, overrides: list[str]) -> None:
             raise _failure(exchange, log, start_of_log, code)
     finally:
         shutil.rmtree(exchange, ignore_errors=True)
+
+
+def refuse_when_asked(stage: str) -> None:
+    """Raises Stopped where this process was asked to stop before the stage has begun."""
+    if stopping.asked():
+        raise Stopped(f"stopped as asked before {stage} began; the same command continues.")
 
 
 def command(stage: str, processes: int, overrides: list[str]) -> list[str]:
@@ -122,7 +131,8 @@ def _end(child: "subprocess.Popen[bytes]") -> None:
 
 
 def _failure(exchange: Path, log: Path, start_of_log: int, code: int) -> StageFailed:
-    """The one thing to say: a user's mistake before our own failure, the first failure before those that follow it."""
+    """The one thing to say: a stop or a user's mistake before our own failure, the first failure before those that
+    follow it."""
     failures = []
     for file in exchange.glob("failure-*.json"):
         with contextlib.suppress(json.JSONDecodeError):
@@ -175,7 +185,7 @@ class Exchange:
                     shutil.rmtree(earlier, ignore_errors=True)
 
     def listen(self) -> str:
-        """Rank 0's word: "run" or "finished". Where rank 0 fails, the launcher ends this process."""
+        """Rank 0's word: "run", "finished" or "stopped". Where rank 0 fails, the launcher ends this process."""
         while not (self.directory / "word").is_file():
             time.sleep(0.1)
         return (self.directory / "word").read_text()
@@ -183,6 +193,15 @@ class Exchange:
     def fail(self, failure: dict[str, Any]) -> None:
         if self.ours:
             artifacts.write_json(self.directory / f"failure-{console.rank()}.json", failure)
+
+    def end_together(self) -> None:
+        """Rank 0 leaves first: a launcher ends the others as soon as one has ended, whatever they were closing."""
+        if console.rank() == 0:
+            (self.directory / "ended").touch()
+            return
+        deadline = time.monotonic() + PATIENCE
+        while not (self.directory / "ended").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
 
 
 def work(config: Config, stage: str) -> int:
@@ -204,16 +223,22 @@ def work(config: Config, stage: str) -> int:
             exchange.fail(failure)
         with contextlib.suppress(OSError):
             traceback.print_exc()  # into the log
-        if terminal is not None:
+        stopping.leave_verdict(int(failure["code"]), failure["message"], stage)
+        stopped = isinstance(error, Stopped)
+        if terminal is not None and (console.rank() == 0 or not stopped):
             print(failure["message"], file=terminal, flush=True)
+        if stopped:
+            exchange.end_together()
         return int(failure["code"])
 
 
 def tell_parent(error: BaseException) -> None:
-    """What a child of ours found before its stage began; without a parent there is nobody to tell."""
+    """What a process found before its stage began, to our own parent and to whoever asked for a verdict."""
+    failure = describe_failure(error)
+    stopping.leave_verdict(int(failure["code"]), failure["message"], "")
     if EXCHANGE in os.environ:
         with contextlib.suppress(OSError):
-            Exchange(Path(os.environ[EXCHANGE]), ours=True).fail(describe_failure(error))
+            Exchange(Path(os.environ[EXCHANGE]), ours=True).fail(failure)
 
 
 def _work(config: Config, stage: str, exchange: Exchange) -> None:
@@ -224,10 +249,15 @@ def _work(config: Config, stage: str, exchange: Exchange) -> None:
         if finished:  # the parent looks before it starts ranks; ranks that others started look here
             console.say(f"{stage}: finished already in {context.directory}")
             return exchange.tell("finished")
+        if stopping.asked():
+            exchange.tell("stopped")
+        refuse_when_asked(stage)
         attempt = artifacts.begin(config, stage, console.say)
         exchange.tell("run")
-    elif exchange.listen() == "finished":
+    elif (word := exchange.listen()) == "finished":
         return
+    elif word == "stopped":
+        raise Stopped(f"stopped as asked before {stage} began; the same command continues.")
     # fp32 means fp32: NVIDIA's images and Transformer Engine multiply in TF32 unless told so before torch is loaded.
     os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
     try:
@@ -240,11 +270,13 @@ def _work(config: Config, stage: str, exchange: Exchange) -> None:
 
 
 def describe_failure(error: BaseException) -> dict[str, Any]:
-    """What the parent prints: a message for a user's mistake or a full disk, the traceback for our own failure."""
+    """What the parent prints: a message for a stop, a user's mistake or a full disk, the traceback for our failure."""
     failure: dict[str, Any] = {"user": True, "time": time.time(), "code": 2, "message": str(error)}
     if isinstance(error, SystemExit):  # a stage's own verdict: a message, or a code after it has printed its reasons
         code = error.code if isinstance(error.code, int) else 1
         return failure | {"code": code, "message": "" if isinstance(error.code, int) else str(error.code)}
+    if isinstance(error, Stopped):
+        return failure | {"code": EXIT_STOPPED}
     if isinstance(error, UserError):
         return failure
     if found := disk_error(error):

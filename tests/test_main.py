@@ -36,6 +36,8 @@ def run(context):
         return {}
     if play == "sleep":
         time.sleep(300)
+    if play == "short":
+        time.sleep(3)
     if play == "disk":
         raise OSError(28, "No space left on device", "model.safetensors")
     if play == "exit":
@@ -242,6 +244,38 @@ def test_ending_the_command_ends_its_ranks(start: Start, tmp_path: Path, number:
     assert not any(map(is_running, ranks))
     if number != signal.SIGKILL:
         assert code == 130 and "interrupted" in error and "Traceback" not in error
+
+
+def test_asked_to_stop_the_command_ends_behind_the_stage_that_cannot(start: Start, tmp_path: Path) -> None:
+    process = start("stage=[corpus,teacher]", "experiment=quickstart", "parallel=tp1", PLAY="short")
+    wait_for(lambda: (tmp_path / "runs" / "quickstart" / "corpus" / "rank0").is_file(), process)
+    process.send_signal(signal.SIGUSR1)
+    code, out, error = finish(process)
+    assert code == 75 and error == "stopped as asked before teacher began; the same command continues.\n"
+    assert (tmp_path / "runs" / "quickstart" / "corpus" / "complete").is_file()
+    code, out, _ = finish(start("stage=[corpus,teacher]", "experiment=quickstart", "parallel=tp1"))
+    assert code == 0 and "corpus: finished already" in out and "teacher  " in out
+
+
+def test_ranks_of_another_launcher_stop_by_a_file_and_leave_the_reason(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "stop").touch()
+    environment = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    environment |= {"STILLHOUSE_STOP_FILE": str(tmp_path / "stop"), "STILLHOUSE_VERDICT": str(tmp_path / "verdict")}
+    arguments = ("stage=verify", "parallel=tp2")
+    ranks = [start(*arguments, RANK=str(rank), LOCAL_RANK=str(rank), **environment) for rank in range(2)]
+    results = [finish(rank) for rank in ranks]
+    assert [code for code, _, _ in results] == [75, 75]
+    verdict = json.loads((tmp_path / "verdict").read_text())
+    assert (verdict["code"], verdict["stage"]) == (75, "verify") and "before verify began" in verdict["message"]
+
+
+@pytest.mark.parametrize(("play", "code"), [("user", 2), ("ours", 1), ("exit", 3), ("", None)])
+def test_the_verdict_has_the_code_that_torchrun_hides(start: Start, tmp_path: Path, play: str, code: int) -> None:
+    verdict = tmp_path / "verdict"
+    finish(start("stage=corpus", PLAY=play, STILLHOUSE_VERDICT=str(verdict)))
+    assert verdict.exists() == (code is not None)
+    if code:
+        assert json.loads(verdict.read_text())["code"] == code
 
 
 def test_ranks_that_another_launcher_started_share_one_stage(start: Start, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from pipelines.stages import PIPELINE
+from pipelines.stopping import EXIT_STOPPED, VERDICT
 from tests.trainer.test_runs import OF_THE_MACHINE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,14 +127,20 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def kill_after_checkpoint(directory: Path, name: str, *overrides: str) -> None:
-    """Start distil and end all of its processes with SIGKILL once a step behind the first checkpoint is logged."""
+def started_until(step: int, directory: Path, name: str, *overrides: str) -> subprocess.Popen[str]:
+    """A distil that has logged that step."""
     process = start(directory, f"run.name={name}", *overrides)
     metrics = directory / name / "distil" / "metrics.jsonl"
     deadline = time.monotonic() + 600
-    while not (metrics.exists() and '"step": 7' in metrics.read_text()):
+    while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-        time.sleep(0.05)
+        time.sleep(0.02)
+    return process
+
+
+def kill_after_checkpoint(directory: Path, name: str, *overrides: str) -> None:
+    """Start distil and end all of its processes with SIGKILL once a step behind the first checkpoint is logged."""
+    process = started_until(7, directory, name, *overrides)
     for pid in [*descendants(process.pid), process.pid]:
         os.kill(pid, signal.SIGKILL)
     process.wait()
@@ -174,17 +181,28 @@ def test_a_finished_stage_is_left_alone_and_a_changed_setting_is_named(finished:
     assert hf.stat().st_mtime_ns == before
 
 
-def test_a_killed_run_continues_with_the_same_numbers_and_leaves_a_damaged_checkpoint_out(
-    finished: tuple[Path, str],
+def test_a_run_that_is_killed_and_then_stopped_continues_with_the_same_numbers(
+    finished: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Killed, its newest checkpoint damaged, continued, asked to stop, continued to the end."""
     directory, _ = finished
     overrides = ["distil.checkpoint_interval=3", *borrow(directory)]
     kill_after_checkpoint(directory, "killed", *overrides)
     newest = sorted((directory / "killed" / "distil" / "checkpoints").glob("step-*"))[-1]
     largest = max(newest.rglob("*.distcp"), key=lambda file: file.stat().st_size)
     os.truncate(largest, 100)
-    output = run(directory, "run.name=killed", *overrides)
+    monkeypatch.setitem(ENVIRONMENT, VERDICT, str(directory / "verdict.json"))
+    process = started_until(7, directory, "killed", *overrides)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == EXIT_STOPPED, output
     assert f"leaves out {newest}" in output and "continues from" in output and "step-0000003" in output
+    last = sorted((directory / "killed" / "distil" / "checkpoints").glob("step-*"))[-1]
+    assert f"stopped as asked at step {int(last.name[5:])} of 15: {last} is whole" in output
+    verdict = json.loads((directory / "verdict.json").read_text())
+    assert (verdict["code"], verdict["stage"]) == (EXIT_STOPPED, "distil") and str(last) in verdict["message"]
+    assert not (directory / "killed" / "distil" / "lock").exists(), "rank 0 has ended by itself"
+    assert f"continues from {last}" in run(directory, "run.name=killed", *overrides)
     assert rows(directory, "killed") == rows(directory, "whole")
     weights = Path("distil") / "hf" / "model.safetensors"
     assert (directory / "killed" / weights).read_bytes() == (directory / "whole" / weights).read_bytes()

@@ -12,7 +12,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from pipelines import processes
+from pipelines import processes, stopping
 from pipelines.config import UserError
 from pipelines.model import cpu_runtime
 
@@ -105,6 +105,15 @@ def on_first_rank(action: Callable[[], T]) -> T:
         raise UserError(word["error"]) if word["user"] else RuntimeError(f"rank 0: {word['error']}")
     torch.distributed.barrier()
     return word["result"]
+
+
+def stop_where_asked(kept: str) -> None:
+    """Raises Stopped on every rank where the first one was asked to stop. kept: the file from which the stage goes on.
+
+    For work that lasts and keeps what it has measured. Every rank calls it; one barrier over all ranks.
+    """
+    if on_first_rank(stopping.asked):
+        raise stopping.Stopped(f"stopped as asked: {kept} holds what is measured, and the same command continues.")
 
 
 def torch_device(device: str) -> torch.device:

@@ -60,7 +60,7 @@ class Removals:
     sources: what decides the figures of each measure; what the file has of others is measured again. None for a measure
     that is not asked for, whose figures stay as they are. given: another file whose measurements of the same sources
     are taken over. Every rank makes one and calls it with the same layers in the same order: one barrier over all ranks
-    at the start and after each measurement.
+    at the start, two after each measurement, where a run that was asked to stop does.
     """
 
     def __init__(
@@ -94,6 +94,7 @@ class Removals:
         self.known[layers] = merged(known, self._measure(without(self.teacher, layers), measure))
         self.measured += 1
         parallel.on_first_rank(self._write)
+        parallel.stop_where_asked(str(self.path))
         return self.known[layers]
 
     def _write(self) -> None:

@@ -77,7 +77,8 @@ class SearchFile:
         return found
 
     def put(self, place: Sequence[str], value: Any) -> Any:
-        """Write the first rank's value. One barrier over all ranks. Returns it as the first rank has it."""
+        """Write the first rank's value, which is returned, then raise Stopped where the run was asked to stop. Two
+        barriers over all ranks."""
 
         def write() -> Any:
             self._set(place, value)
@@ -86,6 +87,7 @@ class SearchFile:
 
         found = parallel.on_first_rank(write)
         self._set(place, found)
+        parallel.stop_where_asked(str(self.path))
         return found
 
     def once(self, place: Sequence[str], measure: Callable[[], Any]) -> Any:

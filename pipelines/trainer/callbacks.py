@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from pipelines import console, files, planning
+from pipelines import console, files, planning, stopping
 from pipelines.model.measure import process_peak_bytes
 from pipelines.model.step import Totals, reduce_reports
-from pipelines.trainer.finite import refuse_non_finite
+from pipelines.trainer.finite import on_any_rank, refuse, refuse_non_finite
 from pipelines.trainer.module import unwrap
 from pipelines.trainer.trackers import Trackers
+
+_STOP = "stop"  # beside what is not finite
 
 
 class Metrics(Callback):
@@ -26,7 +28,7 @@ class Metrics(Callback):
     and planning.speed_figures of the training steps since the last row of that split or the last validation. For train
     also learning_rate and time (seconds since the stage first started, over resumes), for validation peak_bytes
     (measure.process_peak_bytes). Rows past start, the step of the checkpoint that the run continues from, are taken
-    back.
+    back. stops: whether the ranks have agreed in this step that the run was asked to stop.
 
     trackers: where rows go besides. flops_per_token: of training. peak: FLOP/s of all devices together, None where that
     is not known.
@@ -52,6 +54,7 @@ class Metrics(Callback):
         self.paces = {split: _Pace(tokens_per_step) for split in ("train", "validation")}
         self.elapsed = 0.0
         self.gradient_norm = 0.0
+        self.stops = False
         self.means: dict[str, float] = {}
         self.validation: Totals | None = None
         self.last_validation: dict[str, float] = {}
@@ -84,7 +87,8 @@ class Metrics(Callback):
         self._learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """The norm of the whole gradient, and an end on every rank where it or the loss is not finite.
+        """The norm of the whole gradient, an end on every rank where it or the loss is not finite, and the word whether
+        this step is the last because one rank or more was asked to stop.
 
         Before the step, so that the weights stay as they were; by itself, because Megatron leaves the norm out where
         nothing is to be clipped. One more pass over the gradients and one all-reduce beside that of the norm.
@@ -92,8 +96,11 @@ class Metrics(Callback):
         megatron = optimizer.mcore_optimizer
         megatron.prepare_grads()  # its own step begins with it; a second time changes nothing
         self.gradient_norm = float(megatron.get_grad_norm())
-        finite = {"loss": math.isfinite(self.means["loss"]), "gradient norm": math.isfinite(self.gradient_norm)}
-        refuse_non_finite(finite, trainer.global_step + 1)
+        watched = {"loss": self.means["loss"], "gradient norm": self.gradient_norm}
+        flags = {name: not math.isfinite(value) for name, value in watched.items()}
+        found = on_any_rank(flags | {_STOP: stopping.asked()})
+        self.stops = _STOP in found
+        refuse(found - {_STOP}, trainer.global_step + 1)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         step, means = trainer.global_step, self.means

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from pipelines import console, files
 from pipelines.config import UserError
 from pipelines.model import parallel
+from pipelines.stopping import Stopped
 from pipelines.trainer.finite import refuse_non_finite
 
 CHECKPOINT = "step-{:07d}"
@@ -30,15 +32,21 @@ _BLOCK = 1 << 24  # bytes read at a time
 
 
 class Checkpoints(Checkpoint):
-    """Saves every `interval` steps and at the end into `directory`/step-NNNNNNN, and keeps the last `keep`.
+    """Saves every `interval` steps, at the end, and where the run stops as asked, into `directory`/step-NNNNNNN, and
+    keeps the last `keep`.
+
+    stops: whether the run ends with the step that has just been taken, the same on every rank. Then Stopped is raised
+    once the checkpoint is whole, after the validation where one belongs to this step.
 
     A checkpoint is written under another name, synced to disk, and renamed when it is whole, so that every step-NNNNNNN
     can be loaded. It holds weights, optimizer, schedule and position in the data as NeMo distributed checkpoints, which
     load at any other layout; no classes are stored.
     """
 
-    def __init__(self, directory: Path, *, interval: int, keep: int, steps: int) -> None:
-        self.directory, self.interval, self.keep, self.steps = directory, interval, keep, steps
+    def __init__(
+        self, directory: Path, *, interval: int, keep: int, steps: int, stops: Callable[[], bool] = lambda: False
+    ) -> None:
+        self.directory, self.interval, self.keep, self.steps, self.stops = directory, interval, keep, steps, stops
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         # Lightning counts a step as completed after `on_train_batch_end`: resumed from a checkpoint that was written
@@ -56,8 +64,8 @@ class Checkpoints(Checkpoint):
 
     def _save(self, trainer: Any) -> None:
         """Four barriers, one all-reduce and one all-gather over all ranks beside Megatron's own collectives."""
-        step = trainer.global_step
-        if step % self.interval and step != self.steps:
+        step, stops = trainer.global_step, self.stops()
+        if step % self.interval and step != self.steps and not stops:
             return
         weights = trainer.lightning_module.parameters()
         whole = all(bool(torch.isfinite(weight).all()) for weight in weights if weight.requires_grad)
@@ -74,6 +82,12 @@ class Checkpoints(Checkpoint):
                     "same command again; it continues from the last checkpoint."
                 ) from error
             raise
+        if stops and step != self.steps:
+            whole = self.directory / CHECKPOINT.format(step)
+            raise Stopped(
+                f"stopped as asked at step {step} of {self.steps}: {whole} is whole, and the same command continues "
+                "from it."
+            )
 
     def _write(self, trainer: Any, partial: Path, step: int) -> None:
         parallel.on_first_rank(self._clear)

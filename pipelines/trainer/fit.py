@@ -135,6 +135,7 @@ def fit(
         interval=schedule.checkpoint_interval,
         keep=schedule.keep_checkpoints,
         steps=schedule.steps,
+        stops=lambda: metrics.stops,
     )
     trace = Trace(directory / "tensorboard", description=description, steps=schedule.steps, device=device)
     callbacks = [metrics, data_index, *callbacks, *([trace] if schedule.profile else []), saving]

@@ -26,8 +26,8 @@ def trained(
 ) -> dict[str, Any]:
     """A run in directory/name, continued where it has a checkpoint. fault: a function below, at a step.
 
-    What it left: message (of a UserError, else empty), figures, finite (the weights), rows, checkpoints (names); forks:
-    how often this rank was forked.
+    What it left: message (of a UserError or a stop, else empty), figures, finite (the weights), rows, checkpoints
+    (names); forks: how often this rank was forked.
     """
     from pipelines.model import parallel
 
@@ -35,6 +35,7 @@ def trained(
     parallel.initialize(tensor, pipeline)
     import torch
 
+    from pipelines import stopping
     from pipelines.config import UserError
     from pipelines.families import ModelShape
     from pipelines.model import build
@@ -65,8 +66,9 @@ def trained(
     try:
         callbacks = [_fault(fault, at)] if fault else []
         _, figures = fit_shortly(root / name, corpus, config, built, callbacks, precision=precision, **settings)
-    except (UserError, Stopped) as error:
+    except (UserError, Stopped, stopping.Stopped) as error:
         message = str(error)
+    stopping._received = False
     torch.distributed.barrier()
     finite = all(bool(torch.isfinite(p).all()) for p in pairs[0].student.parameters()) if pairs else None
     parallel_state_gone()
@@ -104,6 +106,8 @@ def _fault(name: str, at: int) -> Any:
     import torch
     from lightning.pytorch.callbacks import Callback
 
+    from pipelines import stopping
+
     second = torch.distributed.get_rank() == 1
 
     class Fault(Callback):
@@ -115,6 +119,8 @@ def _fault(name: str, at: int) -> Any:
                 return
             if name == "stop":
                 raise Stopped
+            if name == "asked" and second:
+                stopping._received = True
             if name == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             if name == "weight before the step" and second:

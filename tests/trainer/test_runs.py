@@ -189,6 +189,21 @@ def test_a_number_that_is_not_finite_on_one_rank_stops_every_rank(
         assert all(result["finite"] for result in results)  # the step was not taken
 
 
+@pytest.mark.parametrize("step", [4, 5, 10])
+def test_a_stop_that_one_rank_was_asked_for_is_agreed_on_and_saved(
+    run: Run, whole: Whole, tmp_path: Path, step: int
+) -> None:
+    """At a step with a validation, at one without either, and at the last, which ends the run by itself."""
+    results = run("asked", fault="asked", at=step, keep_checkpoints=9)
+    checkpoint = tmp_path / "asked" / "checkpoints" / f"step-{step:07d}"
+    told = f"stopped as asked at step {step} of 10: {checkpoint} is whole" if step < 10 else ""
+    assert all(result["message"].startswith(told) and bool(result["message"]) == bool(told) for result in results)
+    names = ["step-0000003"] if step < 10 else ["step-0000003", "step-0000006", "step-0000009"]
+    assert results[0]["checkpoints"] == [*names, checkpoint.name]
+    (continued, _) = run("asked")
+    assert rows(continued) == rows(whole[1]) and continued["figures"] == whole[1]["figures"]
+
+
 def test_a_checkpoint_with_one_flipped_bit_is_moved_aside(run: Run, whole: Whole, tmp_path: Path) -> None:
     run("cut", fault="stop", at=8)
     checkpoints = tmp_path / "cut" / "checkpoints"
