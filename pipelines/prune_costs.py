@@ -23,7 +23,7 @@ from pipelines.planning import (
 from pipelines.prune_settings import PruneConfig
 
 READ_BYTES_PER_SECOND = 1e9  # an assumption: one disk, or one client of a shared one; hashing is about as fast
-CUT_BYTES_PER_SECOND = 0.15e9  # of the student; measured on one core: 9.0 GB of the 8B-to-4B width student in 57 s
+CUT_BYTES_PER_SECOND = 0.15e9  # of the student, on one core; launchers/slicing_benchmark.py found 0.16 to 0.38
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from pipelines.pruning.search_file import SearchFile
 from pipelines.questions import TaskScore
 
 OF_THE_GRID = ("student.", "prune.target.", "prune.multiples.", "prune.search.")  # settings, no loss depends on them
-OF_LOSSES = ("student.drop_layers", "prune.search.by", "prune.search.distil_tokens")  # but on these
+OF_DISTILLATION = ("distil.", "run.", "prune.search.by", "prune.search.distil_tokens")
 OF_TRAINING = ("ce", "kd", "agreement")  # what is kept of the last validation
 
 
@@ -91,13 +91,20 @@ class Search:
     # The grid
 
     def _source(self) -> dict[str, Any]:
-        """What the losses depend on: settings and files, neither the grid nor the layout."""
-        inputs = artifacts.read_manifest(self.context.directory).get("inputs", {})
-        settings = self.context.settings().items()
+        """What the losses depend on: settings and files, neither the grid nor the layout; those after distillation also
+        on its settings."""
+        inputs, settings = artifacts.read_manifest(self.context.directory).get("inputs", {}), self.context.settings()
+        distillation = {name: value for name, value in settings.items() if name.startswith(OF_DISTILLATION)}
+        others = {name: value for name, value in settings.items() if name not in distillation}
         return {
-            "settings": {k: v for k, v in settings if k in OF_LOSSES or not k.startswith(OF_THE_GRID)},
+            "settings": {
+                name: value
+                for name, value in others.items()
+                if name == "student.drop_layers" or not name.startswith(OF_THE_GRID)
+            },
             "files": {name: entry["files"] for name, entry in inputs.items()},
             "teacher": str(self.directory),
+            "distillation": distillation,
         }
 
     def _candidates(self) -> list[Candidate]:

@@ -1,6 +1,7 @@
 """search.json: what a search for the student's shape has measured, written whole after every measurement.
 
-source          what its losses depend on; a search of another source starts anew
+source          what its losses depend on; a search of another source starts anew; one of which "distillation" alone
+                differs distils anew
 teacher         {"loss": of the calibration sequences, nats/token}
 sensitivities   {axis: {size: loss with this axis alone pruned, minus the teacher's}}; of attention heads with all
                 KV groups
@@ -25,6 +26,7 @@ from pipelines import console, files
 from pipelines.model import parallel
 
 NAME = "search.json"
+FOLLOWED = ("distilled", "task")  # of a candidate, what depends on source["distillation"]
 LASTING = ("source", "teacher", "sensitivities", "candidates")  # from search to search
 
 
@@ -40,21 +42,20 @@ class SearchFile:
 
         def read() -> dict[str, Any]:
             held = files.read_object(self.path, "Remove it.") if self.path.is_file() else {}
+            known = len(held.get("candidates") or {})
             if held.get("source") == plain:
-                known = len(held.get("candidates") or {})
                 console.say(f"search  continues from {self.path}, where {known:,} candidates are measured")
                 return held
-            if held:
-                console.say(f"search  {self.path} is of other settings or inputs: the search starts anew")
-            followed = directory / "candidates"
-            if any(followed.glob("*/checkpoints")):
-                kept = directory / f"candidates.{datetime.now():%Y%m%d-%H%M%S}"
-                followed.rename(kept)
-                console.say(f"search  moved {followed} to {kept}")
-            for name in ("candidates", "hf"):
-                shutil.rmtree(directory / name, ignore_errors=True)
-            files.write_json(self.path, {"source": plain})
-            return {"source": plain}
+            if held and _of_losses(held.get("source")) == _of_losses(plain):
+                console.say(f"search  takes the losses of {known:,} candidates from {self.path}; distils anew")
+                found = _without_followed(held) | {"source": plain}
+            else:
+                if held:
+                    console.say(f"search  {self.path} is of other settings or inputs: the search starts anew")
+                found = {"source": plain}
+            _clear(directory)
+            files.write_json(self.path, found)
+            return found
 
         self.content: dict[str, Any] = parallel.on_first_rank(read)
 
@@ -100,3 +101,27 @@ class SearchFile:
         for key in place[:-1]:
             holder = holder.setdefault(key, {})
         holder[place[-1]] = value
+
+
+def _of_losses(source: Any) -> Any:
+    """What the losses inside the teacher depend on."""
+    return {k: v for k, v in source.items() if k != "distillation"} if isinstance(source, dict) else None
+
+
+def _without_followed(content: dict[str, Any]) -> dict[str, Any]:
+    candidates = {
+        name: {key: value for key, value in entry.items() if key not in FOLLOWED}
+        for name, entry in content.get("candidates", {}).items()
+    }
+    return content | {"candidates": candidates}
+
+
+def _clear(directory: Path) -> None:
+    """Away with what an earlier search has sliced; aside with what it has trained."""
+    followed = directory / "candidates"
+    if any(followed.glob("*/checkpoints")):
+        kept = directory / f"candidates.{datetime.now():%Y%m%d-%H%M%S}"
+        followed.rename(kept)
+        console.say(f"search  moved {followed} to {kept}")
+    for name in ("candidates", "hf"):
+        shutil.rmtree(directory / name, ignore_errors=True)
