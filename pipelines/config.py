@@ -150,6 +150,12 @@ class TrainingConfig:
     checkpoint_interval: int = 50  # steps
     keep_checkpoints: int = 2
     log_interval: int = 1  # steps
+    # Steps of a run that may be left out because the loss or the gradient is not finite, or a spike; 0: the first one
+    # ends the run. Their data is consumed, weights and optimizer stay as they were.
+    skip_steps: int = 0
+    spike: float | None = (
+        None  # times the median gradient norm of the last 128 steps, above which one is a spike; None: off
+    )
     profile: bool = False  # a torch.profiler trace of three steps of rank 0, PROFILED, into the stage's tensorboard/
 
 

@@ -15,7 +15,7 @@ class Stage:
     ranks: runs as one process per device under torchrun; otherwise in one process.
     reads: names of `artifacts.INPUTS` that must be there and whole; may_read: those taken where they are there.
     settings: dotted configuration paths that decide the result. A path to a group stands for every key in it but
-        those of FREE, which change the speed or the log and not the result.
+        those of FREE, which change the speed, the log or how far a run goes, and not the result.
     kept: writes a directory with a manifest and a `complete` marker, and is not run twice.
     derived: only shows what other stages wrote; made anew where that has changed, without asking for overwrite.
     of_machine: belongs to no run, but to the machine: its directory is <run.directory>/<name>/, whatever run.name says.
@@ -40,6 +40,7 @@ FREE = frozenset(
         "teacher_offload",
         "checkpoint_interval",
         "keep_checkpoints",
+        "skip_steps",
         "log_interval",
         "profile",
         "validation_interval",

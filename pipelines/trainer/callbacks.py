@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from pipelines import console, files, planning, stopping
+from pipelines import console, files, planning
 from pipelines.model.measure import process_peak_bytes
 from pipelines.model.step import Totals, reduce_reports
-from pipelines.trainer.finite import on_any_rank, refuse, refuse_non_finite
+from pipelines.trainer.finite import refuse_non_finite
+from pipelines.trainer.guard import Guard
 from pipelines.trainer.module import unwrap
 from pipelines.trainer.trackers import Trackers
-
-_STOP = "stop"  # beside what is not finite
 
 
 class Metrics(Callback):
@@ -28,16 +27,18 @@ class Metrics(Callback):
     and planning.speed_figures of the training steps since the last row of that split or the last validation. For train
     also learning_rate and time (seconds since the stage first started, over resumes), for validation peak_bytes
     (measure.process_peak_bytes). Rows past start, the step of the checkpoint that the run continues from, are taken
-    back. stops: whether the ranks have agreed in this step that the run was asked to stop.
+    back. A step that is left out (trainer/guard.py) has a row whatever the interval, with "skipped", its reason, and
+    without what is not finite; where steps may be left out, "skipped_steps" counts them.
 
-    trackers: where rows go besides. flops_per_token: of training. peak: FLOP/s of all devices together, None where that
-    is not known.
+    trackers: where rows go besides. guard: judges every step. flops_per_token: of training. peak: FLOP/s of all devices
+    together, None where that is not known.
     """
 
     def __init__(
         self,
         directory: Path,
         trackers: Trackers,
+        guard: Guard,
         *,
         description: str,
         start: int,
@@ -47,14 +48,13 @@ class Metrics(Callback):
         flops_per_token: int,
         peak: float | None,
     ) -> None:
-        self.directory, self.trackers = directory, trackers
+        self.directory, self.trackers, self.guard = directory, trackers, guard
         self.description, self.start, self.steps = description, start, steps
         self.log_interval = log_interval
         self.speed = partial(planning.speed_figures, flops_per_token=flops_per_token, peak=peak)
         self.paces = {split: _Pace(tokens_per_step) for split in ("train", "validation")}
         self.elapsed = 0.0
         self.gradient_norm = 0.0
-        self.stops = False
         self.means: dict[str, float] = {}
         self.validation: Totals | None = None
         self.last_validation: dict[str, float] = {}
@@ -87,8 +87,7 @@ class Metrics(Callback):
         self._learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """The norm of the whole gradient, an end on every rank where it or the loss is not finite, and the word whether
-        this step is the last because one rank or more was asked to stop.
+        """The norm of the whole gradient, and the guard's judgement of the step.
 
         Before the step, so that the weights stay as they were; by itself, because Megatron leaves the norm out where
         nothing is to be clipped. One more pass over the gradients and one all-reduce beside that of the norm.
@@ -96,21 +95,18 @@ class Metrics(Callback):
         megatron = optimizer.mcore_optimizer
         megatron.prepare_grads()  # its own step begins with it; a second time changes nothing
         self.gradient_norm = float(megatron.get_grad_norm())
-        watched = {"loss": self.means["loss"], "gradient norm": self.gradient_norm}
-        flags = {name: not math.isfinite(value) for name, value in watched.items()}
-        found = on_any_rank(flags | {_STOP: stopping.asked()})
-        self.stops = _STOP in found
-        refuse(found - {_STOP}, trainer.global_step + 1)
+        self.guard.judge(self.means["loss"], self.gradient_norm, trainer.global_step + 1)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         step, means = trainer.global_step, self.means
-        if step % self.log_interval and step != self.steps:
+        if step % self.log_interval and step != self.steps and not self.guard.reason:
             return
         tokens_per_second = self.paces["train"].since(step)
         self.paces["train"].set_off(step)
         row = means | {"learning_rate": self._learning_rate, "gradient_norm": self.gradient_norm}
         row |= self.speed(tokens_per_second) | {"time": self.elapsed + time.monotonic() - self._started}
-        self._write(step, "train", row)
+        row = {name: value for name, value in row.items() if not self.guard.reason or math.isfinite(value)}
+        self._write(step, "train", row | self.guard.figures())
         shown = "  ".join(f"{name} {means[name]:.3f}" for name in ("loss", "kd", "ce") if name in means)
         speed = f"{tokens_per_second:,.0f} tokens/s  {_in_words(row['flops_per_second'])}"
         planned = f"  {row['percent_of_plan']:.0f} % of plan" if "percent_of_plan" in row else ""
@@ -149,16 +145,18 @@ class Metrics(Callback):
             os.fsync(self._file.fileno())
 
     def state_dict(self) -> dict[str, Any]:
-        return {"last_validation": self.last_validation}
+        return {"last_validation": self.last_validation, "guard": self.guard.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.last_validation = state_dict["last_validation"]
+        if "guard" in state_dict:  # checkpoints from before it was
+            self.guard.load_state_dict(state_dict["guard"])
 
     def _write(self, step: int, split: str, figures: dict[str, Any]) -> None:
         if console.rank() != 0:
             return
         self._file.write(json.dumps({"step": step, "split": split, **figures}) + "\n")
-        self.trackers.log(split, figures, step)
+        self.trackers.log(split, {n: v for n, v in figures.items() if not isinstance(v, str)}, step)
 
     def _close(self, finished: bool) -> None:
         if hasattr(self, "_bar"):

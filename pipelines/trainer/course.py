@@ -22,7 +22,9 @@ class CourseCallback(Callback):
         self._metrics(trainer).means |= self.course.figures
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        self.course.end(self._metrics(trainer).means, trainer.global_step)
+        metrics = self._metrics(trainer)
+        if not metrics.guard.reason:  # a step that was left out says nothing of the course
+            self.course.end(metrics.means, trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
         return self.course.state_dict()

@@ -26,6 +26,7 @@ from pipelines.model import adam, parallel
 from pipelines.trainer import checkpoint_writer, checkpoints
 from pipelines.trainer.callbacks import Metrics
 from pipelines.trainer.data_index import DataIndex
+from pipelines.trainer.guard import Guard
 from pipelines.trainer.loop import TrainingLoop
 from pipelines.trainer.module import TrainedModel, unwrap
 from pipelines.trainer.profile import Trace
@@ -55,6 +56,8 @@ class Schedule:
     checkpoint_interval: int
     keep_checkpoints: int
     log_interval: int
+    skip_steps: int = 0
+    spike: float | None = None
     profile: bool = False
 
 
@@ -119,9 +122,11 @@ def fit(
     parallel.on_first_rank(data_index.discard_unfinished)
     # NeMo takes one training run per process for granted.
     unset_num_microbatches_calculator()
+    guard = Guard(description, most=schedule.skip_steps, spike=schedule.spike)
     metrics = Metrics(
         directory,
         Trackers(directory, description, tracking),
+        guard,
         description=description,
         start=checkpoints.step_of(checkpoint),
         steps=schedule.steps,
@@ -135,11 +140,11 @@ def fit(
         interval=schedule.checkpoint_interval,
         keep=schedule.keep_checkpoints,
         steps=schedule.steps,
-        stops=lambda: metrics.stops,
+        stops=lambda: guard.stops,
     )
     trace = Trace(directory / "tensorboard", description=description, steps=schedule.steps, device=device)
     callbacks = [metrics, data_index, *callbacks, *([trace] if schedule.profile else []), saving]
-    model = TrainedModel(config, build, _optimizer(schedule), end_of_document)
+    model = TrainedModel(config, build, _optimizer(schedule), guard, end_of_document)
     trainer = _trainer(schedule, config, device, callbacks)
     data = _data(schedule, blend, tokenizer, data_index.directory, seed, one_row=end_of_document is not None)
     trainer.fit(model, data, ckpt_path=str(checkpoint) if checkpoint else None)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from nemo.lightning.megatron_parallel import MegatronLossReduction
 from nemo.lightning.pytorch.optim import MegatronOptimizerModule
 
 from pipelines.model import documents, step
+from pipelines.trainer.guard import Guard, LeftOut
 
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
@@ -23,7 +25,8 @@ class TrainedModel(GPTModel):
 
     config: the very object that the built module carries as `config`: Megatron's schedule, NeMo's strategy and the
     optimizer each write into it what the others read (a copy would leave the gradients unreduced).
-    end_of_document: the id after which documents stand alone (model/documents.py); None: rows are whole.
+    guard: says whether the step at hand is left out. end_of_document: the id after which documents stand alone
+    (model/documents.py); None: rows are whole.
     """
 
     def __init__(
@@ -31,10 +34,11 @@ class TrainedModel(GPTModel):
         config: TransformerConfig,
         build: Callable[[], MegatronModule],
         optim: MegatronOptimizerModule,
+        guard: Guard,
         end_of_document: int | None = None,
     ) -> None:
         super().__init__(config, optim=optim)
-        self.build, self.end_of_document = build, end_of_document
+        self.build, self.guard, self.end_of_document = build, guard, end_of_document
         self._training_loss_reduction = LossReduction()
         self._validation_loss_reduction = LossReduction()
 
@@ -48,6 +52,16 @@ class TrainedModel(GPTModel):
         the tree of submodules, where the student lies inside the pair."""
         own = {re.sub(r"^(module\.)+", "", name): value for name, value in state_dict.items()}
         return unwrap(self.module).load_state_dict(own, strict=strict)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        # After the callbacks, which hear of the step in any case.
+        if self.guard.reason:
+            raise LeftOut
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """As Lightning's, but for a step that is left out: gradients are computed, the optimizer never sees them."""
+        with suppress(LeftOut):
+            super().optimizer_step(*args, **kwargs)
 
     def data_step(self, dataloader_iter: Iterator[Any]) -> dict[str, torch.Tensor]:
         """One micro batch on this rank's device, cut to the rank's part of the sequence under context parallelism."""

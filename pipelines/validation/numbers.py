@@ -51,6 +51,8 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("student_hidden", "teacher_hidden", "rounds", "tokens", "vocabularies"), ONE_OR_MORE),
     **dict.fromkeys(("micro_batch_sizes", "scoring_micro_batch_sizes", "scoring_batches"), ONE_OR_MORE),
     "warmup": NOT_NEGATIVE,
+    "skip_steps": NOT_NEGATIVE,
+    "spike": Range(1, above=True),
     **dict.fromkeys(("limit_bytes", "document_bytes", "tokenizer_vocab_size", "rank"), ONE_OR_MORE),
     **dict.fromkeys(("divergence_parameter", "gradient_filter"), BETWEEN_0_AND_1),
     **dict.fromkeys(("parameters", "bytes_per_gpu", "seconds", "tokens_per_second"), POSITIVE),

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,14 @@ def trained(
     precision: str = "fp32",
     fault: str = "",
     at: int = 0,
+    faults: Sequence[tuple[str, int]] = (),
     **settings: Any,
 ) -> dict[str, Any]:
-    """A run in directory/name, continued where it has a checkpoint. fault: a function below, at a step.
+    """A run in directory/name, continued where it has a checkpoint. fault: a function below, at a step; faults: more.
 
-    What it left: message (of a UserError or a stop, else empty), figures, finite (the weights), rows, checkpoints
-    (names); forks: how often this rank was forked.
+    What it left: message (of a UserError or a stop, else empty), figures, finite (the weights), states ({step: a hash
+    of this rank's weights and of what its optimizer keeps, after it}), rows, checkpoints (names); forks: how often this
+    rank was forked.
     """
     from pipelines.model import parallel
 
@@ -48,7 +52,7 @@ def trained(
     options = {"sequence_parallel": sequence_parallel, "precision": precision}
     teacher_config, student_config = (build.transformer_config(s, **options) for s in (teacher_shape, shape))
     config = schedule_config(student_config, teacher_config)
-    pairs = []
+    pairs, states = [], _states()
 
     def built() -> DistillationPair:
         teacher = build.build_model(teacher_shape, config=teacher_config, sequence_length=SEQUENCE)
@@ -64,7 +68,7 @@ def trained(
         os.register_at_fork(before=lambda: _forks.append(None))
     forks = len(_forks)
     try:
-        callbacks = [_fault(fault, at)] if fault else []
+        callbacks = [states, *(_fault(*one) for one in [*faults, *([(fault, at)] if fault else [])])]
         _, figures = fit_shortly(root / name, corpus, config, built, callbacks, precision=precision, **settings)
     except (UserError, Stopped, stopping.Stopped) as error:
         message = str(error)
@@ -77,6 +81,7 @@ def trained(
         "message": message,
         "figures": figures,
         "finite": finite,
+        "states": states.found,
         "forks": len(_forks) - forks,
         "rows": metrics.read_text().splitlines() if metrics.exists() else [],
         "checkpoints": sorted(path.name for path in checkpoints.iterdir()) if checkpoints.exists() else [],
@@ -99,6 +104,26 @@ def _write_models(root: Path, teacher: Any, student: Any) -> None:
 
 class Stopped(Exception):
     """A run that ends here without a word of its own."""
+
+
+def _states() -> Any:
+    """A callback: see `trained`."""
+    from lightning.pytorch.callbacks import Callback
+
+    class States(Callback):
+        found: dict[int, int] = {}
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            held = [p for p in pl_module.parameters() if p.requires_grad]
+            whole = trainer.optimizers[0].mcore_optimizer
+            for part in getattr(whole, "chained_optimizers", [whole]):
+                held += [value for kept in part.optimizer.state.values() for value in kept.values()]
+            hashed = 0
+            for value in held:
+                hashed = zlib.crc32(value.detach().float().contiguous().numpy().tobytes(), hashed)
+            self.found[trainer.global_step] = hashed
+
+    return States()
 
 
 def _fault(name: str, at: int) -> Any:
@@ -128,8 +153,10 @@ def _fault(name: str, at: int) -> Any:
 
         def on_megatron_step_end(self, step: Any, microbatch_outputs: Any, reduced: Any = None) -> None:
             training = not step.forward_only and self.trainer.global_step + 1 == at
-            if name == "gradient" and training and second:
-                self.weights[-1].main_grad.view(-1)[0] = float("nan")
+            for weight in self.weights if name == "gradient" and training and second else []:
+                weight.main_grad.view(-1)[0] = float("nan")  # of each: a distributed optimizer's rank looks at its own
+            if name == "spike" and training:
+                self.weights[-1].main_grad.mul_(1e4)
 
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
             if name == "weight after the step" and trainer.global_step == at and second:

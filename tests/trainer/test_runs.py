@@ -189,6 +189,49 @@ def test_a_number_that_is_not_finite_on_one_rank_stops_every_rank(
         assert all(result["finite"] for result in results)  # the step was not taken
 
 
+@pytest.mark.parametrize("layout", [{"distributed_optimizer": True}, {"tensor": 2}], ids=["dp2", "tp2"])
+def test_a_step_that_is_not_finite_is_left_out_and_changes_nothing(run: Run, layout: dict[str, Any]) -> None:
+    settings = {"skip_steps": 2, **layout}
+    spoiled = run("spoiled", faults=[("gradient", 5)], **settings)
+    (good, _) = run("good", **settings)
+    for result in spoiled:
+        assert result["message"] == "" and result["finite"]
+        assert result["states"][5] == result["states"][4] != result["states"][6]
+    train = {row["step"]: row for row in rows(spoiled[0]) if row["split"] == "train"}
+    assert sorted(train) == list(range(1, 11)), "it counts as a step"
+    assert train[5]["skipped"] == "a gradient norm that is not finite" and "gradient_norm" not in train[5]
+    assert [train[step]["skipped_steps"] for step in (4, 5, 10)] == [0, 1, 1]
+    before = [row for row in rows(good) if row["step"] < 5]
+    assert rows(spoiled[0])[: len(before)] == before
+    assert not any("skipped" in row for row in rows(good))
+    run("cut", faults=[("gradient", 5), ("stop", 8)], **settings)
+    (continued, _) = run("cut", **settings)
+    assert rows(continued) == rows(spoiled[0])
+
+
+def test_more_steps_than_may_be_left_out_end_the_run(run: Run) -> None:
+    """Counted over a resume too."""
+    run("cut", faults=[("gradient", 4), ("stop", 8)], skip_steps=2)
+    results = run("cut", faults=[("gradient", 7), ("gradient", 9)], skip_steps=2)
+    assert len({result["message"] for result in results}) == 1
+    told = (
+        "expected at most skip_steps=2 steps to be left out, found step 9 besides: a gradient norm that is not finite"
+    )
+    assert told in results[0]["message"] and results[0]["checkpoints"] == ["step-0000003", "step-0000006"]
+    (continued, _) = run("cut", skip_steps=3)
+    assert continued["checkpoints"][-1] == "step-0000010"
+
+
+def test_a_spike_of_the_gradient_is_left_out(run: Run) -> None:
+    settings = {"steps": 24, "spike": 5.0, "warmup_steps": 0}
+    (spiked, _) = run("spiked", faults=[("spike", 10), ("spike", 20)], skip_steps=1, **settings)
+    train = {row["step"]: row for row in rows(spiked) if row["split"] == "train"}
+    assert [step for step, row in train.items() if "skipped" in row] == [20], "none before sixteen steps are known"
+    assert spiked["states"][20] == spiked["states"][19] and train[20]["gradient_norm"] > 5 * train[19]["gradient_norm"]
+    (stopped, _) = run("stopped", faults=[("spike", 20)], **settings)
+    assert "above spike=5 times the median" in stopped["message"]
+
+
 @pytest.mark.parametrize("step", [4, 5, 10])
 def test_a_stop_that_one_rank_was_asked_for_is_agreed_on_and_saved(
     run: Run, whole: Whole, tmp_path: Path, step: int
