@@ -20,11 +20,17 @@ from pipelines.config import DistilConfig, Layout, Precision, TeacherPrecision, 
 from pipelines.families import ModelShape
 from pipelines.signals import FeatureLoss, pipeline_stage, projection_sizes
 
-CHUNK_BYTES = 256 << 20  # of one buffer of logits on a GPU, as core/linear_divergence.py cuts them
+# Of one buffer of logits, and the most tokens in one, as core/linear_divergence.py cuts them.
+CHUNK_BYTES = {"cuda": 256 << 20, "cpu": 32 << 20}
+CHUNK_TOKENS = {"cpu": 256}
 
 
 def layer_numbers(shape: ModelShape, ranks: Layout) -> int:
-    """What a layer keeps of one token, on each device."""
+    """What a layer keeps of one token, on each device; layers in plain torch, on a CPU, fuse neither the norms nor
+    SwiGLU nor the rotary embedding, and keep their parts too."""
+    if ranks.device == "cpu":
+        inside = 3 * (shape.axis_size("query") + shape.axis_size("key_value")) + 5 * shape.intermediate_size
+        return 6 * shape.hidden_size // _split(ranks) + inside // ranks.tensor
     inside = 2 * (shape.axis_size("query") + shape.axis_size("key_value")) + 3 * shape.intermediate_size
     return 4 * shape.hidden_size // _split(ranks) + inside // ranks.tensor
 
@@ -81,12 +87,22 @@ def _loss_bytes(
 ) -> int:
     """The final norm's input and result, the gradient of the latter, the teacher's final states; and per model fp32
     logits of one chunk, with their gradient apart in bf16."""
-    width = -(-student.vocab_size // ranks.tensor)
     size, held = sizes  # of a number of the student's, of the teacher's
     per_token = size * 3 * student.hidden_size + (held * teacher.hidden_size if follows_logits else 0)
-    chunk = min(max(1, CHUNK_BYTES // (4 * width)), tokens)
-    buffers = 4 * (2 if follows_logits else 1) + (2 if size == 2 else 0)
-    return tokens * per_token // _split(ranks) + buffers * chunk * width
+    return tokens * per_token // _split(ranks) + chunk_of_logits(student, ranks, tokens, size, follows_logits)["bytes"]
+
+
+def chunk_of_logits(
+    student: ModelShape, ranks: Layout, tokens: int, size: int, follows_logits: bool = True
+) -> dict[str, int]:
+    """{"tokens": of the micro batch's that go through the heads at a time, "bytes": of their logits on a device, fp32
+    of each model, with their gradient apart in bf16 on a GPU}. size: bytes of a number of the student's."""
+    width = -(-student.vocab_size // ranks.tensor)
+    chunk = max(1, CHUNK_BYTES[ranks.device] // (4 * width))
+    chunk = min(chunk, CHUNK_TOKENS.get(ranks.device, chunk))
+    chunk = min(chunk // 32 * 32 or chunk, tokens)
+    apart = 2 if size == 2 and ranks.device == "cuda" else 0
+    return {"tokens": chunk, "bytes": (4 * (2 if follows_logits else 1) + apart) * chunk * width}
 
 
 def _signal_bytes(

@@ -36,6 +36,7 @@ def compose(overrides: list[str]) -> Config:
 
     _register()
     overrides = [_expand_home(o.lstrip("+")) for o in overrides]  # every key exists: +key=value means key=value
+    overrides = [ALIASES.get(key := o.partition("=")[0], key) + o[len(key) :] for o in overrides]
     for override in overrides:
         group, equals, option = override.partition("=")
         if override.startswith("~"):
@@ -73,6 +74,7 @@ def _register() -> None:
 
 
 MAPPINGS = ("model.shape.rope_scaling",)  # settings that hold names and values of their own
+ALIASES = {"dry_run": "plan.dry_run"}
 PATHS = ("run.directory", "model.path", "student.path", "data.corpus", "data.tokenizer")
 
 

@@ -245,6 +245,13 @@ class BenchmarkConfig:
 @dataclass
 class PlanConfig:
     gpu: str = "H100"  # what speed and hours are predicted for: a name in gpus.BF16_PEAKS, or one that torch gives
+    share_of_peak: float = 0.4  # of the GPU's bf16 peak: what speed, hours and percent_of_plan reckon with
+    layouts: bool = False  # a table of the layouts of as many processes that fit plan.gpu, the fastest first
+    gpus_per_node: int = 8  # of one machine, joined by NVLink: tensor parallelism stays inside it
+    network_bytes_per_second: float = 50e9  # per GPU between machines, one direction; 400 Gbit/s InfiniBand
+    # Build both models at true size without weights or GPUs, for every distinct rank, and hold them to the plan; also
+    # written dry_run=true. The only part of plan that needs torch.
+    dry_run: bool = False
 
 
 @dataclass
@@ -338,11 +345,6 @@ def layout(parallel: ParallelConfig) -> Layout:
     world = os.environ.get("WORLD_SIZE")
     default = gpus if device == "cuda" else _default_cpu_processes(parallel)
     processes = parallel.processes or int(world or 0) or default
-    if device == "cuda" and not world and processes > gpus:
-        raise UserError(
-            f"parallel.processes={processes}: expected at most the {gpus} GPUs of this machine. Lower it, or use "
-            "parallel.device=cpu."
-        )
     if world and int(world) != processes:
         raise UserError(
             f"parallel.processes={processes}: expected the number of processes that were started, found "

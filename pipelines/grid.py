@@ -13,8 +13,8 @@ from typing import Any
 
 from pipelines.choices import DepthMethod
 from pipelines.config import Config, Layout, UserError, expect
+from pipelines.device_memory import parameters_per_device
 from pipelines.families import ModelShape
-from pipelines.planning import parameters_per_device
 from pipelines.protection import smallest
 from pipelines.prune_settings import PRUNED_SIZES, ProtectConfig
 from pipelines.speeds import MEASURED, Speeds, pass_tokens, speeds

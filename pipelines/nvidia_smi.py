@@ -10,10 +10,11 @@ TIMEOUT = 20  # seconds; a GPU that has fallen off the bus makes nvidia-smi wait
 
 @dataclass(frozen=True)
 class Gpu:
-    """faults: what makes it unfit for work, in words; empty for a sound one."""
+    """faults: what makes it unfit for work, in words; empty for a sound one. memory: bytes; None where it does not say."""
 
     name: str
     faults: tuple[str, ...]
+    memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,27 @@ def parse(xml: str) -> Report:
         root = ElementTree.fromstring(xml)
     except ElementTree.ParseError as error:
         raise Unanswered(f"nvidia-smi, whose answer is no XML: {error}") from None
-    gpus = tuple(Gpu(_text(gpu, "product_name") or "a GPU", tuple(_faults(gpu))) for gpu in root.iter("gpu"))
+    gpus = tuple(
+        Gpu(_text(gpu, "product_name") or "a GPU", tuple(_faults(gpu)), _memory(gpu)) for gpu in root.iter("gpu")
+    )
     major, _, minor = _text(root, "cuda_version").partition(".")
     cuda = (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
     return Report(_text(root, "driver_version"), cuda, gpus)
+
+
+def smallest_memory() -> int | None:
+    """Bytes of this machine's smallest GPU; None where nvidia-smi does not say. One call of it."""
+    try:
+        sizes = [gpu.memory for gpu in read().gpus if gpu.memory]
+    except Unanswered:
+        return None
+    return min(sizes, default=None)
+
+
+def _memory(gpu: ElementTree.Element) -> int | None:
+    """From "81559 MiB"."""
+    size, _, unit = _text(gpu, "fb_memory_usage/total").partition(" ")
+    return int(size) << 20 if size.isdigit() and unit == "MiB" else None
 
 
 def _faults(gpu: ElementTree.Element) -> list[str]:

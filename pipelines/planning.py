@@ -9,37 +9,38 @@ Products of losses on attention and relations are in fp32, at a fraction of the 
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.activations import activation_bytes
 from pipelines.artifacts import is_hugging_face
 from pipelines.config import (
     Config,
+    Device,
     DistilConfig,
     Layout,
     Precision,
     ShapeConfig,
     StudentConfig,
     TeacherMode,
-    TeacherPrecision,
     UserError,
     expect,
     layout,
-    teacher_precision,
 )
+from pipelines.device_memory import bytes_per_device
 from pipelines.families import EMBEDDING, FAMILIES, HEAD, ModelShape, check_rope_scaling, read_shape
 from pipelines.gpus import peak_flops
 from pipelines.nemo_context import is_nemo_checkpoint, read_nemo_shape
 from pipelines.prune_settings import PRUNED_SIZES
-from pipelines.signals import FeatureLoss, feature_losses, pipeline_stage, projection_sizes
+from pipelines.signals import FeatureLoss, feature_losses, projection_sizes
 
 FORWARD, FORWARD_AND_BACKWARD = 1, 3  # in units of a forward pass
-SHARE_OF_PEAK = 0.4  # what a well-tuned run reaches of the device's bf16 peak; the prediction's only guess
+SHARE_OF_PEAK = 0.4  # plan.share_of_peak where no settings are at hand: what a well-tuned run reaches in bf16
 
 
-def speed_figures(tokens_per_second: float, flops_per_token: int, peak: float | None) -> dict[str, float]:
+def speed_figures(
+    tokens_per_second: float, flops_per_token: int, peak: float | None, share_of_peak: float = SHARE_OF_PEAK
+) -> dict[str, float]:
     """tokens_per_second and flops_per_second of all devices together; with their peak, FLOP/s of them all, also
     percent_of_peak (model FLOPs utilisation: what is computed more than once is not counted) and percent_of_plan, of
     what `prediction` expects."""
@@ -47,7 +48,7 @@ def speed_figures(tokens_per_second: float, flops_per_token: int, peak: float | 
     found = {"tokens_per_second": tokens_per_second, "flops_per_second": achieved}
     if peak is not None:
         share = achieved / peak
-        found |= {"percent_of_peak": 100 * share, "percent_of_plan": 100 * share / SHARE_OF_PEAK}
+        found |= {"percent_of_peak": 100 * share, "percent_of_plan": 100 * share / share_of_peak}
     return found
 
 
@@ -206,90 +207,6 @@ def distillation_flops(
     )
 
 
-def parameters_per_device(shape: ModelShape, tensor: int, pipeline: int) -> int:
-    """Of the fullest pipeline stage: tensor-parallel tensors cut, norms whole, the vocabulary padded to divide."""
-    (matrices, norms), outer = _shard_parameters(shape, tensor, pipeline)
-    return (matrices + norms) * _layers_per_stage(shape, pipeline) + outer
-
-
-def _shard_parameters(shape: ModelShape, tensor: int, pipeline: int) -> tuple[tuple[int, int], int]:
-    """Of a layer, its matrices and its norms, and of what is no layer on the pipeline stage that has most of it."""
-    padded = shape.replace(vocab_size=-(-shape.vocab_size // tensor) * tensor)
-    sizes, matrices, norms, outer = padded.tensor_shapes(), 0, 0, {}
-    for name, entry in padded.tensors().items():
-        count = 1
-        for size in sizes[name]:
-            count *= size
-        count = count // tensor if entry.parallel_dim is not None else count
-        if ".layers." not in name:
-            outer[name] = count
-        elif len(sizes[name]) > 1:
-            matrices += count
-        else:
-            norms += count
-    head = outer.get(HEAD, outer[EMBEDDING] if pipeline > 1 else 0)  # a tied head is a copy on the last stage
-    last = head + sum(count for name, count in outer.items() if name not in (EMBEDDING, HEAD))
-    whole = outer[EMBEDDING] + last if pipeline == 1 else max(outer[EMBEDDING], last)
-    return (matrices // shape.num_hidden_layers, norms // shape.num_hidden_layers), whole
-
-
-def _layers_per_stage(shape: ModelShape, pipeline: int) -> int:
-    return -(-shape.num_hidden_layers // pipeline)
-
-
-def teacher_bytes(teacher: ModelShape, ranks: Layout, distil: DistilConfig) -> int:
-    """Of the frozen teacher's weights on a device; offloaded, two of its layers at a time. In fp8 its layers' matrices
-    have 1 byte per weight, and all else has 2."""
-    (matrices, norms), outer = _shard_parameters(teacher, ranks.tensor, ranks.pipeline)
-    layers = 2 if distil.teacher_offload else _layers_per_stage(teacher, ranks.pipeline)
-    precision = teacher_precision(distil)
-    weight = 4 if precision is TeacherPrecision.fp32 else 2
-    of_matrix = 1 if precision is TeacherPrecision.fp8 else weight
-    return layers * (of_matrix * matrices + weight * norms) + weight * outer
-
-
-def projections_per_device(
-    teacher: ModelShape, student: ModelShape, pipeline: int, losses: Sequence[FeatureLoss]
-) -> int:
-    """Weights of the projections on the pipeline stage that has most; every tensor-parallel device has all of them."""
-    stages = [0] * pipeline
-    for loss in losses:
-        stage = pipeline_stage(loss.student_layer, student.num_hidden_layers, pipeline)
-        sizes = projection_sizes(loss, student.hidden_size, teacher.hidden_size)
-        stages[stage] += sum(out * into for out, into in sizes)
-    return max(stages)
-
-
-def bytes_per_device(
-    teacher: ModelShape,
-    student: ModelShape,
-    ranks: Layout,
-    training: DistilConfig,
-    losses: Sequence[FeatureLoss] = (),
-    follows_logits: bool = True,
-) -> dict[str, int]:
-    """What lies in a device's memory: for the whole run, and from activations on, an estimate (activations.py), at the
-    end of a micro batch's forward pass. Communication buffers come on top.
-
-    bf16: 2 bytes per weight, 4 per gradient, and 12 of optimizer state (fp32 weight and two moments); fp32: 4, 4 and 8.
-    The teacher has weights alone.
-    The distributed optimizer cuts the optimizer's state over the data-parallel and context-parallel ranks.
-    """
-    trained = parameters_per_device(student, ranks.tensor, ranks.pipeline)
-    beside = projections_per_device(teacher, student, ranks.pipeline, losses)
-    weight, gradient, optimizer = (2, 4, 12) if training.precision is Precision.bf16 else (4, 4, 8)
-    cut = ranks.data * ranks.context if training.distributed_optimizer else 1
-    parts = {
-        "teacher_weights": teacher_bytes(teacher, ranks, training),
-        "student_weights": weight * trained,
-        "student_gradients": gradient * trained,
-        "optimizer": optimizer * trained // cut,
-        "projections": (weight + gradient) * beside + optimizer * beside // cut,
-        **activation_bytes(teacher, student, ranks, training, losses, follows_logits),
-    }
-    return {**parts, "total": sum(parts.values())}
-
-
 def counts(shape: ModelShape) -> dict[str, int]:
     return {
         "parameters": shape.parameters(),
@@ -304,13 +221,20 @@ def counts(shape: ModelShape) -> dict[str, int]:
     }
 
 
+def planned_layout(config: Config) -> Layout:
+    """The layout on the machines that it is for: what trains in bf16 is planned for GPUs, wherever it is planned."""
+    ranks = layout(config.parallel)
+    on_gpus = config.distil.precision is Precision.bf16 and config.parallel.device is not Device.cpu
+    return replace(ranks, device="cuda") if on_gpus else ranks
+
+
 def plan(config: Config, student: ModelShape | None = None) -> dict[str, Any]:
     """Everything that can be said of the distillation of an experiment without starting it. student: its shape where
     the settings do not give it."""
     teacher, student, ranks, training = (
         teacher_shape(config),
         student or student_shape(config),
-        layout(config.parallel),
+        planned_layout(config),
         config.distil,
     )
     depths = {"student_layers": student.num_hidden_layers, "teacher_layers": teacher.num_hidden_layers}
@@ -346,20 +270,22 @@ def plan(config: Config, student: ModelShape | None = None) -> dict[str, Any]:
         },
         "documents_apart": training.document_mask,
         "flops": flops.total * tokens,
-        "prediction": prediction(config.plan.gpu, flops, tokens, ranks.processes),
+        "prediction": prediction(config.plan.gpu, flops, tokens, ranks.processes, config.plan.share_of_peak),
         "layout": asdict(ranks),
         "bytes_per_device": bytes_per_device(teacher, student, ranks, training, losses, follows_logits),
     }
 
 
-def prediction(gpu: str, flops: Flops, tokens: int, devices: int) -> dict[str, Any]:
-    """Speed and time at SHARE_OF_PEAK of the named GPU's bf16 peak: of what the step needs, and, in `executed`, with
+def prediction(
+    gpu: str, flops: Flops, tokens: int, devices: int, share_of_peak: float = SHARE_OF_PEAK
+) -> dict[str, Any]:
+    """Speed and time at share_of_peak of the named GPU's bf16 peak: of what the step needs, and, in `executed`, with
     what is computed more than once. Speeds in tokens/s and device."""
     peak = peak_flops(gpu)
     assert peak is not None, gpu
 
     def at(per_token: int) -> dict[str, float]:
-        speed = SHARE_OF_PEAK * peak / per_token
+        speed = share_of_peak * peak / per_token
         device_hours = tokens / speed / 3600
         return {
             "tokens_per_second_per_device": round(speed, 1),
@@ -367,5 +293,5 @@ def prediction(gpu: str, flops: Flops, tokens: int, devices: int) -> dict[str, A
             "hours": round(device_hours / devices, 2),
         }
 
-    known = {"gpu": gpu, "bf16_peak_flops": peak, "share_of_peak": SHARE_OF_PEAK}
+    known = {"gpu": gpu, "bf16_peak_flops": peak, "share_of_peak": share_of_peak}
     return {**known, **at(flops.total), "executed": at(flops.executed)}

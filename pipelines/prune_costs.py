@@ -1,7 +1,7 @@
 """What the prune stage takes: passes over the calibration split, and files that are read, cut and hashed. No torch.
 
-Passes are reckoned as planning.py reckons training, at its share of the device's peak. What files cost is reckoned with
-the two speeds below, and so is as good as they are for the machine at hand.
+Passes are reckoned as planning.py reckons training, at plan.share_of_peak of the device's peak. What files cost is
+reckoned with the two speeds below, and so is as good as they are for the machine at hand.
 """
 
 from collections.abc import Collection, Iterator
@@ -15,7 +15,6 @@ from pipelines.families import ModelShape
 from pipelines.planning import (
     FORWARD,
     FORWARD_AND_BACKWARD,
-    SHARE_OF_PEAK,
     attention_flops,
     matrix_parameters,
     peak_flops,
@@ -44,7 +43,7 @@ def prune_cost(config: Config, teacher: ModelShape, student: ModelShape, ranks: 
     done, by_task = list(passes(config, teacher, student)), _removes(config, teacher, Measure.task)
     peak = peak_flops(config.plan.gpu)
     assert peak is not None, config.plan.gpu
-    speed = SHARE_OF_PEAK * peak * ranks.processes
+    speed = config.plan.share_of_peak * peak * ranks.processes
     width = 2 if config.prune.precision is Precision.bf16 else 4
     whole, cut = width * teacher.parameters(), width * student.parameters()
     read = whole if done or by_task else 0  # the cut reads again what it needs, and is counted by what it writes

@@ -13,6 +13,7 @@ from pipelines.compose import compose, known_keys
 from pipelines.config import Config, ParallelConfig, UserError, layout
 from pipelines.prune_settings import OfLayerConfig
 from pipelines.validation import validate
+from pipelines.validation.layouts import check_processes
 from pipelines.validation.numbers import RANGES
 from pipelines.vocabulary import tokenizer_size
 
@@ -435,8 +436,8 @@ def test_the_layout_follows_from_the_machine(monkeypatch: pytest.MonkeyPatch) ->
     gpus = layout(ParallelConfig(tensor=2))
     assert (gpus.device, gpus.processes, gpus.data) == ("cuda", 8, 4)
     assert layout(ParallelConfig(device=configuration.Device.cpu)).device == "cpu"
-    with pytest.raises(UserError, match="at most the 8 GPUs"):
-        layout(ParallelConfig(processes=16))
+    with pytest.raises(UserError, match="at most 8 processes, one for each GPU of this machine, found 16"):
+        check_processes(layout(ParallelConfig(processes=16)))
     monkeypatch.setenv("WORLD_SIZE", "16")
     assert layout(ParallelConfig(tensor=8)).data == 2
     with pytest.raises(UserError, match="WORLD_SIZE=16"):

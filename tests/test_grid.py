@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from pipelines import capacity, grid, planning, speeds
+from pipelines import capacity, device_memory, grid, planning, speeds
 from pipelines.compose import compose
 from pipelines.config import Config, Layout, UserError
 from pipelines.families import ModelShape
+from pipelines.plan_text import as_text
 from pipelines.prune_settings import OfLayerConfig
 from pipelines.stages import plan
 from pipelines.validation import validate
@@ -64,7 +65,7 @@ def test_every_candidate_keeps_the_limits_and_none_is_missed(seed: int) -> None:
         heads, groups = shape.num_attention_heads, shape.num_key_value_heads
         if heads % groups or not least <= heads // groups <= 3:
             continue
-        shares = (shape.parameters(), 2 * planning.parameters_per_device(shape, layout.tensor, layout.pipeline))
+        shares = (shape.parameters(), 2 * device_memory.parameters_per_device(shape, layout.tensor, layout.pipeline))
         seconds = speeds.Device(989e12, 3.35e12, layout.tensor, 256, 256)
         outer, layer = seconds.parts(shape)
         time = outer + layer * shape.num_hidden_layers
@@ -173,7 +174,7 @@ def test_the_plan_says_the_limits_the_candidates_and_the_largest(capsys: pytest.
     assert (
         found["passes"] == 1 + 8 + 8 + 2 + 8 + 16 + 4 and forward * tokens / 16 < found["flops"] < forward * tokens / 8
     )
-    text = plan.as_text(figures)
+    text = as_text(figures)
     assert f"{found['passes']} passes over the calibration sequences, " in text
     assert "at most 4,500,000,000 parameters" in text and found["largest"][0]["name"] in text
     assert f"{found['candidates']:,} candidates; 16 are measured, 4 compared again" in text
@@ -253,7 +254,7 @@ def test_validation_and_plan_advise_of_hand_picked_shapes_too() -> None:
     assert "times smaller than the teacher; beyond 4 a model between them teaches better" in warning
     figures = plan.plan(config)
     assert figures["capacity"]["distillations"] == 2 or figures["capacity"]["distillations"] == 3
-    assert "capacity" in plan.as_text(figures)
+    assert "capacity" in as_text(figures)
 
 
 def test_search_settings_without_a_target_are_told() -> None:

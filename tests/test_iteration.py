@@ -11,8 +11,9 @@ from pipelines import config as configuration
 from pipelines.compose import compose
 from pipelines.config import UserError
 from pipelines.iteration import Part, expand
+from pipelines.plan_text import as_text
 from pipelines.stages import PIPELINE, STAGES
-from pipelines.stages.plan import as_text, steps_plan
+from pipelines.stages.plan import steps_plan
 from pipelines.validation import validate
 
 pytestmark = pytest.mark.usefixtures("machine_without_gpu")

@@ -9,8 +9,9 @@ from pipelines import planning
 from pipelines.choices import DepthMethod
 from pipelines.compose import compose
 from pipelines.config import layout
+from pipelines.plan_text import as_text
 from pipelines.prune_costs import prune_cost, removals
-from pipelines.stages.plan import as_text, plan
+from pipelines.stages.plan import plan
 
 TOKENS = 1024 * 8192
 

@@ -133,7 +133,8 @@ def build_model(
             rotary_base=int(shape.rope_theta),
         )
     _mark_shards(model, shape)
-    inv_freq = inverse_frequencies(shape.head_dim, shape.rope_theta, shape.rope_scaling)
+    with torch.device("cpu"):  # numbers, also where the model is on the meta device and has none
+        inv_freq = inverse_frequencies(shape.head_dim, shape.rope_theta, shape.rope_scaling)
     model.rotary_pos_emb.inv_freq = inv_freq.to(model.rotary_pos_emb.inv_freq.device)
     return model
 

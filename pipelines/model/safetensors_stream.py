@@ -32,6 +32,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+Announced = dict[str, tuple[tuple[int, ...], torch.dtype]]  # {name: (shape, dtype)}
 _CHUNK_BYTES = 64 * 2**20  # of a tensor on its way to the file
 
 
@@ -117,7 +118,7 @@ class Writer:
     def __init__(
         self,
         directory: str | Path,
-        tensors: dict[str, tuple[tuple[int, ...], torch.dtype]],
+        tensors: Announced,
         max_shard_bytes: float = 5e9,
     ) -> None:
         self.directory = Path(directory)
@@ -179,35 +180,52 @@ class Writer:
 
     def _begin(self, shards: list[list[str]]) -> None:
         with _full_disk_as_user_error(self.directory):
-            for number, shard in enumerate(shards, start=1):
-                name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-                self._begin_file(self.partial / name, shard)
-            if len(shards) > 1:
-                total = sum(tensor_bytes(*description) for description in self._tensors.values())
-                weight_map = {name: Path(file.name).name for name, (file, _) in self._places.items()}
-                index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-                (self.partial / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-    def _begin_file(self, path: Path, names: list[str]) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        # Wider dtypes first, as safetensors does, so that every tensor is aligned in a mapped file.
-        for name in sorted(names, key=lambda name: -self._tensors[name][1].itemsize):
-            shape, dtype = self._tensors[name]
-            end = offset + tensor_bytes(shape, dtype)
-            header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-            offset = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        file = path.open("wb", buffering=0)
-        self._files.append(file)
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + offset)
-        for name in names:
-            self._places[name] = (file, 8 + len(text) + header[name]["data_offsets"][0])
+            for file, offsets in _begin_files(self.partial, self._tensors, shards):
+                self._files.append(file)
+                self._places |= {name: (file, offset) for name, offset in offsets.items()}
 
 
-def _shards(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]], max_shard_bytes: float) -> list[list[str]]:
+def write_hollow(directory: Path, tensors: Announced, max_shard_bytes: float = 5e9) -> None:
+    """The files of a model in an existing directory: index, headers and sizes as a `Writer`'s, and no data. They are
+    sparse: they take next to no space, and reading a tensor gives zeros."""
+    for file, _ in _begin_files(directory, tensors, _shards(tensors, max_shard_bytes)):
+        file.close()
+
+
+def _begin_files(
+    directory: Path, tensors: Announced, shards: list[list[str]]
+) -> Iterator[tuple[BinaryIO, dict[str, int]]]:
+    """(file, offset of each of its tensors) of every shard, open, with its header and at its full size; then the index
+    where there are several."""
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        weight_map |= dict.fromkeys(shard, name)
+        yield _begin_file(directory / name, tensors, shard)
+    if len(shards) > 1:
+        total = sum(tensor_bytes(*description) for description in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _begin_file(path: Path, tensors: Announced, names: list[str]) -> tuple[BinaryIO, dict[str, int]]:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    # Wider dtypes first, as safetensors does, so that every tensor is aligned in a mapped file.
+    for name in sorted(names, key=lambda name: -tensors[name][1].itemsize):
+        shape, dtype = tensors[name]
+        end = offset + tensor_bytes(shape, dtype)
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file = path.open("wb", buffering=0)
+    file.write(len(text).to_bytes(8, "little") + text)
+    file.truncate(8 + len(text) + offset)
+    return file, {name: 8 + len(text) + header[name]["data_offsets"][0] for name in names}
+
+
+def _shards(tensors: Announced, max_shard_bytes: float) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     filled = 0
     for name, description in tensors.items():

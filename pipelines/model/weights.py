@@ -20,13 +20,13 @@ _HEAD = "output_layer.weight"
 
 
 @torch.no_grad()
-def load_hugging_face(model: GPTModel, directory: str | Path, shape: ModelShape) -> None:
+def load_hugging_face(model: GPTModel, directory: str | Path | Tensors, shape: ModelShape) -> None:
     """Overwrite the parameters of this rank's shard in place, cast to their dtype; rows of padding become 0.
 
     model: built from `shape` under the current parallel_state, on any device. A rank holds its shard and the mapped
     slice of one tensor. No collectives. Raises UserError where the directory does not hold the tensors of `shape`.
     """
-    tensors = Tensors(directory)
+    tensors = directory if isinstance(directory, Tensors) else Tensors(directory)
     tensors.expect_model(shape)
     parameters = named_parameters(model)
     places = [

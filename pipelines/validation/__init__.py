@@ -20,6 +20,7 @@ from pipelines.validation import (
     effects,
     frozen_teacher,
     layouts,
+    memory,
     numbers,
     scores,
     search,
@@ -80,6 +81,7 @@ def _validate(config: Config, stages: Collection[str]) -> list[str]:
         layouts.check_length(name, length, ranks, teacher)
     training.check(config, used, ranks, teacher.vocab_size)
     frozen_teacher.check(config, used, ranks, teacher)
+    memory.check(config, used, ranks, teacher, student)
     benchmark.check(config, stages, ranks)
     for shape in students:
         with search.named(config, shape):

@@ -9,7 +9,7 @@ from pipelines.config import PROFILED, Config, Divergence, Format, Layout, Sourc
 from pipelines.families import ModelShape, read_shape
 from pipelines.nemo_context import is_nemo_checkpoint
 from pipelines.prune_settings import PRUNED_SIZES
-from pipelines.validation import depth, scores, search, signals
+from pipelines.validation import depth, memory, scores, search, signals
 from pipelines.validation.data import given_tokenizer, makes_corpus
 from pipelines.validation.training import trainings
 
@@ -21,8 +21,12 @@ def warnings(
 ) -> Iterator[str]:
     if "plan" in stages:
         yield from _planned(config)
+        yield from memory.warnings(config, teacher, student)
     if config.format is Format.json and "plan" not in stages:
         yield "format=json has no effect without stage=plan"
+    for name in ("dry_run", "layouts"):
+        if getattr(config.plan, name) and "plan" not in stages:
+            yield f"plan.{name}=true has no effect without stage=plan"
     if config.iterate.teacher is StepTeacher.previous and len(config.iterate.students) < 2:
         yield "iterate.teacher=previous has no effect without several iterate.students"
     if ranks.sequence_parallel and ranks.tensor == 1:

@@ -4,6 +4,7 @@ import importlib.util
 import os
 from collections.abc import Collection, Iterator
 
+from pipelines import config as configuration
 from pipelines import gpus
 from pipelines.config import Config, DistilConfig, Layout, TeacherMode, expect, teacher_precision
 from pipelines.families import ModelShape
@@ -32,7 +33,12 @@ def check_gpu(config: Config, stages: Collection[str]) -> None:
 
 
 def check_processes(ranks: Layout) -> None:
-    """No more processes than one machine's processors can bear; another launcher knows its own machines."""
+    """No more processes than one machine's GPUs, or than its processors can bear; another launcher knows its own
+    machines."""
+    if ranks.device == "cuda" and "WORLD_SIZE" not in os.environ:
+        remedy = "Lower it, use parallel.device=cpu, or start the ranks on more machines (launchers/slurm.sh)."
+        most, found = configuration.gpu_count(), ranks.processes
+        expect(found <= most, "parallel", f"at most {most} processes, one for each GPU of this machine", found, remedy)
     most = max(16, 4 * (os.cpu_count() or 1))
     too_many = ranks.device == "cpu" and "WORLD_SIZE" not in os.environ and ranks.processes > most
     remedy = "Lower parallel.processes, tensor, pipeline or context."

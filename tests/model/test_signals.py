@@ -7,9 +7,9 @@ import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from pipelines.device_memory import projections_per_device
 from pipelines.families import ModelShape
 from pipelines.model.projections import build_projections
-from pipelines.planning import projections_per_device
 from pipelines.signals import FeatureLoss
 from tests.ranks import RankPools
 

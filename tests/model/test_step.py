@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines import planning
+from pipelines import device_memory
 from pipelines.activations import layer_numbers
 from pipelines.compose import compose
 from pipelines.config import Layout
@@ -113,7 +113,7 @@ def test_the_teacher_keeps_its_own_dtype_under_every_wrapper(ranks: RankPools, t
     options = {"precision": precision, "teacher_precision": teacher}
     dtypes = {"fp32": {torch.float32}, "bf16": {torch.bfloat16}}
     settings = compose([f"distil.precision={precision}", f"distil.teacher_precision={teacher}"]).distil
-    planned = planning.bytes_per_device(TEACHER, STUDENT, Layout(2, 2, 1, 1, 1, "cpu", False), settings)
+    planned = device_memory.bytes_per_device(TEACHER, STUDENT, Layout(2, 2, 1, 1, 1, "cpu", False), settings)
     for result in ranks(2, f"{CASES}:teacher_stays_as_it_was", directory=tmp_path, **options):
         assert result["dtypes"] == {"student": dtypes[precision], "teacher": dtypes[teacher]}
         assert result["unchanged"] and result["teacher_gradients"] == []
@@ -173,4 +173,4 @@ def test_a_layer_keeps_what_the_plan_estimates(ranks: RankPools, recompute: bool
     (found,) = ranks(1, f"{CASES}:kept_by_a_layer", recompute=recompute)
     one = Layout(1, 1, 1, 1, 1, "cpu", False)
     estimate = 4 * (STUDENT.hidden_size if recompute else layer_numbers(STUDENT, one))
-    assert estimate <= found <= (1.01 if recompute else 2) * estimate
+    assert estimate <= found <= (1.01 if recompute else 1.1) * estimate

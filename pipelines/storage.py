@@ -1,0 +1,76 @@
+"""Bytes on disk of a run: checkpoints, models and corpus, from shapes and settings. Imports no torch.
+
+A checkpoint holds the trained weights in the training's precision and the optimizer's state: in bf16 the fp32 weights
+and two moments, in fp32 two moments; with the distributed optimizer the fp32 weights in either. While one is written,
+the ones that are kept are still there.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pipelines import artifacts
+from pipelines.config import Config, Precision, TeacherMode, TrainingConfig
+from pipelines.device_memory import projections_by_stage
+from pipelines.families import ModelShape
+from pipelines.files import read_object
+from pipelines.signals import FeatureLoss
+
+
+def checkpoint_bytes(trained: int, training: TrainingConfig) -> int:
+    """Of one checkpoint. trained: values that are trained."""
+    if training.precision is Precision.bf16:
+        return (2 + 12) * trained
+    return (4 + 8 + (4 if training.distributed_optimizer else 0)) * trained
+
+
+def run_bytes(
+    config: Config, teacher: ModelShape, student: ModelShape, losses: Sequence[FeatureLoss]
+) -> dict[str, Any]:
+    """{"checkpoint": of one, "checkpoints": at the most at a time, "corpus", "corpus_tokens", "models", "total"}.
+
+    corpus: of the tokens it has, where it is made already, else of as many as the training reads, each once.
+    """
+    training, teaches = config.distil, config.teacher.mode is not TeacherMode.take
+    trained = student.parameters() + projections_by_stage(teacher, student, 1, losses)[0]
+    one = checkpoint_bytes(trained, training)
+    checkpoints = (training.keep_checkpoints + 1) * one
+    if teaches:
+        checkpoints += (config.teacher.keep_checkpoints + 1) * checkpoint_bytes(teacher.parameters(), config.teacher)
+    weight = _width(training.precision)
+    pruned = 0 if config.student.path else _width(config.prune.precision) * student.parameters()
+    start = 4 * teacher.parameters() if config.teacher.mode is TeacherMode.pretrain else 0  # a random one, in fp32
+    models = {
+        "teacher": start + _width(config.teacher.precision) * teacher.parameters() if teaches else 0,
+        "prune": pruned,
+        "distil": weight * student.parameters(),
+        "export": weight * student.parameters() * (2 if config.export.nemo else 1),
+    }
+    tokens, counted = _tokens(config)
+    corpus = 0 if config.data.corpus else tokens * (2 if teacher.vocab_size < 65500 else 4)  # as text/indexed.py
+    return {
+        "checkpoint": one,
+        "checkpoints": checkpoints,
+        "models": models,
+        "corpus": corpus,
+        "corpus_tokens": tokens,
+        "corpus_is_counted": counted,
+        "total": checkpoints + sum(models.values()) + corpus,
+    }
+
+
+def _width(precision: Precision) -> int:
+    return 2 if precision is Precision.bf16 else 4
+
+
+def _tokens(config: Config) -> tuple[int, bool]:
+    """Of the corpus, and whether they are counted already."""
+    counts = artifacts.corpus_directory(config) / "counts.json"
+    if counts.is_file():
+        splits = read_object(counts).get("splits", {})
+        return sum(int(split.get("tokens", 0)) for split in splits.values()), True
+    trainings: list[TrainingConfig] = [config.distil]
+    if config.teacher.mode is not TeacherMode.take:
+        trainings.append(config.teacher)
+    held_out = 1 - sum(getattr(config.data, f"{name}_fraction") for name in ("validation", "test", "calibration"))
+    read = max(training.steps * training.global_batch_size * training.sequence_length for training in trainings)
+    return round(read / max(held_out, 1e-9)), False

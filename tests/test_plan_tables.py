@@ -1,0 +1,144 @@
+"""Communication, disk and layouts of a plan, counted by hand on small shapes and held to the recipe's known sizes."""
+
+from dataclasses import replace
+
+import pytest
+
+from pipelines import gpus, layout_table, planning, storage, traffic
+from pipelines.compose import compose
+from pipelines.config import Config, Layout
+from pipelines.families import ModelShape
+from pipelines.plan_text import as_text
+from pipelines.signals import FeatureLoss
+from pipelines.stages.plan import plan
+from pipelines.validation import validate
+
+SMALL = ModelShape(100, 32, 48, 4, 4, 2, 12)
+BATCH = [
+    "distil.micro_batch_size=1",
+    "distil.global_batch_size=8",
+    "distil.sequence_length=64",
+    "distil.precision=bf16",
+]
+
+
+def sent(ranks: Layout, *overrides: str) -> dict[str, int]:
+    training = compose([*BATCH, *overrides]).distil
+    found: dict[str, int] = traffic.communication(SMALL, SMALL, ranks, training)["bytes_per_device"]
+    return found
+
+
+def test_gradients_are_reduced_once_per_step_and_weights_gathered() -> None:
+    data, count = Layout(4, 1, 1, 1, 4, "cuda", False), SMALL.parameters()
+    assert sent(data) == {"tensor": 0, "context": 0, "pipeline": 0, "data": 2 * 3 * count}, "2 * 3/4 of 4 bytes"
+    scattered = sent(data, "distil.distributed_optimizer=true")["data"]
+    assert scattered == round(3 / 4 * 4 * count) + round(3 / 4 * 2 * count)
+    shared = sent(Layout(4, 1, 1, 4, 1, "cuda", False))
+    assert shared["data"] == 6 * count, "context-parallel ranks hold the same weights"
+
+
+def test_keys_and_values_go_round_the_ring() -> None:
+    found = sent(Layout(2, 1, 1, 2, 1, "cuda", False))["context"]
+    one_way = 4 * 8 * 32 * 2 * 24 * 2  # layers, micro batches, tokens of a rank, keys and values, bytes
+    assert found == one_way * (1 + 1 + 2), "teacher; student forward, and backward with gradients"
+
+
+def test_a_middle_stage_sends_both_ways_and_a_tied_embedding_is_reduced() -> None:
+    states = 8 * 64 * 2 * 2 * 32  # tokens, two models, bytes, hidden
+    assert sent(Layout(2, 1, 2, 1, 1, "cuda", False))["pipeline"] == states
+    assert sent(Layout(4, 1, 4, 1, 1, "cuda", False))["pipeline"] == 2 * states
+    tied = SMALL.replace(tie_word_embeddings=True)
+    found = traffic.communication(tied, tied, Layout(2, 1, 2, 1, 1, "cuda", False), compose(BATCH).distil)
+    assert found["bytes_per_device"]["pipeline"] == states + 4 * 100 * 32
+
+
+def test_without_a_teacher_nothing_of_it_is_sent() -> None:
+    ranks, training = Layout(2, 2, 1, 1, 1, "cuda", False), compose(BATCH).distil
+    parts = traffic.communication(SMALL, SMALL, ranks, training, runs_teacher=False)["transfers"]
+    assert parts and not [part for part in parts if "teacher" in part["what"]]
+
+
+def test_a_checkpoint_holds_weights_and_optimizer() -> None:
+    config, count = compose(["distil.keep_checkpoints=3", "teacher=take", "model.path=null"]), SMALL.parameters()
+    assert storage.checkpoint_bytes(count, config.distil) == 12 * count, "fp32: weights and two moments"
+    assert storage.checkpoint_bytes(count, replace(config.distil, distributed_optimizer=True)) == 16 * count
+    assert storage.checkpoint_bytes(count, compose(["distil.precision=bf16"]).distil) == 14 * count
+    found = storage.run_bytes(config, SMALL, SMALL, [FeatureLoss(1, 1, "mse", 1.0, rank=4)])
+    assert found["checkpoint"] == 12 * (count + 4 * 64)
+    assert found["checkpoints"] == 4 * found["checkpoint"], "three that are kept, one that is written"
+    assert found["models"] == {"teacher": 0, "prune": 4 * count, "distil": 4 * count, "export": 4 * count}
+    assert found["total"] == found["checkpoints"] + 12 * count + found["corpus"]
+    read = config.distil.steps * config.distil.global_batch_size * config.distil.sequence_length
+    assert found["corpus"] == 2 * found["corpus_tokens"] and found["corpus_tokens"] == round(read / 0.94)
+
+
+def recipe(*overrides: str) -> Config:
+    return compose(["experiment=llama31_8b_to_4b_width", "parallel.processes=8", *overrides])
+
+
+def test_the_recipes_disk() -> None:
+    found = plan(recipe())["disk"]
+    assert found["checkpoint"] == 14 * 4_512_746_496
+    assert found["corpus_tokens"] == pytest.approx(94e9 / 0.94, rel=1e-3)
+    assert found["corpus"] == 4 * found["corpus_tokens"], "128,256 ids take four bytes"
+
+
+def test_layouts_that_fit_come_best_first_and_divide_everything() -> None:
+    found = plan(recipe("plan.layouts=true"))["layouts"]
+    rows = found["layouts"]
+    speeds = [row["tokens_per_second_per_device"] for row in rows]
+    assert rows and speeds == sorted(speeds, reverse=True)
+    assert found["usable_bytes"] == 0.9 * 80e9
+    for row in rows:
+        ranks = row["layout"]
+        assert ranks["tensor"] * ranks["pipeline"] * ranks["context"] * ranks["data"] == 8
+        assert 32 % ranks["pipeline"] == 0 and 1152 % ranks["data"] == 0
+        assert row["bytes_per_device"] <= found["usable_bytes"]
+        settings = [f"parallel.{name}={ranks[name]}" for name in ("tensor", "pipeline", "context", "sequence_parallel")]
+        alone = planning.plan(recipe(*settings, f"distil.recompute={row['recompute']}"))
+        assert alone["bytes_per_device"]["total"] == row["bytes_per_device"], "the plan of that layout says the same"
+    assert found["fit"] <= found["divide"]
+
+
+def test_small_memory_leaves_few_layouts_and_says_what_would_be_needed() -> None:
+    few = plan(recipe("plan.layouts=true", "plan.gpu='A100 40GB'"))
+    many = plan(recipe("plan.layouts=true", "plan.gpu=H200"))["layouts"]
+    assert 0 < few["layouts"]["fit"] < many["fit"]
+    none = plan(recipe("plan.layouts=true", "parallel.processes=1", "parallel.tensor=1", "plan.gpu=L40S"))
+    assert none["layouts"]["layouts"] == []
+    least = none["layouts"]["least_bytes"]
+    assert least > 48e9 and f"none: the smallest takes {least / 1e9:,.1f} GB per device" in as_text(none)
+
+
+def test_the_table_is_read_as_text() -> None:
+    text = as_text(plan(recipe("plan.layouts=true")))
+    assert "layouts of 8 x H100 fit (80 GB, of which 90% counted), best first by predicted speed" in text
+    assert "at 450 GB/s inside a machine and 50 GB/s per device between machines" in text
+    assert "without recompute" in text and "communication per step" in text and "disk for the run" in text
+
+
+def test_a_slower_network_prefers_layouts_that_send_less() -> None:
+    options = ["parallel.processes=32", "plan.layouts=true", "plan.network_bytes_per_second="]
+    fast, slow = (plan(recipe(*options[:2], options[2] + speed))["layouts"]["layouts"][0] for speed in ("1e12", "1e9"))
+    assert slow["seconds_per_step"] > fast["seconds_per_step"]
+    assert slow["layout"] != fast["layout"]
+
+
+def test_the_share_of_the_peak_is_a_setting() -> None:
+    usual, lower = (plan(recipe(f"plan.share_of_peak={share}")) for share in (0.4, 0.2))
+    assert lower["prediction"]["hours"] == pytest.approx(2 * usual["prediction"]["hours"], rel=1e-3)
+    assert lower["prediction"]["share_of_peak"] == 0.2
+
+
+def test_every_gpu_has_memory_and_links() -> None:
+    assert gpus.BF16_PEAKS.keys() == gpus.MEMORY.keys() == gpus.LINKS.keys() == gpus.BANDWIDTHS.keys()
+    assert gpus.named_gpu("NVIDIA A100-SXM4-40GB") == "A100 40GB"
+    assert gpus.named_gpu("NVIDIA A100-SXM4-80GB") == "A100"
+    assert layout_table.SHOWN >= 10
+
+
+def test_a_layout_that_does_not_fit_is_a_warning_of_the_plan() -> None:
+    big = ["parallel.processes=1", "parallel.tensor=1", "parallel.sequence_parallel=false"]
+    (warning,) = validate(recipe(*big), ["plan"])
+    assert "do not fit the 80 GB of a H100" in warning and "plan.layouts=true" in warning
+    assert validate(recipe(), ["plan"]) == []
