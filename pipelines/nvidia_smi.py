@@ -10,7 +10,7 @@ TIMEOUT = 20  # seconds; a GPU that has fallen off the bus makes nvidia-smi wait
 
 @dataclass(frozen=True)
 class Gpu:
-    """faults: what makes it unfit for work, in words; empty for a sound one. memory: bytes; None where it does not say."""
+    """faults: what makes it unfit for work, in words; empty for a sound one. memory: bytes, None where it says none."""
 
     name: str
     faults: tuple[str, ...]

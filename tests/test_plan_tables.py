@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from pipelines import gpus, layout_table, planning, storage, traffic
+from pipelines import gpus, layout_table, nvidia_smi, planning, storage, traffic
 from pipelines.compose import compose
-from pipelines.config import Config, Layout
+from pipelines.config import Config, Layout, UserError
 from pipelines.families import ModelShape
 from pipelines.plan_text import as_text
 from pipelines.signals import FeatureLoss
 from pipelines.stages.plan import plan
-from pipelines.validation import validate
+from pipelines.validation import memory, validate
 
 SMALL = ModelShape(100, 32, 48, 4, 4, 2, 12)
 BATCH = [
@@ -142,3 +142,47 @@ def test_a_layout_that_does_not_fit_is_a_warning_of_the_plan() -> None:
     (warning,) = validate(recipe(*big), ["plan"])
     assert "do not fit the 80 GB of a H100" in warning and "plan.layouts=true" in warning
     assert validate(recipe(), ["plan"]) == []
+
+
+def on_gpus(monkeypatch: pytest.MonkeyPatch, mebibytes: int) -> None:
+    """A machine with eight GPUs of so much memory."""
+    gpu = f"<gpu><fb_memory_usage><total>{mebibytes} MiB</total></fb_memory_usage></gpu>"
+    xml = f"<nvidia_smi_log>{8 * gpu}</nvidia_smi_log>"
+    monkeypatch.setattr(nvidia_smi, "read", lambda: nvidia_smi.parse(xml))
+
+
+def test_a_training_that_does_not_fit_into_this_machines_gpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = recipe("parallel.tensor=1", "parallel.sequence_parallel=false", "distil.micro_batch_size=4")
+    ranks = planning.planned_layout(config)
+    teacher, student = planning.teacher_shape(config), planning.student_shape(config)
+    on_gpus(monkeypatch, 81_559)
+    memory.check(config, ["prune", "evaluate"], ranks, teacher, student)
+    memory.check(config, ["distil"], replace(ranks, device="cpu"), teacher, student)
+    memory.check(config, ["distil"], ranks, teacher, student)
+    on_gpus(monkeypatch, 24_564)
+    with pytest.raises(UserError) as caught:
+        memory.check(config, ["distil"], ranks, teacher, student)
+    message = str(caught.value)
+    assert "expected distil to fit into the 25,757,220,864 bytes of a GPU of this machine" in message
+    assert "teacher weights 16,060,522,496" in message and "plan.layouts=true" in message
+    whole = planning.plan(config)["bytes_per_device"]["total"]
+    assert f"found {whole:,} by plan" in message
+
+
+def test_a_corrected_teacher_must_fit_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = recipe("teacher=correct", "model.path=null")
+    ranks, shapes = planning.planned_layout(config), (planning.teacher_shape(config), planning.student_shape(config))
+    on_gpus(monkeypatch, 16_384)
+    memory.check(config, ["distil"], ranks, *shapes)
+    with pytest.raises(UserError, match="expected teacher to fit"):
+        memory.check(config, ["teacher", "distil"], ranks, *shapes)
+
+
+def test_without_an_answer_of_the_driver_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unanswered() -> None:
+        raise nvidia_smi.Unanswered("none")
+
+    monkeypatch.setattr(nvidia_smi, "read", unanswered)
+    config = recipe("parallel.tensor=1")
+    shapes = planning.teacher_shape(config), planning.student_shape(config)
+    memory.check(config, ["distil"], planning.planned_layout(config), *shapes)
