@@ -30,6 +30,7 @@ REQUIREMENTS = [
     "transformers==4.57.6",
     "tokenizers==0.22.2",
     "safetensors==0.8.0",
+    "huggingface_hub==0.36.2",  # transformers 4 wants one below 1.0
     "tensorboard==2.20.0",
     "matplotlib==3.10.9",
     "Jinja2==3.1.6",

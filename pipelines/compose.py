@@ -75,7 +75,7 @@ def _register() -> None:
 
 MAPPINGS = ("model.shape.rope_scaling",)  # settings that hold names and values of their own
 ALIASES = {"dry_run": "plan.dry_run"}
-PATHS = ("run.directory", "model.path", "student.path", "data.corpus", "data.tokenizer")
+PATHS = ("run.directory", "model.path", "student.path", "data.corpus", "data.tokenizer", "fetch.directory")
 
 
 def _mapping(override: str) -> dict[str, Any] | None:
@@ -106,6 +106,7 @@ def _expand_home(override: str) -> str:
 def _home_expanded(config: Config) -> Config:
     """The same for paths that were quoted, or that stand in a file."""
     config.run.directory = os.path.expanduser(config.run.directory)
+    config.fetch.directory = os.path.expanduser(config.fetch.directory)
     for group, name in ((config.model, "path"), (config.student, "path"), (config.data, "corpus")):
         setattr(group, name, _expanded(getattr(group, name)))
     config.data.tokenizer = _expanded(config.data.tokenizer)

@@ -25,6 +25,7 @@ from pipelines.choices import (
 )
 from pipelines.prune_settings import IterateConfig, PruneConfig
 from pipelines.signals import AttentionLossConfig, HiddenLossConfig, SchedulesConfig, TaidConfig
+from pipelines.site_settings import FetchConfig
 
 
 class UserError(ValueError):
@@ -273,6 +274,7 @@ class Config:
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    fetch: FetchConfig = field(default_factory=FetchConfig)
 
 
 def teacher_precision(distil: DistilConfig) -> TeacherPrecision:

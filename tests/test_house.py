@@ -33,7 +33,8 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
     "text": ({"numpy", "tokenizers", "datasets", "pyarrow", "transformers"}, {"text"}),
     "report": ({"jinja2", "matplotlib", "markupsafe", "numpy", "safetensors", "yaml"}, {"report"}),
     "stages": (
-        {"torch", "megatron", "numpy", "safetensors", "transformers", "tokenizers", "yaml", "rich"},
+        {"torch", "megatron", "numpy", "safetensors", "transformers", "tokenizers", "yaml", "rich"}
+        | {"huggingface_hub", "requests"},  # the hub is asked by fetch alone
         {"core", "model", "trainer", "pruning", "text", "report"},
     ),
 }

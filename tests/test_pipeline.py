@@ -56,7 +56,9 @@ SMALL = [
     "export.nemo=true",
     "export.new_tokens=4",
 ]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+SECRETS = {"HF_TOKEN": "hf_" + "qR7" * 12, "WANDB_API_KEY": "0f" * 20, "AWS_SECRET_ACCESS_KEY": "not-to-be-written"}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"} | SECRETS
+WITHOUT_NETWORK = [sys.executable, str(ROOT / "tests" / "offline" / "without_network.py")]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
 TORCHRUN += ["--nproc-per-node=2"]
 
@@ -74,8 +76,8 @@ def start(directory: Path, *overrides: str, launcher: Sequence[str] = (sys.execu
     )
 
 
-def run(directory: Path, *overrides: str) -> str:
-    return output_of(start(directory, *overrides), directory)
+def run(directory: Path, *overrides: str, launcher: Sequence[str] = (sys.executable,)) -> str:
+    return output_of(start(directory, *overrides, launcher=launcher), directory)
 
 
 def output_of(process: subprocess.Popen[str], directory: Path) -> str:
@@ -97,9 +99,10 @@ def output_of(process: subprocess.Popen[str], directory: Path) -> str:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """(run.directory, output) of one uninterrupted run of every stage at TP 2."""
+    """(run.directory, output) of one uninterrupted run of every stage at TP 2, without network."""
     directory = tmp_path_factory.mktemp("runs")
-    return directory, run(directory, "stage=all", "run.name=whole")
+    alone = [*WITHOUT_NETWORK, str(directory / "refused"), sys.executable]
+    return directory, run(directory, "stage=all", "run.name=whole", launcher=alone)
 
 
 def borrow(directory: Path) -> list[str]:
@@ -167,6 +170,27 @@ def test_text_becomes_a_student_and_a_report(finished: tuple[Path, str]) -> None
         assert noise not in output, noise
     for stage in ("corpus", "teacher", "prune", "distil", "evaluate", "export", "report"):
         assert (directory / "whole" / stage / "complete").is_file()
+
+
+def test_a_whole_run_asks_nothing_of_the_network(finished: tuple[Path, str]) -> None:
+    """It ended well without one; nor did anything of it try, and wait, and go on."""
+    attempts = finished[0] / "refused"
+    assert not attempts.exists(), attempts.read_text()
+    probe = [*WITHOUT_NETWORK, str(attempts), sys.executable, "-c"]
+    code = "import urllib.request as r; r.urlopen('http://192.0.2.1/')"
+    done = subprocess.run([*probe, code], capture_output=True, text=True)
+    refused = attempts.read_text()
+    attempts.unlink()
+    assert done.returncode and "no network" in done.stderr and "192.0.2.1" in refused
+
+
+def test_no_secret_of_the_environment_is_written(finished: tuple[Path, str]) -> None:
+    directory, output = finished
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    assert {"manifest.json", "config.yaml", "distil.log", "results.json"} <= {path.name for path in files}
+    for name, secret in SECRETS.items():
+        assert secret not in output
+        assert [path for path in files if secret.encode() in path.read_bytes()] == [], name
 
 
 def test_a_finished_stage_is_left_alone_and_a_changed_setting_is_named(finished: tuple[Path, str]) -> None:

@@ -51,6 +51,13 @@ FREE = frozenset(
 
 _TABLE = (
     Stage(
+        "fetch",
+        "models and data sets from the Hugging Face hub, with the user's token, where there is network",
+        ranks=False,
+        kept=False,
+        of_machine=True,
+    ),
+    Stage(
         "corpus",
         "text to Megatron .bin/.idx, split into train, validation, test and calibration",
         ranks=False,

@@ -1,0 +1,44 @@
+"""What is to be fetched, and that no setting holds a secret."""
+
+import re
+from collections.abc import Collection
+
+from pipelines import secrets
+from pipelines.config import Config, expect
+
+NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+
+def check_secrets(config: Config) -> None:
+    """Raises UserError for a setting that holds a token, without repeating it."""
+    for setting, text in secrets.texts(config):
+        found = secrets.found_in(text)
+        remedy = (
+            "Settings are written into manifests and logs: leave it in the environment, or in the service's own file."
+        )
+        expect(not found, setting, "no token or password", found, remedy)
+
+
+def check(config: Config, stages: Collection[str]) -> None:
+    if "fetch" not in stages:
+        return
+    settings = config.fetch
+    expect(
+        bool(settings.models or settings.datasets),
+        "fetch.models",
+        "what to fetch, as in fetch.models=[meta-llama/Llama-3.1-8B], or fetch.datasets",
+        "neither",
+        "Name some.",
+    )
+    for kind in ("models", "datasets"):
+        seen = set()
+        for place, name in enumerate(getattr(settings, kind)):
+            setting = f"fetch.{kind}[{place}]"
+            known = bool(NAME.fullmatch(name)) and ".." not in name
+            expect(known, setting, "owner/name or owner/name@revision", repr(name), "Write it as the hub does.")
+            repository = name.partition("@")[0]
+            expect(repository not in seen, setting, "each name once", f"{repository} again", "Leave one out.")
+            seen.add(repository)
+    expect(
+        bool(settings.files) or not settings.datasets, "fetch.files", "patterns", "none", "Give ['*'] for all files."
+    )
