@@ -11,14 +11,15 @@ export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-fast lint benchmark clean
+.PHONY: help install quickstart test test-fast test-image-versions lint benchmark clean
 
 # What runs here is made for CPU processes; a GPU is neither needed nor taken.
-quickstart test test-fast benchmark: export CUDA_VISIBLE_DEVICES :=
+quickstart test test-fast test-image-versions benchmark: export CUDA_VISIBLE_DEVICES :=
 
 help:
 	@echo "make quickstart   the whole pipeline on real text, two CPU processes; about 10 minutes with installation"
 	@echo "make test         every test but those for GPUs, about 17 minutes; make test-fast: the short ones"
+	@echo "make test-image-versions   core/ and model/ on the Megatron-Core of NVIDIA's image; about 8 minutes"
 	@echo "make benchmark    loss and training step beside NeMo's, ModelOpt's and torch's; about 12 minutes"
 	@echo "make install      builds $(VENV) alone, which the others do where it is missing"
 	@echo "make lint         ruff and mypy;  make clean: removes what building and tests leave"
@@ -46,6 +47,17 @@ test: $(STAMP)
 
 test-fast: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow"
+
+# NVIDIA's image of the Dockerfile has this Megatron-Core; it lies in front of the one that is installed.
+IMAGE_VERSIONS := $(VENV)-image-versions
+$(IMAGE_VERSIONS)/.installed: Makefile | $(STAMP)
+	rm -rf $(IMAGE_VERSIONS)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(IMAGE_VERSIONS) megatron-core==0.15.0
+	touch $@
+
+test-image-versions: $(IMAGE_VERSIONS)/.installed
+	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(IMAGE_VERSIONS)) STILLHOUSE_MEGATRON=0.15.0 \
+		$(BIN)/python -m pytest -m "not gpu" tests/core tests/model
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

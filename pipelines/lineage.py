@@ -49,7 +49,8 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of this code, with `-dirty` behind it where files differ; None outside a checkout."""
+    """The commit of this code, with `-dirty` behind it where files differ; in an image the one it was built from; None
+    where neither is known."""
     root = Path(__file__).resolve().parent.parent
     try:
         result = subprocess.run(
@@ -61,9 +62,11 @@ def git_commit() -> str | None:
             text=True,
             timeout=30,
         )
+        found = result.stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() or None
+        found = ""
+    built = os.environ.get("STILLHOUSE_COMMIT", "unknown")  # Dockerfile
+    return found or (built if built != "unknown" else None)
 
 
 def to_yaml(tree: dict[str, Any]) -> str:

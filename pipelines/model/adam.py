@@ -81,13 +81,24 @@ def install(choice: str = "auto") -> str:
         clip_grads.multi_tensor_applier = utils.local_multi_tensor_applier
         clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
         clip_grads.multi_tensor_scale_impl = utils.local_multi_tensor_scale
-    name, found = ("torch", Adam) if on_cpu and choice == "auto" else _named(choice)
+    name, found = chosen(choice)
     optimizer.Adam = distrib_optimizer.Adam = found
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = True
     distrib_optimizer.USING_TE_OPTIMIZER = name == "transformer_engine"
     distrib_optimizer.USING_APEX_OPTIMIZER = not distrib_optimizer.USING_TE_OPTIMIZER
-    return "torch AdamW" + ("" if on_cpu else ", fused") if found is Adam else f"{found.__module__}.{found.__name__}"
+    return in_words((name, found))
+
+
+def chosen(choice: str = "auto") -> tuple[str, Any]:
+    """(name, class) that `install` takes for a choice. Raises UserError where the one asked for is not installed."""
+    return ("torch", Adam) if cpu_runtime.is_installed() and choice == "auto" else _named(choice)
+
+
+def in_words(found: tuple[str, Any]) -> str:
+    if found[1] is not Adam:
+        return f"{found[1].__module__}.{found[1].__name__}"
+    return "torch AdamW" + ("" if cpu_runtime.is_installed() else ", fused")
 
 
 def _named(choice: str) -> tuple[str, Any]:

@@ -12,9 +12,9 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from pipelines import processes, stopping
+from pipelines import console, processes, stopping
 from pipelines.config import UserError
-from pipelines.model import cpu_runtime
+from pipelines.model import cpu_runtime, engine
 
 T = TypeVar("T")
 _turns = itertools.count()
@@ -39,6 +39,7 @@ def initialize_distributed(device: str) -> None:
     if not torch.distributed.is_initialized():
         backend = "gloo" if device == "cpu" else "nccl"
         torch.distributed.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+        console.say(f"engine  {engine.description()}")
 
 
 def initialize(tensor: int, pipeline: int = 1, context: int = 1, *, device: str = "cpu", seed: int = 1234) -> None:
