@@ -123,6 +123,8 @@ class DataConfig:
     test_fraction: float = 0.02
     calibration_fraction: float = 0.02
     workers: int | None = None  # None: every core
+    part: int | None = None  # of stage=tokenize: which share of the files, from 1 to parts
+    parts: int | None = None  # the corpus is made of files that stage=tokenize has tokenized, in so many parts
 
 
 PROFILED = range(6, 9)  # steps, counted from 1 from where a start begins

@@ -46,6 +46,8 @@ FREE = frozenset(
         "validation_interval",
         "validation_batches",
         "workers",
+        "part",
+        "parts",
     }
 )
 
@@ -64,6 +66,12 @@ _TABLE = (
         reads=("sources",),
         may_read=("tokenizer",),
         settings=("data", "model.shape.vocab_size"),
+    ),
+    Stage(
+        "tokenize",
+        "one part of a large corpus, for job arrays: data.part of data.parts; stage=corpus puts the parts together",
+        ranks=False,
+        kept=False,
     ),
     Stage(
         "teacher",

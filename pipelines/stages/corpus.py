@@ -1,7 +1,9 @@
 """Text to a tokenizer and Megatron .bin/.idx files, split into train, validation, test and calibration. No torch.
 
 Writes tokenizer/, data/<split>/<source>.{bin,idx}, token_bytes.npy (byte-level tokenizers), counts.json, and last
-blend.json, which says where everything is. The same sources give the same bytes with any number of workers.
+blend.json, which says where everything is. The same sources give the same bytes with any number of workers. With
+data.parts the data sets are those of stage=tokenize, one for each file of the sources: the same documents on the same
+sides of the split.
 """
 
 import os
@@ -14,11 +16,11 @@ from typing import Any
 import numpy
 
 from pipelines import console, families
-from pipelines.artifacts import StageContext
+from pipelines.artifacts import StageContext, stage_directory
 from pipelines.config import Config, SourceConfig, SourceKind, TeacherMode, UserError
 from pipelines.files import is_disk_error, new_directory, write_json
 from pipelines.nemo_context import tokenizer_directories
-from pipelines.text import indexed, sources, tokenizer
+from pipelines.text import indexed, parts, sources, tokenizer
 from pipelines.text.counts import SourceCounts, summary
 from pipelines.text.encoding import Encoder
 from pipelines.text.existing import Scanner, prefix_of, split_existing
@@ -56,11 +58,19 @@ def run(context: StageContext) -> dict[str, Any]:
     workers = data.workers if data.workers is not None else len(os.sched_getaffinity(0))
     if workers < 1:
         raise UserError(f"data.workers: expected 1 or more, found {workers}.")
-    opened = [_open(number, settings) for number, settings in enumerate(data.sources or [SourceConfig()])]
+    every = [] if data.parts else data.sources or [SourceConfig()]
+    opened = [_open(number, settings) for number, settings in enumerate(every)]
+    files = parts.files_of(data) if data.parts else []
     (directory / "blend.json").unlink(missing_ok=True)
     vocabulary = _make_tokenizer(context.config, opened, fractions, directory / "tokenizer")
+    ids = indexed.id_type(vocabulary.size)
+    encoder = Encoder(directory / "tokenizer", fractions, vocabulary.end_of_document, ids, vocabulary.token_bytes)
+    pieces: parts.Pieces | None = None
     with new_directory(directory / "data") as building:
-        counts = _write(opened, vocabulary, fractions, workers, directory / "tokenizer", building)
+        if data.parts:
+            counts, pieces = parts.join(files, stage_directory(context.config, "tokenize"), encoder, building)
+        else:
+            counts = _write(opened, vocabulary, encoder, workers, building)
         _refuse_empty(counts, fractions)
     content = summary(counts)
     table = vocabulary.token_bytes if all(source.byte_exact for source in counts) else None
@@ -69,7 +79,7 @@ def run(context: StageContext) -> dict[str, Any]:
     else:
         (directory / "token_bytes.npy").unlink(missing_ok=True)
     write_json(directory / "counts.json", content)
-    write_json(directory / "blend.json", _blend(counts, vocabulary, table is not None))
+    write_json(directory / "blend.json", _blend(counts, vocabulary, table is not None, pieces))
     seconds = time.monotonic() - started
     _say(content, vocabulary)
     splits = {split: {k: v for k, v in content["splits"][split].items() if k != "sources"} for split in SPLITS}
@@ -77,7 +87,9 @@ def run(context: StageContext) -> dict[str, Any]:
         "splits": splits,
         "unigram_entropy": content["unigram_entropy"],
         "vocab_size": vocabulary.size,
-        "input_bytes_per_second": round(sum(source.size for source in opened) / seconds),
+        "input_bytes_per_second": round(
+            sum(source.size for source in opened) / seconds + sum(file.path.stat().st_size for file in files) / seconds
+        ),
     }
 
 
@@ -169,17 +181,10 @@ def _train_tokenizer(
 
 
 def _write(
-    opened: list[Opened],
-    vocabulary: tokenizer.Vocabulary,
-    fractions: Fractions,
-    workers: int,
-    tokenizer_directory: Path,
-    building: Path,
+    opened: list[Opened], vocabulary: tokenizer.Vocabulary, encoder: Encoder, workers: int, building: Path
 ) -> list[SourceCounts]:
     total = sum(source.size for source in opened)
     unit, scale = _unit(total)
-    ids = indexed.id_type(vocabulary.size)
-    encoder = Encoder(tokenizer_directory, fractions, vocabulary.end_of_document, ids, vocabulary.token_bytes)
     every = []
     with console.progress("corpus  tokens", total / scale, unit) as bar:
         speed = Speed(bar, scale)
@@ -193,7 +198,7 @@ def _write(
                     write_source(source.text, encoder, counts, building, source.settings.limit_bytes, workers, speed)
                     continue
                 assert source.prefix
-                scanner = Scanner(source.prefix, tokenizer_directory, vocabulary, fractions)
+                scanner = Scanner(source.prefix, encoder.directory, vocabulary, encoder.fractions)
                 if not split_existing(scanner, counts, building, workers, speed):
                     console.say(
                         f"warning: {source.prefix}: no document ends with the end-of-document token "
@@ -237,13 +242,20 @@ def _refuse_empty(counts: list[SourceCounts], fractions: Fractions) -> None:
         )
 
 
-def _blend(counts: list[SourceCounts], vocabulary: tokenizer.Vocabulary, exact: bool) -> dict[str, Any]:
-    """Paths relative to the corpus; weights sum to 1 in each split over the sources that have documents there."""
+def _blend(
+    counts: list[SourceCounts], vocabulary: tokenizer.Vocabulary, exact: bool, pieces: parts.Pieces | None
+) -> dict[str, Any]:
+    """Paths relative to the corpus; weights sum to 1 in each split over the sources that have documents there. pieces:
+    the data sets of each source where it has several; they share its weight by their tokens."""
     splits: dict[str, list[dict[str, Any]]] = {}
     for split in SPLITS:
         present = [source for source in counts if source.splits[split].documents]
         weights = sum(source.weight for source in present)
-        splits[split] = [{"prefix": f"data/{split}/{s.name}", "weight": s.weight / weights} for s in present]
+        splits[split] = [
+            {"prefix": f"data/{split}/{name}", "weight": s.weight / weights * tokens / s.splits[split].tokens}
+            for s in present
+            for name, tokens in (pieces[split][s.name] if pieces else [(s.name, s.splits[split].tokens)])
+        ]
     return {
         "splits": splits,
         "vocab_size": vocabulary.size,

@@ -26,7 +26,7 @@ SMALLEST_VOCABULARY = 258  # of a byte-level BPE: 256 bytes and two special toke
 
 
 def makes_corpus(config: Config, stages: Collection[str]) -> bool:
-    return "corpus" in stages and not config.data.corpus
+    return bool({"corpus", "tokenize"} & set(stages)) and not config.data.corpus
 
 
 def check_sources(config: Config, stages: Collection[str]) -> None:
@@ -42,6 +42,21 @@ def check_sources(config: Config, stages: Collection[str]) -> None:
     expect(bool(data.sources), "data.sources", "one or more sources", "none", remedy)
     for number, source in enumerate(data.sources):
         _check_source(f"data.sources[{number}]", source)
+    _check_parts(config, stages)
+
+
+def _check_parts(config: Config, stages: Collection[str]) -> None:
+    data, alone = config.data, "stage=tokenize, which makes one part"
+    if "tokenize" in stages:
+        expect(data.parts is not None, "data.parts", "the number of parts", "none", "Set data.parts=64, as an example.")
+        expect(data.part is not None, "data.part", f"a number from 1 to data.parts={data.parts}", "none", "Set it.")
+        assert data.part is not None and data.parts is not None
+        expect(data.part <= data.parts, "data.part", f"at most data.parts={data.parts}", data.part, "Lower it.")
+    else:
+        expect(data.part is None, "data.part", f"none without {alone}", data.part, "Leave it out, or set stage.")
+    if data.parts is not None:
+        remedy = "Set data.tokenizer: one that is trained here needs the whole text in one process."
+        expect(given_tokenizer(config) is not None, "data.parts", "a tokenizer that is given", "none", remedy)
 
 
 def _check_source(setting: str, source: SourceConfig) -> None:

@@ -41,7 +41,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("adam_beta1", "adam_beta2", "momentum"), BELOW_ONE),
     **dict.fromkeys(("student_layer", "teacher_layer"), Range(-math.inf)),  # validation/signals.py knows the models
     **dict.fromkeys(("validation_fraction", "test_fraction", "calibration_fraction"), BELOW_ONE),
-    **dict.fromkeys(("processes", "tensor", "pipeline", "context", "workers"), ONE_OR_MORE),
+    **dict.fromkeys(("processes", "tensor", "pipeline", "context", "workers", "part", "parts"), ONE_OR_MORE),
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "head_dim"), ONE_OR_MORE),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_hidden_layers"), ONE_OR_MORE),
     **dict.fromkeys(("max_position_embeddings", "sequence_length", "batches", "micro_batches"), ONE_OR_MORE),
