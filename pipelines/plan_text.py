@@ -33,6 +33,12 @@ def as_text(figures: dict[str, Any]) -> str:
         if size and name != "total":
             rows["  " + name.replace("_", " ")] = f"{_gib(size)}{_more(figures, name)}"
     rows |= _communication(figures) | _disk(figures["disk"])
+    if "teacher_training" in figures:
+        found = figures["teacher_training"]
+        rows["teacher before it"] = (
+            f"{found['mode']} on {found['tokens']:,} tokens: {found['flops']:.3g} FLOPs, {found['device_hours']:,} "
+            f"device hours, {found['hours']:,} h at this layout; {_gib(found['bytes_per_device']['total'])} per device"
+        )
     rows |= _pruning(figures["pruning"]) if "pruning" in figures else {}
     if "capacity" in figures:
         rows["capacity"] = capacity.in_words(figures["capacity"])

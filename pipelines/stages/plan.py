@@ -10,7 +10,8 @@ from typing import Any
 
 from pipelines import artifacts, capacity, dry_run, gpus, grid, iteration, layout_table, plan_text, planning
 from pipelines.activations import activation_bytes, chunk_of_logits
-from pipelines.config import Config, Format, Layout, Precision, layout, searches
+from pipelines.config import Config, Format, Layout, Precision, TeacherMode, layout, searches
+from pipelines.device_memory import training_bytes
 from pipelines.families import ModelShape
 from pipelines.prune_costs import forward_flops, prune_cost
 from pipelines.signals import feature_losses
@@ -61,7 +62,8 @@ def plan(config: Config, *, dry: bool = True) -> dict[str, Any]:
 
 
 def _beside(config: Config, teacher: ModelShape, student: ModelShape, ranks: Layout) -> dict[str, Any]:
-    """`communication` and `disk`; `activations`, estimates with and without recompute, and the heads' chunk."""
+    """`communication` and `disk`; `teacher_training` where it is trained; `activations`, estimates with and without
+    recompute, and the heads' chunk."""
     training = config.distil
     depths = {"student_layers": student.num_hidden_layers, "teacher_layers": teacher.num_hidden_layers}
     losses = feature_losses(training.hidden, training.attention, **depths)
@@ -73,7 +75,8 @@ def _beside(config: Config, teacher: ModelShape, student: ModelShape, ranks: Lay
 
     tokens = training.micro_batch_size * training.sequence_length // ranks.context
     size = 2 if training.precision is Precision.bf16 else 4
-    return {
+    corrects = {} if config.teacher.mode is TeacherMode.take else {"teacher_training": _teacher(config, teacher, ranks)}
+    return corrects | {
         "communication": communication(teacher, student, ranks, training, follows or bool(losses)),
         "disk": run_bytes(config, teacher, student, losses),
         "activations": {
@@ -81,6 +84,27 @@ def _beside(config: Config, teacher: ModelShape, student: ModelShape, ranks: Lay
             "without_recompute": held(False),
             "heads_chunk": chunk_of_logits(student, ranks, tokens, size, follows),
         },
+    }
+
+
+def _teacher(config: Config, shape: ModelShape, ranks: Layout) -> dict[str, Any]:
+    """Of its pretraining or correction: tokens, FLOPs, speed and hours, bytes per device."""
+    settings = config.teacher
+    tokens = settings.steps * settings.global_batch_size * settings.sequence_length
+    flops = planning.training_flops(shape, settings.sequence_length)
+    peak = gpus.peak_flops(config.plan.gpu)
+    assert peak is not None, config.plan.gpu
+    speed = config.plan.share_of_peak * peak / flops
+    hours = tokens / speed / 3600
+    return {
+        "mode": settings.mode.value,
+        "steps": settings.steps,
+        "tokens": tokens,
+        "flops": flops * tokens,
+        "tokens_per_second_per_device": round(speed, 1),
+        "device_hours": round(hours, 2),
+        "hours": round(hours / ranks.processes, 2),
+        "bytes_per_device": training_bytes(shape, ranks, settings),
     }
 
 
