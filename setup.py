@@ -63,7 +63,11 @@ setup(
     python_requires=">=3.10,<3.13",  # the range of this NeMo and this numpy
     packages=[*find_packages(include=["pipelines", "pipelines.*"]), "pipelines.conf"],
     package_dir={"pipelines.conf": "conf"},
-    package_data={"pipelines.conf": ["*.yaml", "*/*.yaml"], "pipelines.report": ["*.jinja", "*.css"]},
+    package_data={
+        "pipelines.conf": ["*.yaml", "*/*.yaml"],
+        "pipelines.report": ["*.jinja", "*.css"],
+        "pipelines.cluster": ["*.sh"],
+    },
     install_requires=REQUIREMENTS,
     extras_require={"trackers": TRACKERS, "test": TEST, "dev": TEST},
     entry_points={"console_scripts": ["stillhouse = pipelines.__main__:main"]},

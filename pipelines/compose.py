@@ -9,11 +9,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from pipelines import cluster_settings, prune_settings
 from pipelines import config as configuration
-from pipelines import prune_settings
 from pipelines.config import Config, UserError
 
-GROUPS = ("experiment", "model", "student", "parallel", "data", "teacher", "distil", "signals", "benchmark")
+GROUPS = ("experiment", "model", "student", "parallel", "data", "teacher", "distil", "signals", "benchmark", "cluster")
 
 
 def conf_directory() -> Path:
@@ -75,7 +75,10 @@ def _register() -> None:
 
 MAPPINGS = ("model.shape.rope_scaling",)  # settings that hold names and values of their own
 ALIASES = {"dry_run": "plan.dry_run"}
-PATHS = ("run.directory", "model.path", "student.path", "data.corpus", "data.tokenizer", "fetch.directory")
+PATHS = (
+    *("run.directory", "model.path", "student.path", "data.corpus", "data.tokenizer"),
+    *("cluster.image", "cluster.workdir", "cluster.python", "fetch.directory"),
+)
 
 
 def _mapping(override: str) -> dict[str, Any] | None:
@@ -110,6 +113,9 @@ def _home_expanded(config: Config) -> Config:
     for group, name in ((config.model, "path"), (config.student, "path"), (config.data, "corpus")):
         setattr(group, name, _expanded(getattr(group, name)))
     config.data.tokenizer = _expanded(config.data.tokenizer)
+    for name in ("image", "workdir", "python"):
+        setattr(config.cluster, name, _expanded(getattr(config.cluster, name)))
+    config.cluster.mounts = [os.path.expanduser(mount) for mount in config.cluster.mounts]
     for source in config.data.sources:
         source.path = _expanded(source.path)
     return config
@@ -200,7 +206,8 @@ def _full_key(text: str) -> str:
 
 def _unknown(key: str, kind: str = "") -> str:
     names = known_keys() + [group for group in GROUPS if group not in known_keys()]
-    inner = getattr(configuration, kind, None) or getattr(prune_settings, kind, None)
+    homes = (configuration, prune_settings, cluster_settings)
+    inner = next((found for home in homes if (found := getattr(home, kind, None)) is not None), None)
     if inner is not None and inner is not Config and "." not in key:  # an entry of a list has no path of its own
         siblings = [entry.name for entry in fields(inner)]
     else:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import Any
 
+from pipelines import elsewhere
 from pipelines.choices import (
     Contender,
     Device,
@@ -23,6 +24,7 @@ from pipelines.choices import (
     TeacherPrecision,
     Tracker,
 )
+from pipelines.cluster_settings import ClusterConfig
 from pipelines.prune_settings import IterateConfig, PruneConfig
 from pipelines.signals import AttentionLossConfig, HiddenLossConfig, SchedulesConfig, TaidConfig
 from pipelines.site_settings import FetchConfig
@@ -277,6 +279,7 @@ class Config:
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     fetch: FetchConfig = field(default_factory=FetchConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
 
 def teacher_precision(distil: DistilConfig) -> TeacherPrecision:
@@ -319,7 +322,10 @@ def without_context(ranks: Layout) -> Layout:
 
 
 def gpu_count() -> int:
-    """NVIDIA devices that this process may use, told without torch; none with a CPU build of torch."""
+    """NVIDIA devices that this process may use, told without torch; none with a CPU build of torch. Of the nodes that
+    settings are checked for, those of each."""
+    if (of_nodes := elsewhere.gpus()) is not None:
+        return of_nodes
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in ("", "-1", "NoDevFiles"):
         return 0
@@ -346,10 +352,10 @@ def layout(parallel: ParallelConfig) -> Layout:
             "parallel.device=cuda: expected an NVIDIA GPU, found none. Use parallel.device=auto, and no --gpus."
         )
     device = "cuda" if gpus and parallel.device is not Device.cpu else "cpu"
-    world = os.environ.get("WORLD_SIZE")
+    world = elsewhere.started_processes()
     default = gpus if device == "cuda" else _default_cpu_processes(parallel)
-    processes = parallel.processes or int(world or 0) or default
-    if world and int(world) != processes:
+    processes = parallel.processes or world or default
+    if world and world != processes:
         raise UserError(
             f"parallel.processes={processes}: expected the number of processes that were started, found "
             f"WORLD_SIZE={world}. Leave parallel.processes out, or start as many."

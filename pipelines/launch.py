@@ -29,6 +29,12 @@ from pipelines.files import disk_error
 from pipelines.stages import STAGES
 from pipelines.stopping import EXCHANGE, EXIT_STOPPED, Stopped
 
+# What gloo, NCCL and torch's store say of a process at the other end that has gone.
+LOST = re.compile(
+    r"connection (was )?(closed|reset|refused)|broken pipe|closed by (remote )?peer|ncclRemoteError"
+    r"|remote process exit|timed out waiting|(socket|wait) timeout|failed to recv, got 0 bytes",
+    re.IGNORECASE,
+)
 PATIENCE = 45.0  # seconds that a child gets to end by itself; torchrun gives its ranks 30 before it kills them
 
 
@@ -223,13 +229,24 @@ def work(config: Config, stage: str) -> int:
             exchange.fail(failure)
         with contextlib.suppress(OSError):
             traceback.print_exc()  # into the log
-        stopping.leave_verdict(int(failure["code"]), failure["message"], stage)
+        if not follows_from_a_lost_process(error):
+            stopping.leave_verdict(int(failure["code"]), failure["message"], stage)
         stopped = isinstance(error, Stopped)
         if terminal is not None and (console.rank() == 0 or not stopped):
             print(failure["message"], file=terminal, flush=True)
         if stopped:
             exchange.end_together()
         return int(failure["code"])
+
+
+def follows_from_a_lost_process(error: BaseException | None) -> bool:
+    """Whether an error of this process only says that another one has gone: killed, or with its node. It decides
+    nothing then: whoever started the ranks finds no verdict, and may start them again."""
+    while error is not None:
+        if isinstance(error, OSError | RuntimeError) and LOST.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def tell_parent(error: BaseException) -> None:

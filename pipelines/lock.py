@@ -14,19 +14,22 @@ from typing import Any
 from pipelines.config import UserError
 
 REFRESH = 30.0  # seconds between two signs of life
+JOB = "STILLHOUSE_JOB"  # environment variable: the name of a batch job, the same over its restarts and continuations
 STALE = 300.0  # seconds without a sign of life after which a writer on another host counts as gone
 
 
 class Lock:
     """Held from construction to `release`. Raises UserError where a live process holds it.
 
-    A holder on this host is known by pid and start time (pids come again); one on another host by the age of the
-    file, which every holder refreshes.
+    A holder on this host is known by pid and start time (pids come again); one on another host by its job, which
+    never runs twice at a time, else by the age of the file, which every holder refreshes.
     """
 
     def __init__(self, path: Path, say: Callable[[str], None] = print) -> None:
         self.path = path
         self.identity = {"pid": os.getpid(), "start": _start_time(os.getpid()), "host": socket.gethostname()}
+        if job := os.environ.get(JOB):
+            self.identity["job"] = job
         directory = os.open(path.parent, os.O_RDONLY)
         try:
             with suppress(OSError):  # a file system without flock: the check below is all there is
@@ -72,6 +75,8 @@ def is_alive(holder: dict[str, Any], path: Path) -> bool:
     if holder["host"] == socket.gethostname():
         start = _start_time(holder["pid"])
         return start is not None and start == holder["start"]
+    if holder.get("job") and holder["job"] == os.environ.get(JOB):
+        return False  # of an earlier start of this very job, which has ended before SLURM starts it again
     with suppress(OSError):
         return time.time() - path.stat().st_mtime < STALE
     return False

@@ -23,6 +23,7 @@ HEAVY = {"torch", "megatron", "nemo", "lightning", "pytorch_lightning", "transfo
 # room: (packages outside Python's own that it may import, rooms of ours that it may import)
 LAW: dict[str, tuple[set[str], set[str]]] = {
     "validation": (set(), {"validation"}),
+    "cluster": (set(), {"cluster", "__main__"}),  # another command line over the same stages
     "core": ({"torch", "triton"}, {"core"}),
     "model": ({"torch", "megatron", "safetensors", "transformer_engine", "numpy"}, {"core", "model", "text"}),
     "trainer": (
@@ -97,6 +98,8 @@ def test_no_module_imports_against_the_law_of_the_rooms(path: Path) -> None:
         ("stages/distil.py", "nemo.collections"),
         ("text/sources.py", "torch"),
         ("planning.py", "torch"),
+        ("cluster/chain.py", "torch"),
+        ("cluster/chain.py", "pipelines.stages.distil"),
         ("artifacts.py", "pipelines.model.build"),
     ],
 )
@@ -115,7 +118,11 @@ def loaded_after_importing(names: list[str]) -> set[str]:
 
 
 def test_what_answers_in_a_second_loads_nothing_heavy() -> None:
-    light = [f"pipelines.{name}" for name in sorted(SHARED)] + ["pipelines.__main__", "pipelines.stages.plan"]
+    light = [f"pipelines.{name}" for name in sorted(SHARED)] + [
+        "pipelines.__main__",
+        "pipelines.stages.plan",
+        "pipelines.cluster.__main__",
+    ]
     assert not loaded_after_importing(light) & HEAVY
 
 

@@ -1,8 +1,8 @@
 """Where documents that share a row can be kept apart (document_mask)."""
 
-import importlib.util
 from collections.abc import Collection, Iterator
 
+from pipelines import elsewhere
 from pipelines.config import Config, Layout, Precision, TeacherPrecision, document_mask, expect, teacher_precision
 from pipelines.signals import across_tokens
 from pipelines.validation.training import trainings
@@ -22,7 +22,7 @@ def check(config: Config, stages: Collection[str], ranks: Layout) -> None:
     if "prune" in stages and prune.document_mask:
         expected, remedy = "1 with prune.document_mask=true", "Set it to 1: documents apart are scored row by row."
         expect(prune.micro_batch_size == 1, "prune.micro_batch_size", expected, prune.micro_batch_size, remedy)
-    if ranks.device == "cuda" and importlib.util.find_spec("transformer_engine") is not None:
+    if ranks.device == "cuda" and elsewhere.installed("transformer_engine"):
         _check_transformer_engine(config, stages)
 
 

@@ -1,8 +1,8 @@
 """How the teacher of a distillation is held in memory, against its shape and the device."""
 
-import importlib.util
 from collections.abc import Collection
 
+from pipelines import elsewhere
 from pipelines.config import Config, Layout, Precision, TeacherPrecision, expect, teacher_precision
 from pipelines.families import ModelShape
 
@@ -31,7 +31,7 @@ def check(config: Config, stages: Collection[str], ranks: Layout, teacher: Model
 def _check_device(setting: str, ranks: Layout) -> None:
     remedy = "Set it to bf16."
     expect(ranks.device == "cuda", setting, "fp32 or bf16 on the CPU", "fp8", remedy)
-    engine = importlib.util.find_spec("transformer_engine") is not None
+    engine = elsewhere.installed("transformer_engine")
     expect(engine, setting, "fp32 or bf16 without Transformer Engine", "fp8", f"Use NVIDIA's container. {remedy}")
 
 

@@ -1,11 +1,10 @@
 """Shapes and sequence lengths against the layout of ranks."""
 
-import importlib.util
 import os
 from collections.abc import Collection, Iterator
 
 from pipelines import config as configuration
-from pipelines import gpus
+from pipelines import elsewhere, gpus
 from pipelines.config import Config, DistilConfig, Layout, TeacherMode, expect, teacher_precision
 from pipelines.families import ModelShape
 from pipelines.validation.training import trainings
@@ -35,12 +34,12 @@ def check_gpu(config: Config, stages: Collection[str]) -> None:
 def check_processes(ranks: Layout) -> None:
     """No more processes than one machine's GPUs, or than its processors can bear; another launcher knows its own
     machines."""
-    if ranks.device == "cuda" and "WORLD_SIZE" not in os.environ:
+    if ranks.device == "cuda" and elsewhere.started_processes() is None:
         remedy = "Lower it, use parallel.device=cpu, or start the ranks on more machines (launchers/slurm.sh)."
         most, found = configuration.gpu_count(), ranks.processes
         expect(found <= most, "parallel", f"at most {most} processes, one for each GPU of this machine", found, remedy)
     most = max(16, 4 * (os.cpu_count() or 1))
-    too_many = ranks.device == "cpu" and "WORLD_SIZE" not in os.environ and ranks.processes > most
+    too_many = ranks.device == "cpu" and elsewhere.started_processes() is None and ranks.processes > most
     remedy = "Lower parallel.processes, tensor, pipeline or context."
     expect(not too_many, "parallel", f"at most {most} processes on this machine's processors", ranks.processes, remedy)
 
@@ -51,7 +50,7 @@ def check_context(config: Config, stages: Collection[str], ranks: Layout, teache
         return
     found, setting, remedy = ranks.context, "parallel.context", "Verify the layout without it."
     expect("verify" not in stages, setting, "1 in stage verify, whose reference sees whole sequences", found, remedy)
-    engine = importlib.util.find_spec("transformer_engine") is not None
+    engine = elsewhere.installed("transformer_engine")
     for name, training in trainings(config, stages):
         remedy = "Use NVIDIA's container on GPUs, or parallel.context=1."
         on_gpu = ranks.device == "cuda" and engine
@@ -79,7 +78,7 @@ def check_length(name: str, length: int, ranks: Layout, teacher: ModelShape) -> 
     if name != "verify":  # has a small model of its own
         expect(length <= limit, setting, f"at most max_position_embeddings={limit}", length, "Shorten it.")
         window = teacher.sliding_window
-        engine = importlib.util.find_spec("transformer_engine") is not None
+        engine = elsewhere.installed("transformer_engine")
         expected = f"at most the sliding window {window} without Transformer Engine"
         expect(not window or window >= length or engine, setting, expected, length, "Shorten it.")
     parts = ranks.context if name in ("teacher", "distil") else 1

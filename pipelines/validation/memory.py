@@ -5,7 +5,7 @@ What activations.py leaves out comes on top of what is counted, so a training th
 
 from collections.abc import Collection, Iterator
 
-from pipelines import gpus, nvidia_smi, planning
+from pipelines import elsewhere, gpus, nvidia_smi, planning
 from pipelines.config import Config, DistilConfig, Layout, TeacherMode, TrainingConfig, UserError
 from pipelines.device_memory import bytes_per_device, training_bytes
 from pipelines.families import ModelShape
@@ -16,9 +16,11 @@ REMEDY = "Use more tensor parallelism, recompute or a smaller micro batch; stage
 
 
 def check(config: Config, stages: Collection[str], ranks: Layout, teacher: ModelShape, student: ModelShape) -> None:
-    """Before a stage that trains on this machine's GPUs. Raises UserError with the bytes of each kind."""
+    """Before a stage that trains on this machine's GPUs; a login node does not know those of others. Raises UserError
+    with the bytes of each kind."""
     trained = list(trainings(config, stages))
-    memory = nvidia_smi.smallest_memory() if ranks.device == "cuda" and trained else None
+    here = ranks.device == "cuda" and elsewhere.gpus() is None
+    memory = nvidia_smi.smallest_memory() if here and trained else None
     if memory is None:
         return
     for name, training in trained:

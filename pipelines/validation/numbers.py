@@ -60,6 +60,9 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("ratio", "smallest", "share_of_peak"), Range(0, 1 + 1e-9, above=True)),
     **dict.fromkeys(("depth_samples", "measured", "candidates", "sequences", "layer", "layers"), ONE_OR_MORE),
     **dict.fromkeys(("hidden", "indices", "random_seed", "distil_tokens"), NOT_NEGATIVE),
+    **dict.fromkeys(("nodes", "processes_per_node", "warning_seconds", "grace_seconds"), ONE_OR_MORE),
+    **dict.fromkeys(("gpus_per_node", "restarts"), NOT_NEGATIVE),
+    "preflight_seconds": ONE_OR_MORE,
     "seed": SEED,
 }
 

@@ -4,6 +4,7 @@ import importlib.util
 import os
 from collections.abc import Collection, Iterator
 
+from pipelines import elsewhere
 from pipelines.config import (
     Config,
     DistilConfig,
@@ -71,7 +72,9 @@ def _check_trackers(run: RunConfig) -> None:
             packages += ["sqlalchemy", "alembic"]  # of its database in a file
         for package in packages:
             found = importlib.util.find_spec(package)
-            installed = found is not None and found.origin is not None  # else a directory of that name
+            installed = elsewhere.in_image() or (
+                found is not None and found.origin is not None
+            )  # else a directory of that name
             remedy = "pip install 'stillhouse[trackers]', or leave the tracker out."
             expect(installed, f"run.trackers={tracker.value}", f"the package {package}", "none installed", remedy)
 
@@ -115,6 +118,6 @@ def _check_optimizer(setting: str, optimizer: Optimizer, ranks: Layout) -> None:
         return
     remedy = f"Use {setting}=auto."
     expect(ranks.device == "cuda", setting, "auto or torch on the CPU", optimizer.value, remedy)
-    missing = [module for module in OPTIMIZERS[optimizer] if importlib.util.find_spec(module) is None]
+    missing = [module for module in OPTIMIZERS[optimizer] if not elsewhere.installed(module)]
     expected = "an optimizer that is installed"
     expect(not missing, setting, expected, f"{optimizer.value} without {', '.join(missing)}", remedy)

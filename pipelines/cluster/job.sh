@@ -1,0 +1,228 @@
+# How it runs. This shell stays on the first node, outside of any container, where scontrol and sbatch are. It starts
+# one task per node, passes on by a file that SLURM wants the job to end, reads why the stage ended, and decides.
+
+state=$directory/state
+counter=$state/$part.restarts  # restarts in a row without a new checkpoint, and the newest one then
+running=$state/$part.running   # there while an attempt has not ended in order
+attempt=0                      # starts of the stage in this allocation
+asked=                         # the signal that asked us to stop
+late=                          # the signal that was sent to processes that did not stop in time
+leave_out=                     # nodes that failed their check
+step=
+mkdir -p "$state"
+# The first job of this stage: jobs that continue it inherit the name, and so may take over what it has locked.
+export STILLHOUSE_JOB=${STILLHOUSE_JOB:-$SLURM_JOB_ID}
+
+say() { printf '%s  %s\n' "$(date '+%F %T')" "$*"; }
+
+for_good() {  # code, reason
+  rm -f "$running"
+  say "stage $stage of run $run ended for good: $2. The stages after it do not start;" \
+    "once that is mended, the same launchers/slurm.sh command continues."
+  exit "$1"
+}
+
+# Being asked to stop
+
+ask() {  # signal: SLURM's warning (USR1), or its wish to end the job (TERM)
+  [ -z "$asked" ] || return 0
+  asked=$1
+  deadline=$((SECONDS + grace))
+  say "SIG$1: asking stage $stage to save and stop, at most $grace s"
+  [ -z "${STILLHOUSE_STOP_FILE:-}" ] || : >"$STILLHOUSE_STOP_FILE"
+}
+trap 'ask USR1' USR1
+trap 'ask TERM' TERM
+
+signal_steps() {  # signal, to the processes that srun has started
+  squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format=%i | grep -E '^[0-9]+\.[0-9]+$' | while read -r id; do
+    scancel --signal="$1" "$id"
+  done
+}
+
+wait_for() {  # process: its exit code, in $code; one that outlasts the grace is ended
+  while kill -0 "$1" 2>/dev/null; do
+    sleep 1 &
+    wait $!  # a trap ends this wait, not the process
+    if [ -n "$asked" ] && [ -z "$late" ] && [ "$SECONDS" -ge "$deadline" ]; then
+      late=TERM
+      say "not stopped after $grace s: ending the processes"
+      signal_steps TERM
+    elif [ "$late" = TERM ] && [ "$SECONDS" -ge $((deadline + 35)) ]; then
+      late=KILL
+      signal_steps KILL
+    fi
+  done
+  code=0
+  wait "$1" || code=$?
+}
+
+# Going on in another allocation
+
+job_state() { scontrol show job "$SLURM_JOB_ID" --oneliner | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p'; }
+
+again() {  # reason: requeue this job, or continue in a new one
+  rm -f "$running"
+  if [ "$requeue" = true ] && [ -z "$leave_out" ]; then
+    say "$1: requeueing job $SLURM_JOB_ID"
+    scontrol requeue "$SLURM_JOB_ID" ||
+      for_good 1 "the job cannot be requeued; cluster.requeue=false continues in new jobs instead"
+    trap - USR1 TERM
+    sleep 60  # SLURM ends this shell
+    exit 75
+  fi
+  continue_in_new_job "$1"
+}
+
+continue_in_new_job() {  # reason
+  local new excluded name
+  local options=(--parsable)
+  excluded=$(scontrol show job "$SLURM_JOB_ID" --oneliner | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+  [ "$excluded" != '(null)' ] || excluded=
+  excluded=${excluded:+$excluded${leave_out:+,}}$leave_out
+  [ -z "$excluded" ] || options+=("--exclude=$excluded")
+  new=$(
+    for name in "${!SLURM_@}"; do [ "$name" = SLURM_CONF ] || unset "$name"; done
+    unset STILLHOUSE_STOP_FILE STILLHOUSE_VERDICT
+    sbatch "${options[@]}" "$script"
+  ) || for_good 1 "$1, and sbatch took no job to continue in"
+  new=${new%%;*}
+  say "$1: job $new continues${excluded:+ without $excluded}"
+  squeue --noheader --user="$(id -u)" --states=PENDING --format='%i|%E' | while IFS='|' read -r id needs; do
+    needs=$(sed 's/([^)]*)//g' <<<"$needs")
+    [[ "$needs" =~ :$SLURM_JOB_ID([,?:]|$) ]] || continue
+    needs=$(sed -E "s/:$SLURM_JOB_ID([,?:]|\$)/:$new\1/g" <<<"$needs")
+    if scontrol update "JobId=$id" "Dependency=$needs"; then
+      say "job $id waits for job $new now"
+    else
+      say "job $id cannot be made to wait for job $new: it will not start; submit the chain again when $new is done"
+    fi
+  done
+  exit 75
+}
+
+count_restart() {  # reason: one restart more, or the end
+  local count=0 before='' newest
+  newest=$(ls -1 "$checkpoints" 2>/dev/null | grep '^step-' | sort | tail -n 1)
+  if [ -f "$counter" ]; then read -r count before <"$counter"; fi
+  [ "$newest" = "$before" ] || count=0
+  [ "$count" -lt "$restarts" ] || for_good 1 "$1, after $count restarts without a new checkpoint"
+  count=$((count + 1))
+  printf '%s %s\n' "$count" "$newest" >"$counter"
+  say "$1: restart $count of at most $restarts, from ${newest:-the beginning}"
+}
+
+# The nodes
+
+check_nodes() {  # each by itself; those that fail are left out in a new allocation
+  local check=(true) failing=() tasks=() host number=0
+  if [ "$preflight" = true ]; then
+    check=("${container[@]}" "$python" -m pipelines.preflight "--gpus=$gpus" "--directory=$run_directory")
+  elif [ "$attempt" -eq 0 ]; then
+    return
+  fi
+  for host in "${hosts[@]}"; do
+    timeout --kill-after=30 "$preflight_seconds" srun --nodes=1 --ntasks=1 --nodelist="$host" --cpu-bind=none \
+      "${srun_arguments[@]}" "${check[@]}" >"$state/$part.check.$host" 2>&1 &
+    tasks+=($!)
+  done
+  for host in "${hosts[@]}"; do
+    wait_for "${tasks[number]}"
+    number=$((number + 1))
+    [ "$code" -ne 0 ] || continue
+    failing+=("$host")
+    say "node $host failed its check (exit code $code):"
+    sed "s/^/  /" "$state/$part.check.$host"
+  done
+  [ -z "$asked" ] || return
+  [ "${#failing[@]}" -gt 0 ] || return
+  if [ "${#failing[@]}" -eq "${#hosts[@]}" ] && [ "${#hosts[@]}" -gt 1 ]; then
+    for_good 1 "every node failed its check; cluster.preflight=false goes on without it"
+  fi
+  leave_out=$(IFS=,; printf %s "${failing[*]}")
+  count_restart "$leave_out failed the check of nodes"
+  again "other nodes are needed"
+}
+
+# The stage
+
+start_stage() {  # in the background; its process in $step
+  local number command address port
+  attempt=$((attempt + 1))
+  number=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.$attempt
+  # New names each time: no stop or verdict of an earlier attempt is met again.
+  export STILLHOUSE_STOP_FILE=$state/$part.$number.stop STILLHOUSE_VERDICT=$state/$part.$number.verdict
+  command=("$python" -m pipelines "${overrides[@]}")
+  if [ "$ranks" = true ]; then
+    address=$(scontrol show node "${hosts[0]}" --oneliner | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+    port=$((20000 + (7 * SLURM_JOB_ID + 3 * ${SLURM_RESTART_COUNT:-0} + attempt) % 12000))
+    # shellcheck disable=SC2016  # the task knows its SLURM_NODEID, not this shell
+    command=(bash -c 'exec "$0" -m torch.distributed.run --rdzv-conf="is_host=$((SLURM_NODEID == 0))" "$@"' "$python"
+      "--nnodes=$nodes" "--nproc-per-node=$processes" --max-restarts=0
+      --rdzv-backend=c10d "--rdzv-endpoint=${address:-${hosts[0]}}:$port" "--rdzv-id=$number"
+      -m pipelines "${overrides[@]}")
+  fi
+  touch "$running"
+  # A task that has ended well waits for rank 0, which may still write and hash: for long. One that fails ends all.
+  srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 --wait=3600 \
+    "${container[@]}" "${srun_arguments[@]}" "${command[@]}" &
+  step=$!
+  [ -z "$asked" ] || : >"$STILLHOUSE_STOP_FILE"
+}
+
+read_verdict() {  # into $verdict, a number or nothing, and $message, its last line
+  local text tries
+  verdict='' message=''
+  for tries in 1 2 3 4 5; do  # a file of another node may take a moment to be seen on a network file system
+    [ ! -s "$STILLHOUSE_VERDICT" ] || break
+    [ "$code" -ne 0 ] || return 0
+    [ "$tries" -eq 5 ] || { ls "$state" >/dev/null; sleep 1; }
+  done
+  [ -s "$STILLHOUSE_VERDICT" ] || return 0
+  text=$(head -n 1 "$STILLHOUSE_VERDICT")
+  verdict=$(sed -n 's/^{"code": \([0-9]*\), "message": .*/\1/p' <<<"$text")
+  message=$(sed -n 's/^{"code": [0-9]*, "message": "\(.*\)", "stage": "[^"]*"}$/\1/p' <<<"$text")
+  while [ "${message%\\n}" != "$message" ]; do message=${message%\\n}; done
+  message=${message##*\\n}
+  message=${message//\\\"/\"}
+}
+
+stopped() {  # saved as it was asked
+  rm -f "$counter"
+  if [ "$asked" = TERM ]; then  # SLURM ends the job, and requeues it by itself where it should
+    rm -f "$running"
+    if [ "$requeue" != true ] && [ "$(job_state)" = PREEMPTED ]; then continue_in_new_job "preempted"; fi
+    say "stage $stage has saved and stopped as SLURM asked; it continues when this job, or the chain, starts again"
+    exit 75
+  fi
+  again "stage $stage has saved and stopped"
+}
+
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+say "stage $stage of run $run, job $SLURM_JOB_ID on ${hosts[*]}"
+if [ -e "$running" ]; then count_restart "the last attempt ended without a word, as when a node fails"; fi
+while true; do
+  check_nodes
+  if [ "$asked" = TERM ]; then stopped; fi
+  [ -z "$asked" ] || again "asked to stop before stage $stage began"
+  start_stage
+  wait_for "$step"
+  read_verdict
+  case "$verdict:$code" in
+    :0)
+      rm -f "$running" "$counter"
+      say "stage $stage of run $run is done"
+      exit 0
+      ;;
+    75:*) stopped ;;
+    :*)
+      if [ "$asked" = TERM ]; then
+        say "stage $stage ended with the job before it had saved; it continues from its last checkpoint"
+        exit 143
+      fi
+      count_restart "stage $stage ended without a word (exit code $code), as when a process is killed"
+      [ -z "$asked" ] || again "the time is up"
+      ;;
+    *) for_good "$verdict" "${message:-its log in $run_directory/logs says why}" ;;
+  esac
+done

@@ -1,0 +1,281 @@
+"""What is written into batch scripts and what is left to do, without SLURM; their shell is run where it counts."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from pipelines.artifacts import begin
+from pipelines.cluster import queue, script
+from pipelines.cluster.__main__ import main
+from pipelines.cluster.chain import Chain
+from pipelines.cluster_settings import StagesConfig
+from pipelines.compose import compose
+from pipelines.config import UserError
+from pipelines.stages import PIPELINE, STAGES
+from pipelines.validation.cluster import check, of_stage, seconds
+
+LOCAL = ["experiment=quickstart", "cluster=local"]
+EVIL = "a'b\"c$(touch hit) `touch hit`; touch hit & #\\ *"
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    return tmp_path
+
+
+def header(text: str) -> str:
+    """What stands before job.sh."""
+    assert text.endswith(script.BODY.read_text())
+    return text.removesuffix(script.BODY.read_text())
+
+
+def values_of(text: str, place: Path) -> dict[str, list[str]]:
+    """What the shell makes of a script's variables."""
+    names = ("run", "python", "container", "srun_arguments", "overrides", "VALUE")
+    ask = "set +u\n" + "".join(f'printf "%s\\0" {name} "${{#{name}[@]}}" "${{{name}[@]}}"\n' for name in names)
+    done = subprocess.run(["bash", "-c", header(text) + ask], cwd=place, capture_output=True, text=True, check=True)
+    words, found = done.stdout.split("\0"), {}
+    while len(words) > 1:
+        name, count = words[0], int(words[1])
+        found[name], words = words[2 : 2 + count], words[2 + count :]
+    return found
+
+
+def test_a_chain_has_a_job_for_each_stage_with_nodes_of_its_own(place: Path) -> None:
+    alone = ["parallel.tensor=1", "teacher.micro_batch_size=4", "distil.micro_batch_size=4"]
+    chain = Chain([*LOCAL, "cluster.stages.distil.nodes=4", "cluster.stages.distil.time=2-00", *alone])
+    assert [job.label for job in chain.jobs] == [f"{n:02}-{stage}" for n, stage in enumerate(PIPELINE, start=1)]
+    chain.write()
+    jobs = {job.stage: job for job in chain.jobs}
+    assert jobs["distil"].size() == "4 nodes, 1 process on each" and jobs["corpus"].size() == "1 node, 1 process"
+    text = jobs["distil"].script.read_text()
+    for line in ("--nodes=4", "--time=2-00", "--signal=B:USR1@120", "--open-mode=append", "--requeue"):
+        assert f"#SBATCH {line}\n" in text
+    assert f"#SBATCH --output={place}/runs/quickstart/slurm/logs/%x_%j.log\n" in text
+    assert "parallel.processes=4" in jobs["distil"].overrides and "parallel.processes=2" in jobs["prune"].overrides
+    assert "parallel.processes: 4" not in text and "processes: 4" in jobs["distil"].settings.read_text()
+    assert not any(o.startswith("cluster") for o in jobs["distil"].overrides)  # sites' files are not in images
+    for job in chain.jobs:
+        subprocess.run(["bash", "-n", str(job.script)], check=True)
+
+
+def test_a_run_in_steps_has_a_job_for_each_part(place: Path) -> None:
+    chain = Chain(["experiment=quickstart_iterative", "cluster=local", "stage=[prune,distil]", "run.name=x"][:2])
+    assert [job.label[3:] for job in chain.jobs] == [
+        *("corpus", "teacher", "step1-prune", "step1-distil", "prune", "distil", "evaluate", "export", "report")
+    ]
+    first = chain.jobs[3]
+    assert first.name == "quickstart_iterative-step1-distil"
+    assert first.stage_directory == place / "runs" / "quickstart_iterative" / "step1" / "distil"
+    for job in chain.jobs:  # what the nodes get, composes there to where the chain says that it is
+        config = compose(list(job.overrides))
+        assert str(job.stage_directory) == f"{config.run.directory}/{config.run.name}/{job.stage}"
+
+
+def test_what_is_finished_is_left_out(place: Path) -> None:
+    config = compose(["experiment=quickstart", f"run.directory={place}/runs"])
+    attempt = begin(config, "corpus", lambda line: None)
+    (place / "runs" / "quickstart" / "corpus" / "train.bin").write_text("tokens")
+    attempt.finish({})
+    chain = Chain([*LOCAL, "stage=[corpus,teacher]"])
+    assert [job.stage for job in chain.jobs] == ["teacher"] and "01-corpus: finished already" in chain.left_out[0]
+    with pytest.raises(UserError, match="data.test_fraction: 0.02 -> 0.1"):
+        Chain([*LOCAL, "data.test_fraction=0.1"])
+
+
+def test_settings_are_checked_for_the_nodes_and_not_for_this_machine(place: Path) -> None:
+    (place / "model").mkdir()
+    shape = {"architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128}
+    shape |= {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    (place / "model" / "config.json").write_text(json.dumps(shape))
+    with pytest.raises(UserError, match="a divisor of the teacher's 4 attention heads, found 8"):
+        given = ["model=given", "model.path=model", "teacher=take", "student=custom", "student.hidden_size=32"]
+        Chain([*LOCAL, *given, "cluster.nodes=8", "parallel=tp8"])
+    given = ["experiment=quickstart", "cluster=ngc", "distil.optimizer=transformer_engine", "parallel.tensor=1"]
+    given += ["parallel.device=cuda", "teacher.global_batch_size=128", "distil.global_batch_size=128"]
+    with pytest.raises(UserError, match="transformer_engine without transformer_engine"):
+        Chain(given)  # without an image it is this machine's Python that will run
+    found = Chain([*given, "cluster.image=stillhouse", f"cluster.mounts=[{place}]"]).jobs
+    assert {job.nodes.gpus_per_node for job in found if job.ranks} == {8}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["cluster=none"], "expected a site"),
+        (["stage=plan"], "python -m pipelines stage=plan"),
+        (["cluster.account='a b'"], "cluster.account"),
+        (["cluster.partition='x\n#SBATCH --uid=0'"], "cluster.partition"),
+        (["cluster.qos='$(id)'"], "cluster.qos"),
+        (["cluster.constraint='a;b'"], "cluster.constraint"),
+        (["cluster.stages.distil.partition='a\tb'"], "cluster.stages.distil.partition"),
+        (["run.name='a b'"], "run.name"),
+        (["run.name='a\nb'"], "run.name"),
+        (["run.directory='a%j'"], "run.directory"),
+        (["cluster.time=4h"], "cluster.time"),
+        (["cluster.time='1:00'"], "more than cluster.warning_seconds"),
+        (["cluster.grace_seconds=100"], "cluster.grace_seconds"),
+        (["cluster.stages.corpus.nodes=2"], "it has no ranks"),
+        (["cluster.sbatch_arguments=['--comment=a b']"], "cluster.sbatch_arguments[0]"),
+        (["cluster.sbatch_arguments=['--mem=0\n#SBATCH --uid=0']"], "cluster.sbatch_arguments[0]"),
+        (["cluster.sbatch_arguments=['--signal=USR2']"], "another option than --signal"),
+        (["cluster.sbatch_arguments=['--dep=1']"], "another option than --dependency"),
+        (["cluster.srun_arguments=['-N4']"], "cluster.srun_arguments[0]"),
+        (["cluster.srun_arguments=['--label\n']"], "cluster.srun_arguments[0]"),
+        (["cluster.environment=[{name: A, value: b}]"], "the reason for A"),
+        (['cluster.environment=[{name: A, value: b, why: "c\nrm -rf x"}]'], "cluster.environment[0].why"),
+        (['cluster.environment=[{name: A, value: "b\nc", why: d}]'], "cluster.environment[0].value"),
+        (["cluster.environment=[{name: 'A B', value: b, why: c}]"], "a variable's name"),
+        (["cluster.environment=[{name: HF_TOKEN, value: b, why: c}]"], "no secret"),
+        (["cluster.environment=[{name: SLURM_CONF, value: b, why: c}]"], "a variable of your own"),
+        (["cluster.python='a\nb'"], "cluster.python"),
+        (["cluster.mounts=[/a]"], "none without cluster.image"),
+        (["cluster.image=a/b.sqsh"], "an absolute path to the .sqsh"),
+        (["cluster.image=/a/b.sqsh"], "an existing file"),
+        (["cluster.image=x", "cluster.mounts=['/a,/b']"], "without commas"),
+        (["cluster.image=x", "cluster.mounts=[a:b]"], "/source:/target"),
+        (["cluster.image=x", "cluster.mounts=[/somewhere]"], "run.directory: expected a path that is mounted"),
+        (["cluster.image=x", "cluster.mounts=['/:/host']"], "run.directory: expected a path that is mounted"),
+        (["cluster.workdir=/tmp"], "run.directory: expected an absolute path with cluster.workdir"),
+    ],
+)
+def test_what_no_script_can_hold_is_one_message(place: Path, overrides: list[str], part: str) -> None:
+    with pytest.raises(UserError) as error:
+        Chain([*LOCAL, *overrides])
+    assert part in str(error.value)
+    assert not (place / "runs").exists()
+
+
+def test_no_string_of_the_settings_is_taken_for_a_command(place: Path) -> None:
+    """Through everything that may be any text: the shell gives each back as it was, and does nothing else."""
+    chain = Chain([*LOCAL, "cluster.image=x", f"cluster.mounts=[{place}]"])
+    cluster = chain.cluster
+    cluster.image, cluster.workdir, cluster.python = EVIL, f"{place}/{EVIL}", EVIL
+    cluster.mounts.append(f"/{EVIL}:/{EVIL}")
+    cluster.srun_arguments = [f"--comment={EVIL}"]
+    cluster.environment[0].name, cluster.environment[0].value = "VALUE", EVIL
+    cluster.environment[0].why = "why $(touch hit) `touch hit`"
+    job = script.Job(**{**vars(chain.jobs[0]), "overrides": (f"export.prompt={EVIL}", EVIL)})
+    text = script.render(job, cluster, place)
+    found = values_of(text, place)
+    assert found["overrides"] == [f"export.prompt={EVIL}", EVIL] and found["VALUE"] == [EVIL]
+    assert found["python"] == [EVIL] and found["srun_arguments"] == [f"--comment={EVIL}"]
+    mounts = f"--container-mounts={place}:{place},/{EVIL}:/{EVIL}"
+    workdir = f"--container-workdir={place}/{EVIL}"
+    assert found["container"] == [f"--container-image={EVIL}", mounts, workdir, "--no-container-mount-home"]
+    assert not list(place.rglob("hit"))
+    here = place / "it's $(touch hit) here"
+    here.mkdir()
+    cluster.image = None
+    cluster.workdir = None
+    shell = header(script.render(job, cluster, here)) + "pwd"
+    done = subprocess.run(["bash", "-c", shell], cwd=place, capture_output=True, text=True)
+    assert done.stdout == f"{here}\n" and not list(place.rglob("hit"))
+
+
+def test_an_override_with_a_line_break_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--dry-run", *LOCAL, "export.prompt='a\n#SBATCH --uid=0'"]) == 2
+    assert "characters that can be printed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("image", "name"),
+    [
+        ("nvcr.io/nvidia/nemo:25.11", "nvcr.io#nvidia/nemo:25.11"),
+        ("nvcr.io#nvidia/nemo:25.11", "nvcr.io#nvidia/nemo:25.11"),
+        ("localhost:5000/stillhouse", "localhost:5000#stillhouse"),
+        ("team/stillhouse:1", "team/stillhouse:1"),
+        ("stillhouse", "stillhouse"),
+        ("/images/stillhouse.sqsh", "/images/stillhouse.sqsh"),
+    ],
+)
+def test_an_image_is_named_as_enroot_names_it(image: str, name: str) -> None:
+    assert script.enroot_name(image) == name
+
+
+@pytest.mark.parametrize(
+    ("time", "limit"),
+    [("30", 1800), ("1:30", 90), ("04:00:00", 14400), ("1-0", 86400), ("1-02:03", 93780), ("1-02:03:04", 93784)],
+)
+def test_time_limits_are_read_as_slurm_reads_them(time: str, limit: int) -> None:
+    assert seconds(time) == limit
+
+
+def test_gpus_are_asked_for_as_the_site_wants_it(place: Path) -> None:
+    wanted = {"gpus_per_node": "--gpus-per-node=8", "gres": "--gres=gpu:8", "none": None}
+    for request, line in wanted.items():
+        config = compose(["cluster=ngc", f"cluster.gpu_request={request}"])
+        job = script.Job("r", "04-distil", "distil", True, of_stage(config.cluster, "distil"), (), place, place)
+        options = script.sbatch_options(job, config.cluster)
+        assert [o for o in options if o.startswith(("--gpu", "--gres"))] == ([line] if line else [])
+        assert "--exclusive" in options and "--mem=0" in options
+        assert job.nodes.processes_per_node == 8
+
+
+def test_every_stage_can_be_a_job_or_says_that_it_needs_none() -> None:
+    local = {"plan", "fetch"}  # of the machine where they are typed
+    assert {field.name for field in fields(StagesConfig)} == STAGES.keys() - local
+
+
+def test_a_dry_run_writes_nothing_twice_and_needs_no_slurm(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert main(["--dry-run", *LOCAL]) == 0
+    out, error = capsys.readouterr()
+    home = place / "runs" / "quickstart" / "slurm"
+    assert f"sbatch --parsable --dependency=afterok:JOB1 --kill-on-invalid-dep=yes {home}/02-teacher.sh" in out
+    assert "expected SLURM's commands on this machine, found none" in error
+    before = {file.name: file.read_bytes() for file in home.glob("0*")}
+    assert main(["--dry-run", *LOCAL]) == 0
+    assert {file.name: file.read_bytes() for file in home.glob("0*")} == before and len(before) == 2 * len(PIPELINE)
+    assert main(LOCAL) == 2
+    assert "--dry-run" in capsys.readouterr().err
+
+
+def pretend(place: Path, monkeypatch: pytest.MonkeyPatch, **programs: str) -> None:
+    """SLURM's commands as shell lines; each notes its arguments in calls."""
+    directory = place / "bin"
+    directory.mkdir()
+    for name, body in programs.items():
+        (directory / name).write_text(f'#!/bin/bash\necho {name} "$@" >>{shlex.quote(str(place / "calls"))}\n{body}\n')
+        (directory / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
+
+
+def test_where_slurm_refuses_a_job_those_before_it_are_cancelled(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refuse = 'case "$*" in *03-prune*) echo "invalid account" >&2; exit 1 ;; *) wc -l <calls ;; esac'
+    pretend(place, monkeypatch, squeue="exit 0", sbatch=refuse, scancel="exit 0")
+    assert main(LOCAL) == 2
+    assert "invalid account" in capsys.readouterr().err
+    assert (place / "calls").read_text().splitlines()[-1] == "scancel 2 3"
+    assert not (place / "runs" / "quickstart" / "slurm" / "chain.json").exists()
+
+
+def test_jobs_of_a_run_are_known_by_their_scripts(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = place / "runs" / "a" / "slurm"
+    lines = [f"7|RUNNING|a-teacher|{home}/02-teacher.sh", f"8|PENDING|b|{place}/runs/b/slurm/1.sh", "9|PENDING|x|"]
+    pretend(place, monkeypatch, squeue="\n".join(f"echo {shlex.quote(line)}" for line in lines))
+    assert queue.jobs_of(home) == [queue.Queued("7", "RUNNING", "a-teacher")]
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
+def test_a_script_is_clean_shell(place: Path) -> None:
+    chain = Chain(LOCAL)
+    chain.write()
+    subprocess.run(["shellcheck", "--severity=warning", str(chain.jobs[1].script)], check=True)
+
+
+def test_a_site_is_needed_before_anything_is_checked() -> None:
+    with pytest.raises(UserError, match="cluster: expected a site"):
+        check(compose(["experiment=quickstart"]), ["distil"])
