@@ -259,6 +259,21 @@ def test_a_process_id_that_came_again_is_no_live_writer(tmp_path: Path) -> None:
     assert lock.is_alive(holder | {"start": lock._start_time(os.getpid())}, path)
 
 
+def test_what_the_same_job_has_locked_on_a_node_that_died_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch job that is started again elsewhere, or a job that continues it (pipelines/cluster/job.sh)."""
+    path = tmp_path / "lock"
+    path.write_text(json.dumps({"pid": 1, "start": 1, "host": "elsewhere", "job": "17"}))
+    monkeypatch.setenv(lock.JOB, "18")
+    with pytest.raises(UserError, match="process 1 on elsewhere"):
+        lock.Lock(path, print)
+    monkeypatch.setenv(lock.JOB, "17")
+    held = lock.Lock(path, print)
+    assert json.loads(path.read_text())["job"] == "17"
+    held.release()
+
+
 def test_a_writer_on_another_host_lives_as_long_as_it_refreshes_its_lock(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     path.write_text(json.dumps({"pid": 1, "start": 1, "host": "another-host"}))

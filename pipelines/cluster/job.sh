@@ -4,6 +4,7 @@
 state=$directory/state
 counter=$state/$part.restarts  # restarts in a row without a new checkpoint, and the newest one then
 running=$state/$part.running   # there while an attempt has not ended in order
+found=                         # the newest checkpoint when the stage was started
 attempt=0                      # starts of the stage in this allocation
 asked=                         # the signal that asked us to stop
 late=                          # the signal that was sent to processes that did not stop in time
@@ -101,9 +102,11 @@ continue_in_new_job() {  # reason
   exit 75
 }
 
+newest_checkpoint() { ls -1 "$checkpoints" 2>/dev/null | grep '^step-' | sort | tail -n 1; }
+
 count_restart() {  # reason: one restart more, or the end
   local count=0 before='' newest
-  newest=$(ls -1 "$checkpoints" 2>/dev/null | grep '^step-' | sort | tail -n 1)
+  newest=$(newest_checkpoint)
   if [ -f "$counter" ]; then read -r count before <"$counter"; fi
   [ "$newest" = "$before" ] || count=0
   [ "$count" -lt "$restarts" ] || for_good 1 "$1, after $count restarts without a new checkpoint"
@@ -162,6 +165,7 @@ start_stage() {  # in the background; its process in $step
       --rdzv-backend=c10d "--rdzv-endpoint=${address:-${hosts[0]}}:$port" "--rdzv-id=$number"
       -m pipelines "${overrides[@]}")
   fi
+  found=$(newest_checkpoint)
   touch "$running"
   # A task that has ended well waits for rank 0, which may still write and hash: for long. One that fails ends all.
   srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 --wait=3600 \
@@ -187,13 +191,18 @@ read_verdict() {  # into $verdict, a number or nothing, and $message, its last l
   message=${message//\\\"/\"}
 }
 
-stopped() {  # saved as it was asked
-  rm -f "$counter"
+stopped() {  # as it was asked
   if [ "$asked" = TERM ]; then  # SLURM ends the job, and requeues it by itself where it should
     rm -f "$running"
     if [ "$requeue" != true ] && [ "$(job_state)" = PREEMPTED ]; then continue_in_new_job "preempted"; fi
     say "stage $stage has saved and stopped as SLURM asked; it continues when this job, or the chain, starts again"
     exit 75
+  fi
+  # A limit that is too short for anything to be saved would go on for ever.
+  if [ "$(newest_checkpoint)" = "$found" ]; then
+    count_restart "stage $stage has stopped without anything new to save"
+  else
+    rm -f "$counter"
   fi
   again "stage $stage has saved and stopped"
 }
@@ -204,7 +213,10 @@ if [ -e "$running" ]; then count_restart "the last attempt ended without a word,
 while true; do
   check_nodes
   if [ "$asked" = TERM ]; then stopped; fi
-  [ -z "$asked" ] || again "asked to stop before stage $stage began"
+  if [ -n "$asked" ]; then
+    count_restart "stage $stage was asked to stop before it began"
+    again "no time is left"
+  fi
   start_stage
   wait_for "$step"
   read_verdict

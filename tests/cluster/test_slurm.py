@@ -5,6 +5,7 @@ told to stop, what is started again, and when it ends.
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,12 +17,15 @@ from typing import Any
 
 import pytest
 
+from pipelines.artifacts import begin
+from pipelines.compose import compose
 from tests import slurm
 from tests.slurm import Slurm, wait_for
+from tests.test_pipeline import SMALL
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = str(ROOT / "launchers" / "slurm.sh")
-SETTINGS = ["experiment=quickstart", "cluster=local", "cluster.preflight=false", "stage=[corpus,teacher,prune]"]
+SETTINGS = ["experiment=quickstart", "cluster=local", "cluster.preflight=false", "stage=[teacher,prune]"]
 
 pytestmark = [
     pytest.mark.slow,
@@ -41,10 +45,19 @@ def cluster() -> Iterator[Slurm]:
 class Run:
     """One run on the cluster, whose stages do what `play` says."""
 
-    def __init__(self, cluster: Slurm, place: Path) -> None:
+    def __init__(self, cluster: Slurm, place: Path, plays: bool = True) -> None:
         self.cluster, self.place, self.home = cluster, place, place / "runs" / place.name
-        (place / "sitecustomize.py").write_text((Path(__file__).parent / "play.py").read_text())
+        if plays:
+            (place / "sitecustomize.py").write_text((Path(__file__).parent / "play.py").read_text())
+        self.environment = cluster.environment | {"PYTHONPATH": str(place), "PYTHON": sys.executable}
         self.play()
+
+    def make_corpus(self) -> None:
+        """As if an earlier chain had: a job less to wait for."""
+        settings = [f"run.directory={self.place / 'runs'}", f"run.name={self.place.name}", "experiment=quickstart"]
+        attempt = begin(compose(settings), "corpus", lambda line: None)
+        (self.home / "corpus" / "tokens").write_text("")
+        attempt.finish({})
 
     def play(self, **stages: dict[str, Any]) -> None:
         (self.place / "play.json").write_text(json.dumps(stages))
@@ -56,7 +69,7 @@ class Run:
         done = subprocess.run(
             [LAUNCHER, *settings, *overrides],
             cwd=self.place,
-            env=self.cluster.environment | {"PYTHONPATH": str(self.place), "PYTHON": sys.executable},
+            env=self.environment,
             capture_output=True,
             text=True,
             timeout=120,
@@ -75,6 +88,14 @@ class Run:
     def log(self, stage: str, job: str) -> str:
         return (self.home / "slurm" / "logs" / f"{self.place.name}-{stage}_{job}.log").read_text()
 
+    def end(self) -> None:
+        """Of its jobs that are left."""
+        lines = [line.split("|") for line in self.cluster.ask("squeue", "--noheader", "--format=%i|%o").splitlines()]
+        if jobs := [job for job, command in lines if command.startswith(str(self.home))]:
+            self.cluster.ask("scancel", *jobs)
+            for job in jobs:
+                self.cluster.end(job)
+
     def notes(self, name: str) -> list[str]:
         file = self.home / name
         return file.read_text().splitlines() if file.exists() else []
@@ -87,120 +108,192 @@ class Run:
 def run(cluster: Slurm, tmp_path: Path) -> Iterator[Run]:
     found = Run(cluster, tmp_path)
     yield found
-    if jobs := [line for line in cluster.ask("squeue", "--noheader", "--format=%i").split() if line]:
-        cluster.ask("scancel", *jobs)
-        wait_for(lambda: not cluster.ask("squeue", "--noheader"), "jobs to end")
+    found.end()
+
+
+@pytest.fixture
+def begun(run: Run) -> Run:
+    """A run whose corpus is there."""
+    run.make_corpus()
+    return run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warned(cluster: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Run, str]]:
+    """(run, job) whose teacher SLURM warns twenty seconds after its start, or at its next look half a minute later: the
+    other tests go on meanwhile."""
+    run = Run(cluster, tmp_path_factory.mktemp("warned"))
+    run.make_corpus()
+    run.play(teacher={"steps": 500, "unsaved": True})
+    limits = ["cluster.time='2:00'", "cluster.warning_seconds=100", "cluster.grace_seconds=50"]
+    yield run, run.submit("stage=teacher", *limits)["teacher"]
+    run.end()
 
 
 def test_a_chain_goes_over_two_nodes_and_a_second_one_waits(run: Run, cluster: Slurm) -> None:
     run.play(teacher={"steps": 40})
-    dry = run.launch("--dry-run")
+    stages = "stage=[corpus,teacher,prune]"
+    dry = run.launch("--dry-run", stages)
     scripts = {file.name: file.read_bytes() for file in (run.home / "slurm").glob("*.sh")}
-    assert "nothing was submitted" in dry and not cluster.ask("squeue", "--noheader")
-    jobs = run.submit()
+    assert "nothing was submitted" in dry and not run.logs()
+    jobs = run.submit(stages)
     assert {file.name: file.read_bytes() for file in (run.home / "slurm").glob("*.sh")} == scripts
     for name, stage in zip(sorted(scripts), jobs, strict=True):
         taken = cluster.ask("scontrol", "write", "batch_script", jobs[stage], "-")
         assert taken.encode().rstrip(b"\0\n") == scripts[name].rstrip(b"\n")
     assert cluster.show(jobs["teacher"])["Dependency"] == f"afterok:{jobs['corpus']}(unfulfilled)"
-    refused = run.launch(code=2)
+    refused = run.launch(stages, code=2)
     assert all(job in refused for job in jobs.values()) and "scancel" in refused
     assert [cluster.end(job) for job in jobs.values()] == ["COMPLETED"] * 3
-    assert sorted(run.notes("teacher.starts")) == ["0 of 2 on node1", "1 of 2 on node2"]
+    starts = [line.split(" of 2 on ") for line in sorted(run.notes("teacher.starts"))]  # torchrun chooses who is rank 0
+    assert [rank for rank, _ in starts] == ["0", "1"] and {node for _, node in starts} == {"node1", "node2"}
     assert run.notes("corpus.starts") == ["0 of 1 on node1"]
     assert all(map(run.is_complete, jobs))
     assert "stage prune" in run.log("prune", jobs["prune"]).splitlines()[-1]
-    assert "nothing is left to do" in run.launch()
+    assert "nothing is left to do" in run.launch(stages)
 
 
-def test_before_the_time_limit_a_stage_saves_and_its_job_is_requeued(run: Run, cluster: Slurm) -> None:
-    """SLURM gives its warning when as many seconds are left as the script asks for."""
-    run.play(teacher={"steps": 300, "unsaved": True})
-    settings = ["cluster.stages.teacher.time='2:00'", "cluster.warning_seconds=115", "cluster.grace_seconds=50"]
-    jobs = run.submit(*settings, "stage=[corpus,teacher]")
+def test_a_requeued_job_is_not_stopped_by_its_own_old_stop_file(begun: Run, cluster: Slurm) -> None:
+    """Preempted as an administrator does it: SLURM ends the job and puts it back into the queue."""
+    begun.play(teacher={"steps": 60})
+    jobs = begun.submit("stage=teacher")
+    wait_for(lambda: begun.notes("teacher.from"), "the teacher to train", 240)
+    cluster.ask("scontrol", "requeue", jobs["teacher"])
     assert cluster.end(jobs["teacher"]) == "COMPLETED"
-    log = run.log("teacher", jobs["teacher"])
+    assert cluster.show(jobs["teacher"])["Restarts"] == "1"
+    assert begun.is_complete("teacher")
+
+
+def test_a_killed_rank_is_started_again_in_place(begun: Run, cluster: Slurm) -> None:
+    begun.play(teacher={"steps": 30, "fault": "kill"})
+    jobs = begun.submit("stage=teacher")
+    assert cluster.end(jobs["teacher"]) == "COMPLETED"
+    assert cluster.show(jobs["teacher"])["Restarts"] == "0"
+    assert "restart 1 of at most 3, from step-0000010" in begun.log("teacher", jobs["teacher"])
+    assert {"0: 0", "0: 10"} == {line for line in begun.notes("teacher.from") if line.startswith("0")}
+
+
+def test_what_is_killed_each_time_ends_for_good_and_so_does_the_chain(begun: Run, cluster: Slurm) -> None:
+    begun.play(teacher={"steps": 30, "fault": "kill", "always": True, "unsaved": True})
+    jobs = begun.submit("cluster.restarts=1")
+    assert cluster.end(jobs["teacher"]) == "FAILED"
+    assert cluster.end(jobs["prune"], 30) in ("CANCELLED", "GONE")
+    last = begun.log("teacher", jobs["teacher"]).splitlines()[-1]
+    assert "stage teacher" in last and "ended for good" in last and "after 1 restarts without a new checkpoint" in last
+
+
+def test_a_stage_that_fails_for_good_ends_the_chain_which_then_continues(begun: Run, cluster: Slurm) -> None:
+    begun.play(teacher={"fault": "user"})
+    jobs = begun.submit()
+    assert cluster.end(jobs["teacher"]) == "FAILED"
+    assert cluster.show(jobs["teacher"])["ExitCode"] == "2:0"
+    assert cluster.end(jobs["prune"], 30) in ("CANCELLED", "GONE")
+    last = begun.log("teacher", jobs["teacher"]).splitlines()[-1]
+    assert "stage teacher" in last and "data.sources: expected text, found none. Give some." in last
+    begun.play()
+    again = begun.submit()
+    assert list(again) == ["teacher", "prune"]
+    assert [cluster.end(job) for job in again.values()] == ["COMPLETED"] * 2
+
+
+def test_a_node_that_fails_its_check_is_left_out(begun: Run, cluster: Slurm) -> None:
+    """The interpreter of the nodes is one that fails the check on the first of them alone."""
+    python = begun.place / "python"
+    check = '[ "$2 $SLURMD_NODENAME" != "pipelines.preflight node1" ] || { echo "FAILED  disk  found none"; exit 3; }'
+    python.write_text(f'#!/bin/bash\n{check}\n[ "$2" = pipelines.preflight ] || exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    settings = ["cluster.preflight=true", f"cluster.python={python}", "cluster.nodes=1"]
+    jobs = begun.submit(*settings)
+    assert cluster.end(jobs["teacher"]) == "FAILED"
+    log = begun.log("teacher", jobs["teacher"])
+    assert "node node1 failed its check (exit code 3):" in log and "FAILED  disk  found none" in log
+    new = re.search(r"job (\d+) continues without node1", log)
+    assert new and cluster.end(new[1]) == "COMPLETED"
+    assert begun.notes("teacher.starts") == ["0 of 1 on node2"]
+
+
+def test_processes_run_in_the_container_as_pyxis_takes_it(begun: Run, cluster: Slurm) -> None:
+    """A stand-in for pyxis on the path before srun: it refuses what pyxis would, notes its options and drops them."""
+    image, stand_in = begun.place / "stillhouse.sqsh", begun.place / "bin" / "srun"
+    image.touch()
+    stand_in.parent.mkdir()
+    stand_in.write_text((Path(__file__).parent / "pyxis.sh").read_text())
+    stand_in.chmod(0o755)
+    begun.environment |= {"PATH": f"{stand_in.parent}:{os.environ['PATH']}", "NOTED": str(begun.place / "noted")}
+    begun.environment |= {"REAL_SRUN": str(slurm.find("srun"))}
+    mounts = f"cluster.mounts=[{begun.place},'/usr/share:/data:ro']"
+    settings = [f"cluster.image={image}", mounts, f"cluster.python={sys.executable}"]
+    jobs = begun.submit(*settings, "stage=teacher")
+    assert cluster.end(jobs["teacher"]) == "COMPLETED", begun.logs()
+    assert (begun.place / "noted").read_text().splitlines() == [
+        f"--container-image={image}",
+        f"--container-mounts={begun.place}:{begun.place},/usr/share:/data:ro",
+        f"--container-workdir={begun.place}",
+        "--no-container-mount-home",
+    ]
+
+
+def test_without_requeueing_a_new_job_continues_and_dependents_follow_it(begun: Run, cluster: Slurm) -> None:
+    begun.play(teacher={"steps": 60})
+    jobs = begun.submit("cluster.requeue=false")
+    wait_for(lambda: begun.notes("teacher.from"), "the teacher to train", 240)
+    cluster.ask("scancel", "--batch", "--signal=USR1", jobs["teacher"])
+    assert cluster.end(jobs["teacher"]) == "FAILED"
+    log = begun.log("teacher", jobs["teacher"])
+    new = re.search(r"job (\d+) continues", log)
+    assert new and f"job {jobs['prune']} waits for job {new[1]} now" in log
+    assert cluster.end(new[1]) == "COMPLETED"
+    assert cluster.end(jobs["prune"]) == "COMPLETED"
+    assert begun.is_complete("prune")
+
+
+def test_processes_that_do_not_stop_in_time_are_ended(begun: Run, cluster: Slurm) -> None:
+    begun.play(teacher={"steps": 10_000, "deaf": True})
+    jobs = begun.submit("stage=teacher", "cluster.grace_seconds=3", "cluster.restarts=0")
+    wait_for(lambda: begun.notes("teacher.from"), "the teacher to train", 240)
+    cluster.ask("scancel", "--batch", "--signal=USR1", jobs["teacher"])
+    assert cluster.end(jobs["teacher"]) == "FAILED"
+    assert "not stopped after 3 s: ending the processes" in begun.log("teacher", jobs["teacher"])
+
+
+def test_before_the_time_limit_a_stage_saves_and_its_job_is_requeued(warned: tuple[Run, str], cluster: Slurm) -> None:
+    run, job = warned
+    assert cluster.end(job) == "COMPLETED"
+    log = run.log("teacher", job)
     assert "SIGUSR1: asking stage teacher to save and stop" in log and "requeueing job" in log
     starts = [int(line.partition(": ")[2]) for line in run.notes("teacher.from") if line.startswith("0")]
     assert starts[0] == 0 and starts == sorted(starts) and len(starts) >= 2 and starts[1] > 0
 
 
-def test_a_requeued_job_is_not_stopped_by_its_own_old_stop_file(run: Run, cluster: Slurm) -> None:
-    """Preempted as an administrator does it: SLURM ends the job and puts it back into the queue."""
-    run.play(teacher={"steps": 60})
-    jobs = run.submit("stage=[corpus,teacher]")
-    wait_for(lambda: run.notes("teacher.from"), "the teacher to train", 240)
-    cluster.ask("scontrol", "requeue", jobs["teacher"])
-    assert cluster.end(jobs["teacher"]) == "COMPLETED"
-    assert cluster.show(jobs["teacher"])["Restarts"] == "1"
-    assert run.is_complete("teacher")
-
-
-def test_a_killed_rank_is_started_again_in_place(run: Run, cluster: Slurm) -> None:
-    run.play(teacher={"steps": 30, "fault": "kill"})
-    jobs = run.submit("stage=[corpus,teacher]")
-    assert cluster.end(jobs["teacher"]) == "COMPLETED"
-    assert cluster.show(jobs["teacher"])["Restarts"] == "0"
-    assert "restart 1 of at most 3, from step-0000010" in run.log("teacher", jobs["teacher"])
-    assert {"0: 0", "0: 10"} == {line for line in run.notes("teacher.from") if line.startswith("0")}
-
-
-def test_what_is_killed_each_time_ends_for_good_and_so_does_the_chain(run: Run, cluster: Slurm) -> None:
-    run.play(teacher={"steps": 30, "fault": "kill", "always": True, "unsaved": True})
-    jobs = run.submit("cluster.restarts=1")
-    assert cluster.end(jobs["teacher"]) == "FAILED"
-    assert cluster.end(jobs["prune"], 30) in ("CANCELLED", "GONE")
-    last = run.log("teacher", jobs["teacher"]).splitlines()[-1]
-    assert "stage teacher" in last and "ended for good" in last and "after 1 restarts without a new checkpoint" in last
-
-
-def test_a_stage_that_fails_for_good_ends_the_chain_which_then_continues(run: Run, cluster: Slurm) -> None:
-    run.play(teacher={"fault": "user"})
-    jobs = run.submit()
-    assert cluster.end(jobs["teacher"]) == "FAILED"
-    assert cluster.show(jobs["teacher"])["ExitCode"] == "2:0"
-    assert cluster.end(jobs["prune"], 30) in ("CANCELLED", "GONE")
-    last = run.log("teacher", jobs["teacher"]).splitlines()[-1]
-    assert "stage teacher" in last and "data.sources: expected text, found none. Give some." in last
-    run.play()
-    again = run.submit()
-    assert list(again) == ["teacher", "prune"]
-    assert [cluster.end(job) for job in again.values()] == ["COMPLETED"] * 2
-    assert len(run.notes("corpus.starts")) == 1
-
-
-def test_a_dead_node_is_left_out_and_the_stage_continues(run: Run, cluster: Slurm) -> None:
+def test_a_dead_node_is_left_out_and_the_stage_continues(begun: Run, cluster: Slurm) -> None:
     """Its daemon and all it runs are killed; SLURM takes the job back and starts it again once there are nodes."""
-    run.play(teacher={"steps": 80})
-    jobs = run.submit("stage=[corpus,teacher]")
-    wait_for(lambda: (run.home / "teacher" / "checkpoints" / "step-0000010").exists(), "a checkpoint", 240)
+    begun.play(teacher={"steps": 80})
+    jobs = begun.submit("stage=teacher")
+    wait_for(lambda: (begun.home / "teacher" / "checkpoints" / "step-0000010").exists(), "a checkpoint", 240)
     cluster.kill_node("node2")
     wait_for(lambda: cluster.show(jobs["teacher"]).get("Restarts") == "1", "SLURM to take the job back", 240)
     cluster.start_node("node2")
     cluster.ask("scontrol", "update", "NodeName=node2", "State=RESUME")
     assert cluster.end(jobs["teacher"]) == "COMPLETED"
-    starts = [int(line.partition(": ")[2]) for line in run.notes("teacher.from")]
-    assert max(starts) >= 10 and run.is_complete("teacher")
+    starts = [int(line.partition(": ")[2]) for line in begun.notes("teacher.from")]
+    assert max(starts) >= 10 and begun.is_complete("teacher")
 
 
-def test_without_requeueing_a_new_job_continues_and_dependents_follow_it(run: Run, cluster: Slurm) -> None:
-    run.play(teacher={"steps": 60})
-    jobs = run.submit("cluster.requeue=false")
-    wait_for(lambda: run.notes("teacher.from"), "the teacher to train", 240)
-    cluster.ask("scancel", "--batch", "--signal=USR1", jobs["teacher"])
-    assert cluster.end(jobs["teacher"]) == "FAILED"
-    log = run.log("teacher", jobs["teacher"])
-    new = re.search(r"job (\d+) continues", log)
-    assert new and f"job {jobs['prune']} waits for job {new[1]} now" in log
-    assert cluster.end(new[1]) == "COMPLETED"
-    assert cluster.end(jobs["prune"]) == "COMPLETED"
-    assert run.is_complete("prune")
-
-
-def test_processes_that_do_not_stop_in_time_are_ended(run: Run, cluster: Slurm) -> None:
-    run.play(teacher={"steps": 10_000, "deaf": True})
-    jobs = run.submit("stage=[corpus,teacher]", "cluster.grace_seconds=3", "cluster.restarts=0")
-    wait_for(lambda: run.notes("teacher.from"), "the teacher to train", 240)
-    cluster.ask("scancel", "--batch", "--signal=USR1", jobs["teacher"])
-    assert cluster.end(jobs["teacher"]) == "FAILED"
-    assert "not stopped after 3 s: ending the processes" in run.log("teacher", jobs["teacher"])
+def test_text_becomes_a_student_and_a_report_over_two_nodes(cluster: Slurm, tmp_path: Path) -> None:
+    """The real stages, tensor-parallel over both nodes; the distillation is asked to stop, requeued, and continues."""
+    run = Run(cluster, tmp_path, plays=False)
+    settings = [s for s in SMALL if not s.startswith(("export.", "teacher.steps"))]
+    stages = "stage=[corpus,teacher,prune,distil,evaluate,report]"
+    jobs = run.submit(*settings, stages, "teacher.steps=12", "distil.steps=25", "parallel=tp2")
+    metrics = run.home / "distil" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and '"step": 2' in metrics.read_text(), "the distillation to train", 900)
+    cluster.ask("scancel", "--batch", "--signal=USR1", jobs["distil"])
+    assert cluster.end(jobs["report"], 900) == "COMPLETED", run.logs()
+    assert cluster.show(jobs["distil"])["Restarts"] == "1"
+    log = run.log("distil", jobs["distil"])
+    assert "stage distil has saved and stopped: requeueing" in log and "continues from" in log
+    steps = [row["step"] for row in map(json.loads, metrics.read_text().splitlines()) if row["split"] == "train"]
+    assert sorted(set(steps)) == list(range(1, 26)) and len(steps) == len(set(steps))
+    layout = json.loads((run.home / "distil" / "manifest.json").read_text())["layout"]
+    assert (layout["processes"], layout["tensor"]) == (2, 2)
+    assert "closes" in run.log("report", jobs["report"]) and (run.home / "report" / "index.html").is_file()
