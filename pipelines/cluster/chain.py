@@ -33,9 +33,9 @@ class Chain:
         names = stage_names(submitted)
         for name in names:
             if not hasattr(self.cluster.stages, name):
+                known = ", ".join(vars(self.cluster.stages))
                 raise UserError(
-                    f"stage={name}: expected stages that become jobs, found one that needs none. Use "
-                    f"`python -m pipelines stage={name}` on this machine."
+                    f"stage={name}: expected some of {known}, found one that is no part of a chain. Use `python -m pipelines stage={name}`."
                 )
         cluster_checks.check(submitted, names)
         self.run, self.name = artifacts.run_directory(submitted).absolute(), submitted.run.name
