@@ -35,7 +35,8 @@ class Chain:
             if not hasattr(self.cluster.stages, name):
                 known = ", ".join(vars(self.cluster.stages))
                 raise UserError(
-                    f"stage={name}: expected some of {known}, found one that is no part of a chain. Use `python -m pipelines stage={name}`."
+                    f"stage={name}: expected some of {known}, found one that is no part of a chain. "
+                    f"Use `python -m pipelines stage={name}`."
                 )
         cluster_checks.check(submitted, names)
         self.run, self.name = artifacts.run_directory(submitted).absolute(), submitted.run.name
