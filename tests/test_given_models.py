@@ -10,10 +10,10 @@ import yaml
 
 from pipelines import planning
 from pipelines.compose import compose
-from pipelines.config import UserError
+from pipelines.config import Config, TeacherMode, UserError
 from pipelines.families import ModelShape, read_shape
 from pipelines.safetensors_header import ITEM_BYTES
-from pipelines.validation import validate
+from pipelines.validation import directories, validate
 from pipelines.vocabulary import tokenizer_size
 
 pytestmark = pytest.mark.usefixtures("machine_without_gpu")
@@ -347,6 +347,17 @@ def test_the_shape_of_a_nemo_checkpoint_is_that_of_its_settings(checkpoint: Path
     assert validate(config, ["plan"]) == []
     narrower = [f"model.path={checkpoint}", "teacher=take", "student=custom", "student.hidden_size=64"]
     assert "at most the teacher's 32" in refusal(["prune"], *narrower)
+
+
+def test_a_nemo_checkpoint_is_taken_with_a_warning(checkpoint: Path) -> None:
+    """Megatron opens its common.pt, a pickle: only the user can tell where it comes from."""
+    config = Config()
+    config.model.path = str(checkpoint)
+    (warning,) = directories.warnings(config, ["teacher", "prune"])
+    assert "common.pt is a pickle" in warning and "trust" in warning
+    assert directories.warnings(config, ["plan"]) == []
+    config.teacher.mode = TeacherMode.pretrain
+    assert directories.warnings(config, ["teacher"]) == []
 
 
 def test_classes_that_a_nemo_checkpoint_names_are_not_made(checkpoint: Path) -> None:

@@ -1,4 +1,4 @@
-"""Hugging Face weights into Megatron shards: each rank reads only the slices of its tensor and pipeline shard.
+"""Hugging Face weights into Megatron shards: of each shard one rank reads its slices and gives its replicas theirs.
 
 Where a tensor goes and how it is cut stands in pipelines/families.py; `shard_view` is the one place that knows how
 Megatron packs several tensors into one parameter. Writing back (export.py) reads through the same view.
@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.models.gpt import GPTModel
@@ -24,7 +25,9 @@ def load_hugging_face(model: GPTModel, directory: str | Path | Tensors, shape: M
     """Overwrite the parameters of this rank's shard in place, cast to their dtype; rows of padding become 0.
 
     model: built from `shape` under the current parallel_state, on any device. A rank holds its shard and the mapped
-    slice of one tensor. No collectives. Raises UserError where the directory does not hold the tensors of `shape`.
+    slice of one tensor. The first data-parallel (and context-parallel) rank of each shard reads the files, the others
+    only their headers: one broadcast per parameter over these replicas, so that a shared disk is read once however many
+    there are. Collective over them. Raises UserError where the directory does not hold the tensors of `shape`.
     """
     tensors = directory if isinstance(directory, Tensors) else Tensors(directory)
     tensors.expect_model(shape)
@@ -37,6 +40,8 @@ def load_hugging_face(model: GPTModel, directory: str | Path | Tensors, shape: M
     ]
     missing = Counter(target for _, _, target in places)
     assert set(missing) == set(parameters), f"parameters without a tensor: {sorted(set(parameters) - set(missing))}"
+    replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    reads, several = dist.get_rank(replicas) == 0, dist.get_world_size(replicas) > 1
     gathered: dict[str, torch.Tensor] = {}  # parameters in FP8, which are only written whole
     for name, tensor, target in places:
         parameter = parameters[target]
@@ -45,9 +50,14 @@ def load_hugging_face(model: GPTModel, directory: str | Path | Tensors, shape: M
             value = gathered.setdefault(
                 target, torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
             )
-        _read(tensors, name, tensor, value, shape)
+        if reads:
+            _read(tensors, name, tensor, value, shape)
         missing[target] -= 1
-        if not missing[target] and target in gathered:
+        if missing[target]:
+            continue
+        if several:
+            dist.broadcast(value, group=replicas, group_src=0)
+        if target in gathered:
             parameter.copy_(gathered.pop(target))
 
 

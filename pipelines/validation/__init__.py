@@ -95,7 +95,7 @@ def _validate(config: Config, stages: Collection[str]) -> list[str]:
     documents.check(config, used, ranks)
     directories.check_weights(config, stages)
     scores.check(config, stages, teacher)
-    return list(effects.warnings(config, ranks, stages, teacher, student))
+    return [*directories.warnings(config, stages), *effects.warnings(config, ranks, stages, teacher, student)]
 
 
 def _students(config: Config, stages: Collection[str], ranks: Layout, teacher: ModelShape) -> list[ModelShape]:

@@ -79,6 +79,18 @@ def _expect_directory(setting: str, given: str) -> None:
     expect(path.is_dir(), setting, "an existing directory", f"the file {given}", "Give the directory that it is in.")
 
 
+def warnings(config: Config, stages: Collection[str]) -> list[str]:
+    """What only the user can know of a directory that is given."""
+    path = config.model.path
+    pretrains = config.teacher.mode is TeacherMode.pretrain
+    if not path or pretrains or "teacher" not in stages or artifacts.is_hugging_face(path):
+        return []
+    return [
+        f"model.path={path} is a NeMo 2 checkpoint, whose {WEIGHTS}/common.pt is a pickle, which can run any code: go "
+        "on only if you trust where it comes from, or give the model in safetensors"
+    ]
+
+
 def check_weights(config: Config, stages: Collection[str]) -> None:
     """The safetensors headers of given models against their config.json; no weight is read."""
     given = []

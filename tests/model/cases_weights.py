@@ -64,6 +64,17 @@ def bytes_held(source: str, output: str, layout: dict[str, Any]) -> dict[str, in
     }
 
 
+def read_by_replicas(source: str, layout: dict[str, Any]) -> dict[str, Any]:
+    """Bytes that this rank read, where it stands, and its parameters as bytes; NaN where none were put."""
+    reading = _Reading()
+    readers = {name: reading.of(getattr(Tensors, name)) for name in ("slice", "__getitem__")}
+    with mock.patch.multiple(Tensors, **readers):
+        model, _ = _loaded(source, **layout)
+    parameters = {name: parameter.detach().numpy().tobytes() for name, parameter in named_parameters(model).items()}
+    place = (parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank())
+    return {"read": reading.total, "shard": sum(map(len, parameters.values())), "place": place, "weights": parameters}
+
+
 def build_error(source: str, layout: dict[str, Any]) -> str:
     return _error(lambda: _loaded(source, **layout))
 

@@ -195,6 +195,20 @@ def test_no_rank_holds_more_than_its_shard_and_one_tensor(ranks: RankPools, tmp_
     assert held[0]["allocated while saving"] >= largest, "the measurement sees nothing"
 
 
+@pytest.mark.parametrize("layout", ["dp2", "tp2_dp2"])
+def test_replicas_read_the_files_once_between_them_and_hold_the_same_bits(
+    ranks: RankPools, tmp_path: Path, layout: str
+) -> None:
+    write_random_model(tmp_path / "model", _small_shape(vocab_size=1024), seed=1)
+    processes, arguments = _layout(layout)
+    call = {"source": str(tmp_path / "model"), "layout": arguments}
+    found = ranks(processes, f"{CASES}:read_by_replicas", **call)
+    for place in {rank["place"] for rank in found}:
+        first, second = (rank for rank in found if rank["place"] == place)
+        assert (first["read"], second["read"]) == (first["shard"], 0)
+        assert first["weights"] == second["weights"]
+
+
 @pytest.mark.parametrize(
     ("settings", "layout", "message"),
     [
