@@ -125,7 +125,7 @@ def warned(cluster: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     run = Run(cluster, tmp_path_factory.mktemp("warned"))
     run.make_corpus()
     run.play(teacher={"steps": 500, "unsaved": True})
-    limits = ["cluster.time='2:00'", "cluster.warning_seconds=100", "cluster.grace_seconds=50"]
+    limits = ["cluster.time='2:00'", "cluster.warning_seconds=100", "cluster.grace_seconds=40"]
     yield run, run.submit("stage=teacher", *limits)["teacher"]
     run.end()
 
