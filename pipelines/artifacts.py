@@ -63,6 +63,8 @@ def run_directory(config: Config) -> Path:
 
 
 def stage_directory(config: Config, stage: str) -> Path:
+    if stage == "export" and config.export.step:
+        return run_directory(config) / f"export-step-{config.export.step:07d}"
     return (Path(config.run.directory) if STAGES[stage].of_machine else run_directory(config)) / stage
 
 
@@ -96,6 +98,11 @@ def student_directory(config: Config) -> Path:
     return stage_directory(config, "distil") / "hf"
 
 
+def kept_checkpoint(config: Config) -> Path:
+    """The checkpoint of distil that export.step names."""
+    return stage_directory(config, "distil") / "checkpoints" / f"step-{config.export.step:07d}"
+
+
 INPUTS: dict[str, Callable[[Config], list[Path]]] = {
     "sources": lambda config: [p for s in config.data.sources if s.path for p in _source_paths(s.path)],
     "tokenizer": lambda config: _tokenizer_files(config.data.tokenizer or config.model.path),
@@ -103,7 +110,10 @@ INPUTS: dict[str, Callable[[Config], list[Path]]] = {
     "corpus": lambda config: [corpus_directory(config)],
     "teacher": lambda config: [teacher_directory(config)],
     "start": lambda config: [student_start_directory(config)],
-    "student": lambda config: [student_directory(config)],
+    # The checksums stand for the files: they are of all of them, and hashed in no time.
+    "student": lambda config: [
+        kept_checkpoint(config) / "checksums.json" if config.export.step else student_directory(config)
+    ],
     "teacher_run": lambda config: [stage_directory(config, "teacher")],
     "pruning": lambda config: [stage_directory(config, "prune")],
     "distillation": lambda config: [stage_directory(config, "distil")],

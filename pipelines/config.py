@@ -153,7 +153,8 @@ class TrainingConfig:
     validation_interval: int = 50  # steps
     validation_batches: int = 4  # global batches
     checkpoint_interval: int = 50  # steps
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the last ones
+    keep_best: int = 0  # besides, of those saved at a step with a validation, the ones with the lowest loss there
     log_interval: int = 1  # steps
     # Steps of a run that may be left out because the loss or the gradient is not finite, or a spike; 0: the first one
     # ends the run. Their data is consumed, weights and optimizer stay as they were.
@@ -205,6 +206,9 @@ class EvaluateConfig:
 
 @dataclass
 class ExportConfig:
+    # Of a checkpoint that distil keeps, also while it trains: what it has trained by then, into
+    # <run.directory>/<run.name>/export-step-NNNNNNN/. None: the distilled student.
+    step: int | None = None
     nemo: bool = False  # also write a NeMo 2 checkpoint
     tolerance: float = 1e-3  # largest relative difference norm(a - b) / norm(b) of the reloaded logits
     prompt: str = "def main("

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pipelines import artifacts, console, stopping
+from pipelines import artifacts, console, processes, stopping
 from pipelines.config import Config, UserError, layout
 from pipelines.files import disk_error
 from pipelines.stages import STAGES
@@ -66,12 +66,12 @@ def run_stage(config: Config, stage: str, overrides: list[str]) -> None:
     except OSError as error:
         raise UserError(f"run.directory={config.run.directory}: expected a place to write, found: {error}.") from None
     start_of_log = log.stat().st_size if log.exists() else 0
-    processes = layout(config.parallel).processes if STAGES[stage].ranks else 1
+    count = layout(config.parallel).processes if STAGES[stage].ranks else 1
     try:
         with open(log, "a") as stderr:
             child = subprocess.Popen(
-                command(stage, processes, overrides),
-                env=environment(processes, exchange),
+                command(stage, count, overrides),
+                env=environment(count, exchange),
                 stderr=stderr,
                 start_new_session=True,  # Ctrl-C reaches the parent alone, which ends the children in order
                 preexec_fn=end_with_parent,
@@ -89,19 +89,19 @@ def refuse_when_asked(stage: str) -> None:
         raise Stopped(f"stopped as asked before {stage} began; the same command continues.")
 
 
-def command(stage: str, processes: int, overrides: list[str]) -> list[str]:
+def command(stage: str, count: int, overrides: list[str]) -> list[str]:
     own = [o for o in overrides if not re.match(r"\+*stage=", o)]
     start = [sys.executable]
     if STAGES[stage].ranks:
         start += ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-        start += [f"--nproc-per-node={processes}"]
+        start += [f"--nproc-per-node={count}"]
     return [*start, "-m", "pipelines", *own, f"stage={stage}"]
 
 
-def environment(processes: int, exchange: Path) -> dict[str, str]:
-    threads = max(1, (os.cpu_count() or 1) // processes)
+def environment(count: int, exchange: Path) -> dict[str, str]:
+    threads = max(1, (os.cpu_count() or 1) // count)
     defaults = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    return {**defaults, **os.environ, EXCHANGE: str(exchange)}
+    return {**defaults, **os.environ, EXCHANGE: str(exchange), processes.STARTED: str(time.time())}
 
 
 def end_with_parent() -> None:
@@ -237,6 +237,8 @@ def work(config: Config, stage: str) -> int:
         if stopped:
             exchange.end_together()
         return int(failure["code"])
+    finally:
+        os.environ[processes.STARTED] = str(time.time())  # of the next stage, where this process runs several
 
 
 def follows_from_a_lost_process(error: BaseException | None) -> bool:

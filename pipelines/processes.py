@@ -6,8 +6,11 @@ itself knows the last two under other names.
 
 import os
 import re
+import time
 
 from pipelines.config import UserError
+
+STARTED = "STILLHOUSE_STARTED"  # environment variable: seconds since 1970 at which the parent started this stage
 
 
 def rank() -> int:
@@ -45,6 +48,15 @@ def local_world_size() -> int:
         f"LOCAL_WORLD_SIZE: expected how many of the {world_size()} processes run on each machine, found neither it "
         "nor SLURM_STEP_TASKS_PER_NODE. Start the ranks with torchrun or srun, or set LOCAL_WORLD_SIZE."
     )
+
+
+def seconds_since_start() -> float:
+    """Since the command that started this process, as it says in STILLHOUSE_STARTED, else since this process itself."""
+    if given := os.environ.get(STARTED):
+        return time.time() - float(given)
+    with open("/proc/self/stat", "rb") as file:
+        ticks = int(file.read().rsplit(b")", 1)[1].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _each(name: str, text: str) -> int:

@@ -33,9 +33,9 @@ def run_bytes(
     training, teaches = config.distil, config.teacher.mode is not TeacherMode.take
     trained = student.parameters() + projections_by_stage(teacher, student, 1, losses)[0]
     one = checkpoint_bytes(trained, training)
-    checkpoints = (training.keep_checkpoints + 1) * one
+    checkpoints = _at_a_time(training) * one
     if teaches:
-        checkpoints += (config.teacher.keep_checkpoints + 1) * checkpoint_bytes(teacher.parameters(), config.teacher)
+        checkpoints += _at_a_time(config.teacher) * checkpoint_bytes(teacher.parameters(), config.teacher)
     weight = _width(training.precision)
     pruned = 0 if config.student.path else _width(config.prune.precision) * student.parameters()
     start = 4 * teacher.parameters() if config.teacher.mode is TeacherMode.pretrain else 0  # a random one, in fp32
@@ -56,6 +56,10 @@ def run_bytes(
         "corpus_is_counted": counted,
         "total": checkpoints + sum(models.values()) + corpus,
     }
+
+
+def _at_a_time(training: TrainingConfig) -> int:
+    return training.keep_checkpoints + training.keep_best + 1
 
 
 def _width(precision: Precision) -> int:

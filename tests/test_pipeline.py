@@ -7,16 +7,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
+from pipelines.report.record import OF_THE_MACHINE
 from pipelines.stages import PIPELINE
 from pipelines.stopping import EXIT_STOPPED, VERDICT
-from tests.trainer.test_runs import OF_THE_MACHINE
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -130,20 +130,18 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def started_until(step: int, directory: Path, name: str, *overrides: str) -> subprocess.Popen[str]:
-    """A distil that has logged that step."""
-    process = start(directory, f"run.name={name}", *overrides)
-    metrics = directory / name / "distil" / "metrics.jsonl"
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 600
-    while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
+    while not condition():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.02)
-    return process
 
 
 def kill_after_checkpoint(directory: Path, name: str, *overrides: str) -> None:
     """Start distil and end all of its processes with SIGKILL once a step behind the first checkpoint is logged."""
-    process = started_until(7, directory, name, *overrides)
+    process = start(directory, f"run.name={name}", *overrides)
+    metrics = directory / name / "distil" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and '"step": 7' in metrics.read_text(), process)
     for pid in [*descendants(process.pid), process.pid]:
         os.kill(pid, signal.SIGKILL)
     process.wait()
@@ -208,15 +206,17 @@ def test_a_finished_stage_is_left_alone_and_a_changed_setting_is_named(finished:
 def test_a_run_that_is_killed_and_then_stopped_continues_with_the_same_numbers(
     finished: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed, its newest checkpoint damaged, continued, asked to stop, continued to the end."""
+    """Killed, its newest checkpoint damaged, continued, asked to stop, continued to the end, exported meanwhile."""
     directory, _ = finished
-    overrides = ["distil.checkpoint_interval=3", *borrow(directory)]
+    overrides = ["distil.checkpoint_interval=3", "distil.keep_checkpoints=9", *borrow(directory)]
     kill_after_checkpoint(directory, "killed", *overrides)
     newest = sorted((directory / "killed" / "distil" / "checkpoints").glob("step-*"))[-1]
     largest = max(newest.rglob("*.distcp"), key=lambda file: file.stat().st_size)
     os.truncate(largest, 100)
     monkeypatch.setitem(ENVIRONMENT, VERDICT, str(directory / "verdict.json"))
-    process = started_until(7, directory, "killed", *overrides)
+    process = start(directory, "run.name=killed", *overrides)
+    damaged = newest.with_name(f"damaged-{newest.name}")
+    wait_for(lambda: damaged.exists() and newest.exists(), process)  # which is written again
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == EXIT_STOPPED, output
@@ -226,7 +226,13 @@ def test_a_run_that_is_killed_and_then_stopped_continues_with_the_same_numbers(
     verdict = json.loads((directory / "verdict.json").read_text())
     assert (verdict["code"], verdict["stage"]) == (EXIT_STOPPED, "distil") and str(last) in verdict["message"]
     assert not (directory / "killed" / "distil" / "lock").exists(), "rank 0 has ended by itself"
-    assert f"continues from {last}" in run(directory, "run.name=killed", *overrides)
+    process = start(directory, "run.name=killed", *overrides)
+    step = ("stage=export", "export.nemo=false", f"export.step={int(last.name[5:])}")
+    exported = run(directory, "run.name=killed", *borrow(directory)[1:], *step)
+    assert f"reading {last}" in exported
+    assert (directory / "killed" / f"export-{last.name}" / "complete").exists()
+    assert {path.name for path in (directory / "killed" / f"export-{last.name}").iterdir()} & {"trained"} == set()
+    assert f"continues from {last}" in output_of(process, directory)
     assert rows(directory, "killed") == rows(directory, "whole")
     weights = Path("distil") / "hf" / "model.safetensors"
     assert (directory / "killed" / weights).read_bytes() == (directory / "whole" / weights).read_bytes()

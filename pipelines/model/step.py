@@ -11,7 +11,8 @@
             schedule adds the counts of all micro batches and finalize_model_grads sums them over the data-parallel
             group and divides the gradients by the total: the mean over all valid tokens of the global batch.
     report  {name: scalar fp64 sum over the micro batch's valid tokens, for each term of MEANS; "tokens": their count;
-            in eval mode, with a teacher, "telemetry": the sums of core/telemetry.py}.
+            in eval mode, with a teacher, "telemetry": the sums of core/telemetry.py; where the batch has "row_hashes",
+            "rows": their sum}.
             `reduce_reports` adds up the reports of a step over micro batches and data-parallel ranks.
 """
 
@@ -47,12 +48,13 @@ class Totals:
     """Sums over the valid tokens of one step or of several, the same on every rank; `means` divides them, once.
 
     sums: by the names of MEANS and of losses between layers, those that were computed. telemetry: of core/telemetry.py,
-    None where there was none.
+    None where there was none. rows: the sum of all rows' hashes, exact below 2**53; 0 where there were none.
     """
 
     tokens: float
     sums: dict[str, float]
     telemetry: list[float] | None = None
+    rows: int = 0
 
     def __add__(self, other: "Totals") -> "Totals":
         """Of all steps together; both have computed the same."""
@@ -91,6 +93,8 @@ def loss_function(batch: Batch, terms: dict[str, Tensor]) -> Loss:
     per_token = {name: terms["token_loss" if name == "loss" else name] for name in MEANS if name in terms}
     report = {name: masked_sum(term.double(), valid) for name, term in per_token.items()}
     report["tokens"] = count.double()
+    if "row_hashes" in batch:
+        report["rows"] = batch["row_hashes"].sum().double()
     if "overlap" in terms:
         seen = Telemetry(*(terms[name] for name in Telemetry._fields))
         report["telemetry"] = telemetry.sums(seen, terms["kd"], valid)
@@ -111,7 +115,7 @@ def reduce_reports(reports: Sequence[Report], features: FeatureLosses | None = N
     (with context) and one broadcast over the pipeline group, of the same few numbers in training and in validation, and
     with features those of `take_sums` and two all-reduces more; the result is the same on every rank.
     """
-    names = (*MEANS, "tokens")
+    names = (*MEANS, "tokens", "rows")
     found = torch.zeros(2 * len(names) + telemetry.SIZE, dtype=torch.float64, device=torch.cuda.current_device())
     parts = [len(names), len(names), telemetry.SIZE]
     sums, counts, seen = found.split(parts)
@@ -130,7 +134,7 @@ def reduce_reports(reports: Sequence[Report], features: FeatureLosses | None = N
     sums, counts, seen = found.cpu().split(parts)  # the host waits for the device once
     present = {name for name, count in zip(names, counts.tolist(), strict=True) if count}
     totals = {name: total for name, total in zip(names, sums.tolist(), strict=True) if name in present}
-    tokens = totals.pop("tokens")
+    tokens, rows = totals.pop("tokens"), int(totals.pop("rows", 0))
     if features is not None:
         of_features = features.take_sums()
         torch.distributed.all_reduce(of_features, group=data_group)
@@ -138,7 +142,7 @@ def reduce_reports(reports: Sequence[Report], features: FeatureLosses | None = N
         for name, total in zip(features.names, of_features.tolist(), strict=True):
             totals[name] = total
             totals["loss"] += features.factor * features.weights[name] * total
-    return Totals(tokens, totals, seen.tolist() if "overlap" in present else None)
+    return Totals(tokens, totals, seen.tolist() if "overlap" in present else None, rows)
 
 
 def wrap(pair: DistillationPair, *, distributed_optimizer: bool = False, **settings: Any) -> DistributedDataParallel:

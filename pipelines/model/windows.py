@@ -185,3 +185,16 @@ def label_bytes(corpus: Path, split: str, windows: Windows, chosen: Sequence[int
         count = json.loads((corpus / "counts.json").read_text())["splits"][split]
         return float(sum(windows.mask(window).sum() for window in every)) * count["bytes"] / count["tokens"]
     return float(sum((table[windows[window][1:]] * windows.mask(window)).sum(dtype=torch.float64) for window in every))
+
+
+def row_hashes(tokens: torch.Tensor) -> torch.Tensor:
+    """tokens: (rows, sequence) int64. Returns a 32-bit hash of each row, (rows,) int64 on the CPU: the same everywhere.
+
+    Added up over a step's rows they tell, whatever rank has which row, whether two runs have consumed the same.
+    """
+    tokens = tokens.cpu()
+    found = torch.full(tokens.shape[:1], 0x345678, dtype=torch.int64)
+    places = torch.arange(1, tokens.shape[1] + 1, dtype=torch.int64) * 0x9E3779B97F4A7C1 | 1  # odd, of each place
+    mixed = (tokens + 0x5851F42D) * places  # int64 wraps around alike on every machine
+    found = found + ((mixed ^ (mixed >> 29)) * 0x14057B7EF767814F).sum(dim=1)
+    return ((found ^ (found >> 32)) * 0x2545F4914F6CDD1D >> 31) & 0xFFFFFFFF

@@ -223,7 +223,7 @@ class Search:
         short = replace(config, distil=settings, run=replace(config.run, trackers=[]))
         context = artifacts.StageContext(short, self.context.stage, own)
         description = f"search  {candidate.name}"
-        pair, found = distil(context, teacher=self.directory, start=own / "hf", description=description)
+        pair, found, _ = distil(context, teacher=self.directory, start=own / "hf", description=description)
         tokens = settings.steps * settings.global_batch_size * settings.sequence_length
         figures: dict[str, float] = {"steps": settings.steps, "tokens": tokens}
         figures |= {name: found[name] for name in OF_TRAINING if name in found}

@@ -40,6 +40,7 @@ FREE = frozenset(
         "teacher_offload",
         "checkpoint_interval",
         "keep_checkpoints",
+        "keep_best",
         "skip_steps",
         "log_interval",
         "profile",

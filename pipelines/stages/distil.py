@@ -15,7 +15,7 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
     from pipelines.trainer.distillation import distil, identity
 
     teacher, start = artifacts.teacher_directory(config), artifacts.student_start_directory(config)
-    pair, validation = distil(context, teacher=teacher, start=start)
+    pair, validation, costs = distil(context, teacher=teacher, start=start)
     shape, tokenizer = read_shape(start), artifacts.corpus_directory(config) / "tokenizer"
     save_hugging_face(pair.student, context.directory / "hf", shape, tokenizer=tokenizer)
     return {
@@ -26,4 +26,5 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
         "steps": settings.steps,
         "tokens": settings.steps * settings.global_batch_size * settings.sequence_length,
         "validation": validation,
+        "training": costs,
     }

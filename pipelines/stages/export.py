@@ -1,5 +1,8 @@
 """The student as a verified Hugging Face directory, and optionally as a NeMo 2 checkpoint.
 
+With export.step a checkpoint of distil's training is exported, whose files have the checksums that it was saved with,
+also while that training goes on: nothing of its directory is locked or changed.
+
 The copy takes its name only after it has passed: every file has the hash that the distil stage recorded, transformers
 opens it, and its logits on held-out text equal those of our sharded model read from distil/hf.
 """
@@ -28,9 +31,12 @@ WINDOWS, WINDOW_TOKENS = 2, 64  # held-out text on which logits are compared
 def run(context: artifacts.StageContext) -> dict[str, Any]:
     config = context.config
     source, target = artifacts.student_directory(config), context.directory / "hf"
-    shape = read_shape(source)
-    if console.rank() == 0:
+    if config.export.step:
+        source = context.directory / "trained"
+        _read_checkpoint(config, source)
+    elif console.rank() == 0:
         check_hashes(config, source)
+    shape = read_shape(source)
     tokens, reference = _reference_logits(config, source, shape)
     found = parallel.on_first_rank(lambda: _copy(config, source, target, tokens, reference))
     console.say(
@@ -43,7 +49,25 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
 
         save_nemo_checkpoint(target, context.directory / "nemo", artifacts.corpus_directory(config) / "tokenizer")
         console.say(f"export  {context.directory / 'nemo'}: NeMo 2 checkpoint")
+    if config.export.step:
+        parallel.on_first_rank(lambda: shutil.rmtree(source))
     return {"model": str(target)} | found
+
+
+def _read_checkpoint(config: Config, output: Path) -> None:
+    """Write what the checkpoint of export.step holds as a Hugging Face directory. Collective."""
+    from pipelines.trainer.kept_checkpoint import convert_to_hugging_face
+
+    _initialize(config)
+    checkpoint, start = artifacts.kept_checkpoint(config), artifacts.student_start_directory(config)
+    console.say(f"export  reading {checkpoint}")
+    tokenizer = artifacts.corpus_directory(config) / "tokenizer"
+    convert_to_hugging_face(checkpoint, output, read_shape(start), tokenizer)
+
+
+def _initialize(config: Config) -> None:
+    ranks = without_context(layout(config.parallel))
+    parallel.initialize(ranks.tensor, ranks.pipeline, ranks.context, device=ranks.device, seed=config.run.seed)
 
 
 def _copy(config: Config, source: Path, target: Path, tokens: torch.Tensor, reference: torch.Tensor) -> dict[str, Any]:
@@ -61,8 +85,7 @@ def _copy(config: Config, source: Path, target: Path, tokens: torch.Tensor, refe
 
 def _reference_logits(config: Config, source: Path, shape: ModelShape) -> tuple[torch.Tensor, torch.Tensor]:
     """(tokens (windows, sequence), logits (windows, sequence, vocabulary) fp32 on the CPU) of our sharded model."""
-    ranks = without_context(layout(config.parallel))
-    parallel.initialize(ranks.tensor, ranks.pipeline, ranks.context, device=ranks.device, seed=config.run.seed)
+    _initialize(config)
     windows = Windows(split_prefixes(artifacts.corpus_directory(config), config.evaluate.split), WINDOW_TOKENS)
     batch = next(batches(windows, WINDOWS, limit=1))
     model = build_model(shape, precision="fp32", sequence_length=WINDOW_TOKENS)

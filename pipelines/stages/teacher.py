@@ -50,7 +50,7 @@ def _train(context: artifacts.StageContext, ranks: Layout, start: Path, shape: M
         return DistillationPair(model, vocab_size=shape.vocab_size, kd_weight=0.0, ce_weight=1.0)
 
     console.say(f"teacher  {settings.mode.value}: {shape.parameters():,} parameters, {settings.steps} steps, loss = CE")
-    pair, validation = train(
+    pair, validation, costs = train(
         context,
         settings,
         ranks,
@@ -67,6 +67,7 @@ def _train(context: artifacts.StageContext, ranks: Layout, start: Path, shape: M
         "steps": settings.steps,
         "tokens": settings.steps * settings.global_batch_size * settings.sequence_length,
         "validation": validation,
+        "training": costs,
     }
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from pipelines import console, files, planning
+from pipelines import console, files, planning, processes
 from pipelines.model.measure import process_peak_bytes
 from pipelines.model.step import Totals, reduce_reports
 from pipelines.trainer.finite import refuse_non_finite
@@ -30,8 +31,12 @@ class Metrics(Callback):
     back. A step that is left out (trainer/guard.py) has a row whatever the interval, with "skipped", its reason, and
     without what is not finite; where steps may be left out, "skipped_steps" counts them.
 
-    trackers: where rows go besides. guard: judges every step. flops_per_token: of training. peak: FLOP/s of all devices
-    together, None where that is not known.
+    In the first row after a start seconds_to_first_step, from the command to the end of that step. In every train row
+    checkpoint_seconds, of saving up to it, over resumes like time, which they are part of; data_hash, of the rows of
+    tokens that the step has consumed (model/windows.py).
+
+    trackers: where rows go besides. guard: judges every step. saving_seconds: since this start. flops_per_token: of
+    training. peak: FLOP/s of all devices together, None where that is not known.
     """
 
     def __init__(
@@ -39,6 +44,7 @@ class Metrics(Callback):
         directory: Path,
         trackers: Trackers,
         guard: Guard,
+        saving_seconds: Callable[[], float],
         *,
         description: str,
         start: int,
@@ -48,12 +54,14 @@ class Metrics(Callback):
         flops_per_token: int,
         peak: float | None,
     ) -> None:
-        self.directory, self.trackers, self.guard = directory, trackers, guard
+        self.directory, self.trackers, self.guard, self.saving_seconds = directory, trackers, guard, saving_seconds
         self.description, self.start, self.steps = description, start, steps
         self.log_interval = log_interval
         self.speed = partial(planning.speed_figures, flops_per_token=flops_per_token, peak=peak)
         self.paces = {split: _Pace(tokens_per_step) for split in ("train", "validation")}
-        self.elapsed = 0.0
+        self.elapsed = self.saved = 0.0  # seconds before this start
+        self.seconds_to_first_step = 0.0
+        self.data_hash = ""
         self.gradient_norm = 0.0
         self.means: dict[str, float] = {}
         self.validation: Totals | None = None
@@ -62,7 +70,7 @@ class Metrics(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         # Here and not at the first step: a run that continues from its last step takes none.
         if console.rank() == 0:
-            self.elapsed, self._logged = _take_back_rows(self.directory / "metrics.jsonl", self.start)
+            self.elapsed, self.saved, self._logged = _take_back_rows(self.directory / "metrics.jsonl", self.start)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         assert trainer.global_step == self.start, "the checkpoint's name tells its step"
@@ -78,7 +86,7 @@ class Metrics(Callback):
     def on_megatron_step_end(self, step: Any, microbatch_outputs: Any, reduced: Any = None) -> None:
         """NeMo calls it on every rank, once per global batch. Collectives: those of `reduce_reports`."""
         totals = reduce_reports(microbatch_outputs, self._features)
-        self.means = totals.means()
+        self.means, self.data_hash = totals.means(), f"{totals.rows:013x}"
         if step.forward_only:
             self.validation = totals if self.validation is None else self.validation + totals
 
@@ -99,18 +107,29 @@ class Metrics(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         step, means = trainer.global_step, self.means
+        if first := not self.seconds_to_first_step:
+            self.seconds_to_first_step = processes.seconds_since_start()
         if step % self.log_interval and step != self.steps and not self.guard.reason:
             return
         tokens_per_second = self.paces["train"].since(step)
         self.paces["train"].set_off(step)
         row = means | {"learning_rate": self._learning_rate, "gradient_norm": self.gradient_norm}
-        row |= self.speed(tokens_per_second) | {"time": self.elapsed + time.monotonic() - self._started}
+        row |= self.speed(tokens_per_second) | self.costs()
+        if first:
+            row["seconds_to_first_step"] = self.seconds_to_first_step
         row = {name: value for name, value in row.items() if not self.guard.reason or math.isfinite(value)}
-        self._write(step, "train", row | self.guard.figures())
+        self._write(step, "train", row | self.guard.figures() | {"data_hash": self.data_hash})
         shown = "  ".join(f"{name} {means[name]:.3f}" for name in ("loss", "kd", "ce") if name in means)
         speed = f"{tokens_per_second:,.0f} tokens/s  {_in_words(row['flops_per_second'])}"
         planned = f"  {row['percent_of_plan']:.0f} % of plan" if "percent_of_plan" in row else ""
         self._bar.advance(step - self._bar.done, f"{shown}  {speed}{planned}")
+
+    def costs(self) -> dict[str, float]:
+        """Seconds of training so far, over resumes, and those of saving that are part of them. On rank 0."""
+        return {
+            "time": self.elapsed + time.monotonic() - self._started,
+            "checkpoint_seconds": self.saved + self.saving_seconds(),
+        }
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         self.validation = None
@@ -172,20 +191,22 @@ def _in_words(flops_per_second: float) -> str:
     return f"{value:,.0f} {name}" if value >= 100 else f"{value:.3g} {name}"
 
 
-def _take_back_rows(path: Path, step: int) -> tuple[float, dict[str, int]]:
+def _take_back_rows(path: Path, step: int) -> tuple[float, float, dict[str, int]]:
     """Remove the rows after `step`, which will be written again.
 
-    Returns the seconds that the last kept row tells, and the last step of each split that there was before.
+    Returns the seconds of training and of saving that the last kept row tells, and the last step of each split that
+    there was before.
     """
     if not path.exists():
-        return 0.0, {}
+        return 0.0, 0.0, {}
     rows = [row for line in path.read_text().splitlines() if (row := _parsed(line)) is not None]
     logged: dict[str, int] = {}
     for row in rows:
         logged[row["split"]] = max(row["step"], logged.get(row["split"], 0))
     kept = [row for row in rows if row["step"] <= step]
     files.write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
-    return max((row.get("time", 0.0) for row in kept), default=0.0), logged
+    seconds, saving = (max((row.get(n, 0.0) for row in kept), default=0.0) for n in ("time", "checkpoint_seconds"))
+    return seconds, saving, logged
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

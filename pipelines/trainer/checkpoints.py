@@ -1,6 +1,7 @@
 """Training checkpoints: written whole or not at all, and only continued from when they are what was written.
 
-checkpoints/step-NNNNNNN   a NeMo distributed checkpoint with sizes.json and checksums.json of its files
+checkpoints/step-NNNNNNN   a NeMo distributed checkpoint with about.json (step and validation loss), and sizes.json and
+                           checksums.json of its files
 checkpoints/partial-...    one that a kill or a full disk cut short; removed by the next save
 checkpoints/damaged-...    one whose files have changed since; moved aside, never read again, left to the user
 """
@@ -9,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import time
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,17 +25,22 @@ from pipelines.config import UserError
 from pipelines.model import parallel
 from pipelines.stopping import Stopped
 from pipelines.trainer.finite import refuse_non_finite
+from pipelines.trainer.room import refuse_without_room, trained_values
 
 CHECKPOINT = "step-{:07d}"
 _PARTIAL, _DAMAGED = "partial-", "damaged-"
-_SIZES, _CHECKSUMS = "sizes.json", "checksums.json"
-_RECORDS = (_SIZES, _CHECKSUMS)
+SIZES, _CHECKSUMS = "sizes.json", "checksums.json"
+_RECORDS = (SIZES, _CHECKSUMS)
+_ABOUT = "about.json"
 _BLOCK = 1 << 24  # bytes read at a time
 
 
 class Checkpoints(Checkpoint):
     """Saves every `interval` steps, at the end, and where the run stops as asked, into `directory`/step-NNNNNNN, and
-    keeps the last `keep`.
+    keeps the last `keep` and, of those with a validation, the `best` with the lowest loss.
+
+    bytes_per_value: of the first checkpoint, for each number that is trained. validation: the figures of the last one.
+    seconds, count: what saving has taken since this start.
 
     stops: whether the run ends with the step that has just been taken, the same on every rank. Then Stopped is raised
     once the checkpoint is whole, after the validation where one belongs to this step.
@@ -44,34 +51,50 @@ class Checkpoints(Checkpoint):
     """
 
     def __init__(
-        self, directory: Path, *, interval: int, keep: int, steps: int, stops: Callable[[], bool] = lambda: False
+        self,
+        directory: Path,
+        *,
+        interval: int,
+        keep: int,
+        best: int,
+        steps: int,
+        bytes_per_value: int,
+        stops: Callable[[], bool],
+        validation: Callable[[], dict[str, float]],
     ) -> None:
-        self.directory, self.interval, self.keep, self.steps, self.stops = directory, interval, keep, steps, stops
+        self.directory, self.interval, self.keep, self.best, self.steps = directory, interval, keep, best, steps
+        self.bytes_per_value, self.stops, self.validation = bytes_per_value, stops, validation
+        self.seconds, self.count = 0.0, 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         # Lightning counts a step as completed after `on_train_batch_end`: resumed from a checkpoint that was written
         # there, its count of batches would be one behind.
         progress = trainer.fit_loop.epoch_loop.batch_progress
         progress.current.completed = progress.total.completed = trainer.global_step
+        self._expected = self.bytes_per_value * trained_values(pl_module)
+        if trainer.global_step < self.steps:  # now, and not after the hours up to the first save
+            parallel.on_first_rank(self._refuse_without_room)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         # Where a validation follows, its figures belong to the checkpoint: a resumed run does not repeat it.
         if not trainer.fit_loop.epoch_loop.validates():
-            self._save(trainer)
+            self._save(trainer, None)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        self._save(trainer)
+        self._save(trainer, self.validation()["loss"])
 
-    def _save(self, trainer: Any) -> None:
-        """Four barriers, one all-reduce and one all-gather over all ranks beside Megatron's own collectives."""
+    def _save(self, trainer: Any, loss: float | None) -> None:
+        """loss: of the validation at this step, where there was one. Four barriers, one all-reduce and one all-gather
+        over all ranks beside Megatron's own collectives."""
         step, stops = trainer.global_step, self.stops()
         if step % self.interval and step != self.steps and not stops:
             return
+        started = time.monotonic()
         weights = trainer.lightning_module.parameters()
         whole = all(bool(torch.isfinite(weight).all()) for weight in weights if weight.requires_grad)
         refuse_non_finite({"weight": whole}, step)
         try:
-            self._write(trainer, self.directory / (_PARTIAL + CHECKPOINT.format(step)), step)
+            self._write(trainer, self.directory / (_PARTIAL + CHECKPOINT.format(step)), step, loss)
         except BaseException as error:  # which torch's CheckpointException is
             if console.rank() == 0:
                 with suppress(OSError):
@@ -82,6 +105,7 @@ class Checkpoints(Checkpoint):
                     "same command again; it continues from the last checkpoint."
                 ) from error
             raise
+        self.seconds, self.count = self.seconds + time.monotonic() - started, self.count + 1
         if stops and step != self.steps:
             whole = self.directory / CHECKPOINT.format(step)
             raise Stopped(
@@ -89,25 +113,49 @@ class Checkpoints(Checkpoint):
                 "from it."
             )
 
-    def _write(self, trainer: Any, partial: Path, step: int) -> None:
+    def _write(self, trainer: Any, partial: Path, step: int, loss: float | None) -> None:
         parallel.on_first_rank(self._clear)
+        parallel.on_first_rank(self._refuse_without_room)
         trainer.save_checkpoint(partial)
         torch.distributed.barrier()
         checksums = _seal(partial)
-        parallel.on_first_rank(lambda: self._finish(partial, step, checksums))
+        parallel.on_first_rank(lambda: self._finish(partial, step, checksums, loss))
 
     def _clear(self) -> None:
         for left_over in self.directory.glob(_PARTIAL + "*"):
             shutil.rmtree(left_over)
 
-    def _finish(self, partial: Path, step: int, checksums: dict[str, int]) -> None:
+    def _refuse_without_room(self) -> None:
+        """What the newest checkpoint takes, or the first one will, must fit beside those that are kept."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        whole = whole_checkpoints(self.directory)
+        refuse_without_room(self.directory, sum(sizes(whole[-1]).values()) if whole else self._expected)
+
+    def _finish(self, partial: Path, step: int, checksums: dict[str, int], loss: float | None) -> None:
+        files.write_json(partial / _ABOUT, {"step": step, "validation_loss": loss})
+        checksums[_ABOUT] = _crc32(partial / _ABOUT)
         files.write_json(partial / _CHECKSUMS, checksums)
-        files.write_json(partial / _SIZES, sizes(partial))
+        files.write_json(partial / SIZES, sizes(partial))
         os.replace(partial, self.directory / CHECKPOINT.format(step))
         files.sync_directory(self.directory)
-        for old in whole_checkpoints(self.directory)[: -self.keep]:
+        for old in surplus(whole_checkpoints(self.directory), self.keep, self.best):
             # A kill in the middle of a removal leaves nothing that looks damaged.
             shutil.rmtree(old.rename(old.with_name(_PARTIAL + old.name)))
+
+
+def surplus(whole: list[Path], keep: int, best: int) -> list[Path]:
+    """Of whole checkpoints, oldest first, those that are neither among the last nor among the best; of equal losses the
+    older one is better."""
+    losses = {path: loss for path in whole if (loss := _validation_loss(path)) is not None}
+    kept = {*whole[-keep:], *sorted(losses, key=lambda path: (losses[path], path.name))[:best]}
+    return [path for path in whole if path not in kept]
+
+
+def _validation_loss(checkpoint: Path) -> float | None:
+    """None where no validation belongs to its step, or it was written before that was recorded."""
+    about = checkpoint / _ABOUT
+    loss = files.read_object(about).get("validation_loss") if about.is_file() else None
+    return loss if isinstance(loss, float) else None
 
 
 def newest(directory: Path, description: str) -> Path | None:
@@ -122,9 +170,9 @@ def newest(directory: Path, description: str) -> Path | None:
         if name is None:
             return None
         checkpoint = directory / name
-        if not (changed := _changed(checkpoint)):
+        if not (different := changed(checkpoint)):
             return checkpoint
-        reason = f"{', '.join(changed)} is not as it was written"
+        reason = f"{', '.join(different)} is not as it was written"
         parallel.on_first_rank(lambda path=checkpoint, why=reason: _set_aside(path, description, why))  # type: ignore[misc]
 
 
@@ -173,7 +221,7 @@ def sizes(directory: Path) -> dict[str, int]:
 
 def _has_its_sizes(checkpoint: Path) -> bool:
     try:
-        return bool(json.loads((checkpoint / _SIZES).read_text()) == sizes(checkpoint))
+        return bool(json.loads((checkpoint / SIZES).read_text()) == sizes(checkpoint))
     except (OSError, json.JSONDecodeError):
         return False
 
@@ -193,7 +241,7 @@ def _seal(checkpoint: Path) -> dict[str, int]:
     return _gathered({name: _crc32(checkpoint / name) for name in own})
 
 
-def _changed(checkpoint: Path) -> list[str]:
+def changed(checkpoint: Path) -> list[str]:
     """Names of files whose CRC-32 is not the recorded one, the same on every rank. One all-gather.
 
     Neither Megatron nor torch compares checksums: a flipped bit in a weight would be trained on without a word.

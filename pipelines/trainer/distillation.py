@@ -28,14 +28,14 @@ from pipelines.vocabulary import check_vocabulary
 
 def distil(
     context: artifacts.StageContext, *, teacher: Path, start: Path, description: str = "distil"
-) -> tuple[DistillationPair, dict[str, float]]:
+) -> tuple[DistillationPair, dict[str, float], dict[str, float]]:
     """Train the student in `start` on the logits of `teacher`, both Hugging Face directories, by the settings distil.*.
 
     context: its config.distil and its directory, into which training writes checkpoints/, metrics.jsonl and the like,
     and from whose newest checkpoint it continues. description: what begins its lines on the console.
-    Returns the pair and the figures of the last validation. Every rank calls it, at the layout of config.parallel,
-    initialized. Raises UserError where the models or the corpus do not fit each other, and for a teacher that knows
-    next to nothing.
+    Returns the pair, the figures of the last validation and what the training took (see fit). Every rank calls it, at
+    the layout of config.parallel, initialized. Raises UserError where the models or the corpus do not fit each other,
+    and for a teacher that knows next to nothing.
     """
     config, settings, ranks = context.config, context.config.distil, layout(context.config.parallel)
     teacher_shape, shape = read_shape(teacher), read_shape(start)

@@ -56,6 +56,7 @@ class Schedule:
     checkpoint_interval: int
     keep_checkpoints: int
     log_interval: int
+    keep_best: int = 0
     skip_steps: int = 0
     spike: float | None = None
     profile: bool = False
@@ -104,14 +105,17 @@ def fit(
     device: str,
     callbacks: list[Callback],
     flops_per_token: int,
+    bytes_per_value: int,
     tracking: Tracking,
     end_of_document: int | None = None,
-) -> tuple[MegatronModule, dict[str, float]]:
-    """Train to schedule.steps. Returns the trained module, unwrapped, and the figures of its validation.
+) -> tuple[MegatronModule, dict[str, float], dict[str, float]]:
+    """Train to schedule.steps. Returns the trained module, unwrapped, the figures of its validation, and what training
+    took: seconds, those of saving among them and their share, over resumes; seconds_to_first_step of this start; where
+    steps may be left out, skipped_steps.
 
     config, build: see TrainedModel. blend: for "train" and "validation" Megatron's list of weights and prefixes.
-    flops_per_token: of training, as planning counts them. Writes checkpoints/, metrics.jsonl, tensorboard/ and
-    data_index/ under directory. Every rank calls it.
+    flops_per_token: of training, as planning counts them. bytes_per_value: of a checkpoint, as storage counts them.
+    Writes checkpoints/, metrics.jsonl, tensorboard/ and data_index/ under directory. Every rank calls it.
     """
     console.say(f"{description}  optimizer: {adam.install(schedule.optimizer)}")
     checkpoint = checkpoints.newest(directory / "checkpoints", description)
@@ -122,11 +126,22 @@ def fit(
     parallel.on_first_rank(data_index.discard_unfinished)
     # NeMo takes one training run per process for granted.
     unset_num_microbatches_calculator()
+    saving = checkpoints.Checkpoints(
+        directory / "checkpoints",
+        interval=schedule.checkpoint_interval,
+        keep=schedule.keep_checkpoints,
+        best=schedule.keep_best,
+        steps=schedule.steps,
+        bytes_per_value=bytes_per_value,
+        stops=lambda: guard.stops,
+        validation=lambda: metrics.last_validation,
+    )
     guard = Guard(description, most=schedule.skip_steps, spike=schedule.spike)
     metrics = Metrics(
         directory,
         Trackers(directory, description, tracking),
         guard,
+        lambda: saving.seconds,
         description=description,
         start=checkpoints.step_of(checkpoint),
         steps=schedule.steps,
@@ -135,13 +150,6 @@ def fit(
         flops_per_token=flops_per_token,
         peak=_peak(description, schedule.precision, device, flops_per_token),
     )
-    saving = checkpoints.Checkpoints(
-        directory / "checkpoints",
-        interval=schedule.checkpoint_interval,
-        keep=schedule.keep_checkpoints,
-        steps=schedule.steps,
-        stops=lambda: guard.stops,
-    )
     trace = Trace(directory / "tensorboard", description=description, steps=schedule.steps, device=device)
     callbacks = [metrics, data_index, *callbacks, *([trace] if schedule.profile else []), saving]
     model = TrainedModel(config, build, _optimizer(schedule), guard, end_of_document)
@@ -149,7 +157,21 @@ def fit(
     data = _data(schedule, blend, tokenizer, data_index.directory, seed, one_row=end_of_document is not None)
     trainer.fit(model, data, ckpt_path=str(checkpoint) if checkpoint else None)
     # Lightning moves what it has trained to the CPU, where nccl cannot gather it.
-    return unwrap(model.module).to(parallel.torch_device(device)), metrics.last_validation
+    return unwrap(model.module).to(parallel.torch_device(device)), metrics.last_validation, _costs(metrics, guard)
+
+
+def _costs(metrics: Metrics, guard: Guard) -> dict[str, float]:
+    """On rank 0, as the manifest has them; nothing where no step was left to take."""
+    if not metrics.seconds_to_first_step:
+        return {}
+    took = metrics.costs()
+    found = {
+        "seconds": round(took["time"], 1),
+        "checkpoint_seconds": round(took["checkpoint_seconds"], 2),
+        "checkpoint_percent": round(100 * took["checkpoint_seconds"] / took["time"], 2),
+        "seconds_to_first_step": round(metrics.seconds_to_first_step, 1),
+    }
+    return found | ({"skipped_steps": guard.left_out} if guard.most else {})
 
 
 def _peak(description: str, precision: str, device: str, flops_per_token: int) -> float | None:

@@ -6,6 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -15,6 +16,7 @@ from nemo.lightning.megatron_parallel import MegatronLossReduction
 from nemo.lightning.pytorch.optim import MegatronOptimizerModule
 
 from pipelines.model import documents, step
+from pipelines.model.windows import row_hashes
 from pipelines.trainer.guard import Guard, LeftOut
 
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
@@ -68,9 +70,13 @@ class TrainedModel(GPTModel):
         batch = next(dataloader_iter)
         batch = batch[0] if isinstance(batch, tuple) else batch
         batch = {key: batch[key] for key in _BATCH_KEYS}
+        hashed = row_hashes(batch["tokens"])
         if self.end_of_document is not None:
             batch = documents.separated(batch, self.end_of_document)
-        return get_batch_on_this_cp_rank(documents.moved(batch, torch.cuda.current_device()))
+        batch = get_batch_on_this_cp_rank(documents.moved(batch, torch.cuda.current_device()))
+        if parallel_state.get_context_parallel_rank() == 0:  # each of these ranks has seen the whole rows
+            batch["row_hashes"] = hashed
+        return batch
 
     def forward_step(self, batch: dict[str, torch.Tensor]) -> Any:
         return step.forward(self.module, batch)

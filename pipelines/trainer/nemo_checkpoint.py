@@ -5,6 +5,7 @@ leaves a directory that NeMo's own `io.load_context`, exporters and trainers ope
 """
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +43,14 @@ def convert_to_hugging_face(checkpoint: Path, output: Path, tokenizer: Path) -> 
             f"({CONTEXT}/model.yaml and {WEIGHTS}/), found neither."
         )
     metadata = dist_checkpointing.load_tensors_metadata(str(checkpoint / WEIGHTS))
-    # Megatron's name: global shape; layers stacked, as Megatron stores them.
-    stored = {name.removeprefix(_PREFIX): tuple(tensor.global_shape) for name, tensor in metadata.items()}
+    stored = stored_shapes(metadata)
     if _EMBEDDING not in stored:
         raise UserError(
             f"{checkpoint / WEIGHTS}: expected a GPT model's {_EMBEDDING}, found {len(stored)} other tensors."
         )
     shape = read_nemo_shape(checkpoint, stored[_EMBEDDING][0])
-    model = build.build_model(shape, precision=_precision(metadata[_PREFIX + _EMBEDDING].dtype))
-    _load_weights(model, checkpoint, shape, stored)
+    model = build.build_model(shape, precision=stored_precision(metadata))
+    load_weights(model, checkpoint, shape, stored)
     save_hugging_face(model, output, shape, tokenizer=tokenizer)
     return shape
 
@@ -91,11 +91,22 @@ def save_nemo_checkpoint(hugging_face: Path, output: Path, tokenizer: Path) -> N
     parallel.on_first_rank(finish)
 
 
+def stored_shapes(metadata: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """{Megatron's name: global shape}, layers stacked, as Megatron stores them, of what load_tensors_metadata gives."""
+    return {name.removeprefix(_PREFIX): tuple(tensor.global_shape) for name, tensor in metadata.items()}
+
+
+def stored_precision(metadata: Mapping[str, Any]) -> str:
+    """Of the weights: bf16, or fp32 for all others."""
+    return _precision(metadata[_PREFIX + _EMBEDDING].dtype)
+
+
 def _precision(dtype: torch.dtype) -> str:
     return "bf16" if dtype == torch.bfloat16 else "fp32"
 
 
-def _load_weights(model: GPTModel, checkpoint: Path, shape: ModelShape, stored: dict[str, tuple[int, ...]]) -> None:
+def load_weights(model: GPTModel, checkpoint: Path, shape: ModelShape, stored: dict[str, tuple[int, ...]]) -> None:
+    """Into the shards of the current layout, from `checkpoint`/weights. Collective."""
     missing = {t.megatron.replace("layers.0.", "layers.") for t in shape.tensors().values() if ".0." in t.megatron}
     missing -= stored.keys()
     if missing:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from pipelines import artifacts, console
+from pipelines import artifacts, console, storage
 from pipelines.config import Layout, TrainingConfig, UserError
 from pipelines.files import read_object
 from pipelines.model.course import Course
@@ -24,9 +24,9 @@ def train(
     built: Callable[[], DistillationPair],
     flops_per_token: int,
     course: Course | None = None,
-) -> tuple[DistillationPair, dict[str, float]]:
+) -> tuple[DistillationPair, dict[str, float], dict[str, float]]:
     """Train what `built` returns on the run's corpus; `course` changes the loss on the way. Returns it with the figures
-    of the last validation. flops_per_token: as planning counts them."""
+    of the last validation and what the training took (see fit). flops_per_token: as planning counts them."""
     if ranks.device == "cpu":
         from pipelines.trainer import cpu_runtime
 
@@ -40,7 +40,7 @@ def train(
         console.say(f"{description}  {word}")
     schedule = {name: getattr(settings, name) for name in Schedule.__dataclass_fields__}
     schedule |= {"precision": settings.precision.value, "optimizer": settings.optimizer.value}
-    pair, validation = fit(
+    pair, validation, costs = fit(
         description=description,
         directory=context.directory,
         config=model_config,
@@ -51,6 +51,7 @@ def train(
         seed=context.config.run.seed,
         device=ranks.device,
         flops_per_token=flops_per_token,
+        bytes_per_value=storage.checkpoint_bytes(1, settings),
         tracking=Tracking(
             tuple(tracker.value for tracker in context.config.run.trackers),
             context.config.run.project,
@@ -60,7 +61,7 @@ def train(
         end_of_document=end_of_document(corpus, "train", "validation") if settings.document_mask else None,
     )
     assert isinstance(pair, DistillationPair)
-    return pair, validation
+    return pair, validation, costs
 
 
 def _passes(corpus: Path, settings: TrainingConfig) -> str:

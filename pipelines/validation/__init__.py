@@ -64,6 +64,7 @@ def _validate(config: Config, stages: Collection[str]) -> list[str]:
     fetch.check(config, stages)
     directories.check_run(config, stages)
     directories.check_given(config, stages)
+    directories.check_kept(config, stages)
     data.check_sources(config, stages)
     teacher, where = planning.teacher_shape(config), config.model.path or "model.shape"
     if "teacher" not in stages and RANKED & set(stages):

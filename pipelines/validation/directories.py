@@ -72,6 +72,21 @@ def check_given(config: Config, stages: Collection[str]) -> None:
             expect(there, setting, f"a directory with {' or '.join(names)}", given, "Check the path.")
 
 
+def check_kept(config: Config, stages: Collection[str]) -> None:
+    """export.step, which names a checkpoint of distil."""
+    if not config.export.step:
+        return
+    remedy = "Leave export.step out of other stages."
+    expect(set(stages) == {"export"}, "export.step", "stage=export by itself", ", ".join(sorted(stages)), remedy)
+    checkpoint = artifacts.kept_checkpoint(config)
+    made = artifacts.is_complete(artifacts.stage_directory(config, "export"))
+    kept = sorted(int(path.name[5:]) for path in checkpoint.parent.glob("step-*"))
+    there = f"those of {', '.join(map(str, kept))}" if kept else "none"
+    expected = f"a step whose checkpoint is in {checkpoint.parent}"
+    remedy = "Choose one of them." if kept else "Run stage=distil first."
+    expect(made or checkpoint.is_dir(), f"export.step={config.export.step}", expected, there, remedy)
+
+
 def _expect_directory(setting: str, given: str) -> None:
     path = Path(given)
     remote = "" if path.parent.exists() else " Download a model of the Hub first: names of the Hub are not looked up."

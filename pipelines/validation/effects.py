@@ -1,5 +1,6 @@
 """Settings without effect, each told once."""
 
+import math
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -34,9 +35,17 @@ def warnings(
     for name, training in trainings(config, stages):
         if training.distributed_optimizer and ranks.data * ranks.context == 1:
             yield f"{name}.distributed_optimizer=true has no effect with one data-parallel rank"
+        together = math.lcm(training.validation_interval, training.checkpoint_interval)
+        if training.keep_best and together >= training.steps:
+            yield f"{name}.keep_best has no effect: no step before the last has both a validation and a checkpoint"
         if training.profile and training.steps < PROFILED[-1]:
             yield f"{name}.profile=true has no effect with fewer than {PROFILED[-1]} steps"
     yield from _loss(config, stages)
+    if "distil" in stages and config.distil.keep_best:
+        changing = [name for name, given in vars(config.distil.schedules).items() if given.end is not None]
+        if changing or config.distil.taid.enabled:
+            what = ", ".join([*changing, *(["taid"] if config.distil.taid.enabled else [])])
+            yield f"distil.keep_best compares losses that are not the same over training, because of {what}"
     if "distil" in stages:
         yield from signals.warnings(config)
     if makes_corpus(config, stages):

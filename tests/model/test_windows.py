@@ -14,6 +14,7 @@ from pipelines.model.windows import (
     chosen_windows,
     end_of_document,
     label_bytes,
+    row_hashes,
     split_blend,
     split_prefixes,
     token_bytes,
@@ -170,3 +171,16 @@ def test_refusals(tmp_path, prefixes):
     (tmp_path / "one.bin").write_bytes(b"")
     with pytest.raises(UserError, match="truncated"):
         Windows([tmp_path / "one"], 4)
+
+
+def test_hashes_tell_rows_apart_whatever_their_order() -> None:
+    tokens = torch.arange(64).view(4, 16) % 600
+    found = row_hashes(tokens)
+    assert found.dtype == torch.int64 and found.min() >= 0 and found.max() < 2**32 and len(set(found.tolist())) == 4
+    assert row_hashes(tokens.flip(0)).sum() == found.sum()
+    assert row_hashes(tokens.flip(1)).sum() != found.sum(), "the order within a row counts"
+    changed = tokens.clone()
+    changed[2, 7] += 1
+    assert (row_hashes(changed) != found).tolist() == [False, False, True, False]
+    many = torch.randint(0, 128_256, (20_000, 8), generator=torch.Generator().manual_seed(1))
+    assert len(set(row_hashes(many).tolist())) > 19_990

@@ -29,9 +29,9 @@ def trained(
 ) -> dict[str, Any]:
     """A run in directory/name, continued where it has a checkpoint. fault: a function below, at a step; faults: more.
 
-    What it left: message (of a UserError or a stop, else empty), figures, finite (the weights), states ({step: a hash
-    of this rank's weights and of what its optimizer keeps, after it}), rows, checkpoints (names); forks: how often this
-    rank was forked.
+    What it left: message (of a UserError or a stop, else empty), figures, costs, finite (the weights), states ({step: a
+    hash of this rank's weights and of what its optimizer keeps, after it}), rows, checkpoints (names); forks: how often
+    this rank was forked.
     """
     from pipelines.model import parallel
 
@@ -43,6 +43,7 @@ def trained(
     from pipelines.config import UserError
     from pipelines.families import ModelShape
     from pipelines.model import build
+    from pipelines.model.export import save_hugging_face
     from pipelines.model.pair import DistillationPair, schedule_config
     from pipelines.model.weights import load_hugging_face
 
@@ -62,17 +63,19 @@ def trained(
         pairs.append(DistillationPair(student, teacher, config=config, vocab_size=shape.vocab_size, kd_weight=1.0))
         return pairs[0]
 
-    message, figures = "", {}
+    message, figures, costs = "", {}, {}
     if not _forks:  # a hook cannot be taken back
         _forks.append(None)
         os.register_at_fork(before=lambda: _forks.append(None))
     forks = len(_forks)
     try:
         callbacks = [states, *(_fault(*one) for one in [*faults, *([(fault, at)] if fault else [])])]
-        _, figures = fit_shortly(root / name, corpus, config, built, callbacks, precision=precision, **settings)
+        _, figures, costs = fit_shortly(root / name, corpus, config, built, callbacks, precision=precision, **settings)
     except (UserError, Stopped, stopping.Stopped) as error:
         message = str(error)
     stopping._received = False
+    if not message:
+        save_hugging_face(pairs[0].student, root / name / "last", shape, tokenizer=Path(corpus) / "tokenizer")
     torch.distributed.barrier()
     finite = all(bool(torch.isfinite(p).all()) for p in pairs[0].student.parameters()) if pairs else None
     parallel_state_gone()
@@ -80,6 +83,7 @@ def trained(
     return {
         "message": message,
         "figures": figures,
+        "costs": costs,
         "finite": finite,
         "states": states.found,
         "forks": len(_forks) - forks,
@@ -163,6 +167,26 @@ def _fault(name: str, at: int) -> Any:
                 self.weights[0].data.view(-1)[0] = float("inf")
 
     return Fault()
+
+
+def exported(directory: str, corpus: str, name: str, step: int, tensor: int) -> dict[str, bool]:
+    """That checkpoint of a run as a Hugging Face directory; {name: whether the run ended with the same tensor}."""
+    from safetensors.torch import load_file
+
+    from pipelines.families import ModelShape
+    from pipelines.model import parallel
+    from pipelines.trainer.kept_checkpoint import convert_to_hugging_face
+
+    nemo_on_cpu()
+    parallel.initialize(tensor)
+    root, shape = Path(directory), ModelShape(**SHAPE).replace(**STUDENT)
+    checkpoint = root / name / "checkpoints" / f"step-{step:07d}"
+    convert_to_hugging_face(checkpoint, root / f"out-{step}-{tensor}", shape, Path(corpus) / "tokenizer")
+    parallel_state_gone()
+    mine, last = (
+        load_file(place / "model.safetensors") for place in (root / f"out-{step}-{tensor}", root / name / "last")
+    )
+    return {key: bool((mine[key] == last[key]).all()) for key in mine.keys() | last.keys()}
 
 
 def newest_checkpoint(directory: str) -> str:

@@ -73,6 +73,7 @@ def fit_shortly(
         device="cpu",
         callbacks=callbacks,
         flops_per_token=1000,
+        bytes_per_value=12,
         tracking=Tracking(trackers, settings={"test.steps": settings["steps"]}),
         end_of_document=end_of_document,
     )

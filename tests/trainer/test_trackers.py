@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from pipelines.report.record import OF_THE_MACHINE
 from pipelines.trainer import trackers
 from pipelines.trainer.trackers import Trackers, Tracking
 from tests.ranks import RankPools
-from tests.trainer.test_runs import OF_THE_MACHINE
 
 
 @pytest.fixture(autouse=True)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.report.record import OF_THE_MACHINE
 from tests.ranks import RankPools
 from tests.trainer import cases_training
-from tests.trainer.test_runs import OF_THE_MACHINE
 
 CASES = "tests.trainer.cases_training"
 

@@ -1,0 +1,31 @@
+"""Room for a checkpoint, told before it is begun."""
+
+import ctypes
+import errno
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from pipelines.config import UserError
+from pipelines.trainer import room
+
+
+def test_room_is_told_by_what_is_free(tmp_path: Path) -> None:
+    room.refuse_without_room(tmp_path, 1 << 20)
+    with pytest.raises(UserError, match=r"of about 1,000,000,000,000\.0 MB, found .* MB free. Nothing was written"):
+        room.refuse_without_room(tmp_path, 10**18)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("code", "refused"), [(errno.EDQUOT, True), (errno.ENOSPC, True), (errno.EOPNOTSUPP, False)])
+def test_a_quota_is_asked_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, refused: bool) -> None:
+    """A system call that says what a full quota would."""
+
+    def fallocate(descriptor: int, mode: int, start: int, size: int) -> int:
+        ctypes.set_errno(code)
+        return -1
+
+    monkeypatch.setattr(room.ctypes, "CDLL", lambda *_, **__: SimpleNamespace(fallocate=fallocate))
+    assert bool(room.missing(tmp_path, 1000)) == refused
+    assert list(tmp_path.iterdir()) == []
