@@ -238,6 +238,18 @@ def test_a_run_that_is_killed_and_then_stopped_continues_with_the_same_numbers(
     assert (directory / "killed" / weights).read_bytes() == (directory / "whole" / weights).read_bytes()
 
 
+def test_a_short_soak_ends_as_the_run_without_faults(finished: tuple[Path, str], tmp_path: Path) -> None:
+    """Its long form is a command: docs/faults.md."""
+    soak = [sys.executable, "launchers/soak.py", "--directory", str(tmp_path), "--base", str(finished[0] / "whole")]
+    done = subprocess.run(
+        [*soak, "--rounds", "1", "--kinds", "save"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| save | 1 | 1 |" in done.stdout and "bit by bit" in done.stdout
+    found = json.loads((tmp_path / "soak.json").read_text())
+    assert [one["kind"] for one in found["rounds"]] == ["save", "none"] and found["differences"] == []
+
+
 def test_a_run_in_steps_continues_where_it_was_killed(finished: tuple[Path, str], tmp_path: Path) -> None:
     """Killed in its second step, one torchrun per stage, and continued in a single torchrun for all."""
     whole, steps = finished[0] / "whole", tmp_path / "steps"
