@@ -27,7 +27,7 @@ from pipelines.choices import (
 from pipelines.cluster_settings import ClusterConfig
 from pipelines.prune_settings import IterateConfig, PruneConfig
 from pipelines.signals import AttentionLossConfig, HiddenLossConfig, SchedulesConfig, TaidConfig
-from pipelines.site_settings import FetchConfig
+from pipelines.site_settings import AcceptConfig, FetchConfig
 
 
 class UserError(ValueError):
@@ -283,6 +283,7 @@ class Config:
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     fetch: FetchConfig = field(default_factory=FetchConfig)
+    accept: AcceptConfig = field(default_factory=AcceptConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
 

@@ -186,20 +186,26 @@ def all_reduce(node: Node) -> Check:
     expected = f"the right sums from {what} within {PATIENCE:.0f} s"
     remedy = "Look at the node's NVLink and PCIe (nvidia-smi topo -m, dmesg), or leave it out."
     with tempfile.TemporaryDirectory(prefix="stillhouse-") as place:
-        outcome = _reduced(device, processes, Path(place))
+        outcome = exchanged(device, processes, Path(place), ["all_reduce"], [REDUCED_BYTES[device]], PATIENCE)
     if isinstance(outcome, str):
         return Check("all-reduce", False, outcome, expected, remedy)
-    rate = f"{outcome['bytes_per_second'] / 1e9:,.1f} GB/s over {_size(REDUCED_BYTES[device])}"
+    rate = f"{outcome[0]['bytes_per_second'] / 1e9:,.1f} GB/s over {_size(REDUCED_BYTES[device])}"
     return Check("all-reduce", True, f"{what}, {rate}", expected)
 
 
-def _reduced(device: str, processes: int, place: Path) -> dict[str, Any] | str:
-    """What the first process measured, or what went wrong in words."""
+def exchanged(
+    device: str, processes: int, place: Path, kinds: list[str], sizes: list[int], patience: float
+) -> list[dict[str, Any]] | str:
+    """What collectives.py measured over processes of this machine, or what went wrong in words.
+
+    place: a directory of this call's own. sizes: bytes. patience: seconds.
+    """
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment |= {"OMP_NUM_THREADS": "1"} | ({"GLOO_SOCKET_IFNAME": "lo"} if device == "cpu" else {})
     children = []
     for rank in range(processes):
-        arguments = [device, str(rank), str(processes), str(place / "meeting"), str(REDUCED_BYTES[device])]
+        arguments = [device, str(rank), str(processes), str(place / "meeting")]
+        arguments += [",".join(kinds), ",".join(map(str, sizes))]
         with open(place / f"{rank}.err", "w") as errors:
             children.append(
                 subprocess.Popen(
@@ -211,17 +217,17 @@ def _reduced(device: str, processes: int, place: Path) -> dict[str, Any] | str:
                 )
             )
     try:
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + patience
         while any(child.poll() is None for child in children) and not any(child.poll() for child in children):
             if time.monotonic() > deadline:
-                return f"no answer after {PATIENCE:.0f} s"
+                return f"no answer after {patience:.0f} s"
             time.sleep(0.05)
         for rank, child in enumerate(children):
             if child.poll():
                 lines = (place / f"{rank}.err").read_text(errors="replace").strip().splitlines()
                 return f"process {rank} ended with {child.returncode}: {lines[-1] if lines else 'no word'}"
         assert children[0].stdout is not None
-        answer: dict[str, Any] = json.loads(children[0].stdout.read())
+        answer: list[dict[str, Any]] = json.loads(children[0].stdout.read())
         return answer
     finally:
         for child in children:

@@ -253,9 +253,6 @@ def test_the_command_ends_with_3_and_a_line_per_check(
     assert "ok      disk" in second
 
 
-def test_an_all_reduce_that_cannot_start_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "REDUCED_BYTES", {"cpu": -1})
-    with_gpus(monkeypatch, 0)
-    (tmp_path / "meeting").mkdir()
-    found = preflight._reduced("cpu", 2, tmp_path)  # where the meeting file should be lies a directory
+def test_a_process_that_ends_is_told_before_the_time_is_up(tmp_path: Path) -> None:
+    found = preflight.exchanged("cpu", 2, tmp_path, ["nothing"], [4096], 60.0)
     assert isinstance(found, str) and found.startswith("process ")

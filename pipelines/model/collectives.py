@@ -1,7 +1,7 @@
 """The collectives that training uses, tried and timed: that they are right, and how many bytes per second they move.
 
 `python -m pipelines.model.collectives` is one process of a node's own check, which preflight.py starts; stage=accept
-measures all of them over all ranks. torch alone: a node is checked before anything heavier is loaded there.
+measures all of them. torch alone: a node is checked before anything heavier is loaded there.
 """
 
 import json
@@ -9,7 +9,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 
 import torch
@@ -90,25 +90,23 @@ def _expect(kind: str, found: torch.Tensor, expected: torch.Tensor | float) -> N
 
 
 def main(arguments: list[str]) -> None:
-    """Arguments: cuda or cpu, this process's number, how many there are, a file to meet at, bytes. Prints JSON.
-
-    An all-reduce over the processes of one machine.
+    """Arguments: cuda or cpu, this process's number, how many there are, a file to meet at, kinds, bytes (both with
+    commas). Prints a JSON list of Bandwidth. Over the processes of one machine.
     """
-    kind, rank, ranks, meeting, size = arguments
-    if kind == "cuda":
+    device_type, rank, ranks, meeting, kinds, sizes = arguments
+    if device_type == "cuda":
         torch.cuda.set_device(int(rank))
     dist.init_process_group(
-        "nccl" if kind == "cuda" else "gloo",
+        "nccl" if device_type == "cuda" else "gloo",
         init_method=f"file://{meeting}",
         rank=int(rank),
         world_size=int(ranks),
         timeout=timedelta(seconds=60),
     )
-    device = torch.device("cpu") if kind == "cpu" else torch.device("cuda", int(rank))
-    found = bandwidth("all_reduce", int(size), device)
+    device = torch.device("cpu") if device_type == "cpu" else torch.device("cuda", int(rank))
+    found = [bandwidth(kind, int(size), device) for kind in kinds.split(",") for size in sizes.split(",")]
     if int(rank) == 0:
-        name = measure.device_name(device)
-        print(json.dumps({"seconds": found.seconds, "bytes_per_second": found.bytes_per_second, "device": name}))
+        print(json.dumps([asdict(one) for one in found]))
     sys.stdout.flush()
     # Taking NCCL apart can wait for a peer that has gone already.
     os._exit(0)

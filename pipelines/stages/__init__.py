@@ -121,6 +121,13 @@ _TABLE = (
         derived=True,
     ),
     Stage("plan", "parameters, FLOPs and bytes per device, before anything is started", ranks=False, kept=False),
+    Stage(
+        "accept",
+        "try a new machine: proofs, bandwidth, steps at true size, a killed training, an export; a row for the records",
+        ranks=False,
+        kept=False,
+        of_machine=True,
+    ),
     Stage("verify", "prove values and gradients of the sharded step on this machine", ranks=True, kept=False),
     Stage(
         "benchmark",

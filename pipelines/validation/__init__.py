@@ -18,7 +18,6 @@ from pipelines.validation import (
     directories,
     documents,
     effects,
-    fetch,
     frozen_teacher,
     layouts,
     memory,
@@ -27,6 +26,7 @@ from pipelines.validation import (
     search,
     shapes,
     signals,
+    site,
     steps,
     training,
 )
@@ -43,7 +43,7 @@ def validate(config: Config, stages: Collection[str]) -> list[str]:
     """stages: the names that are asked for. Returns warnings; raises UserError. Of a run in steps every step is checked
     before the first."""
     numbers.check(config)
-    fetch.check_secrets(config)
+    site.check_secrets(config)
     if not config.iterate.students:
         return _validate(config, stages)
     steps.check(config, stages)
@@ -61,7 +61,8 @@ def validate(config: Config, stages: Collection[str]) -> list[str]:
 
 def _validate(config: Config, stages: Collection[str]) -> list[str]:
     ranks = layout(config.parallel)
-    fetch.check(config, stages)
+    site.check(config, stages)
+    site.check_acceptance(config, stages)
     directories.check_run(config, stages)
     directories.check_given(config, stages)
     directories.check_kept(config, stages)

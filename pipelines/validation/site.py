@@ -1,10 +1,12 @@
-"""What is to be fetched, and that no setting holds a secret."""
+"""What is to be fetched, what is to be tried on a machine, and that no setting holds a secret."""
 
+import os
 import re
 from collections.abc import Collection
 
 from pipelines import secrets
 from pipelines.config import Config, expect
+from pipelines.site_settings import AcceptPart
 
 NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
@@ -17,6 +19,17 @@ def check_secrets(config: Config) -> None:
             "Settings are written into manifests and logs: leave it in the environment, or in the service's own file."
         )
         expect(not found, setting, "no token or password", found, remedy)
+
+
+def check_acceptance(config: Config, stages: Collection[str]) -> None:
+    if "accept" not in stages:
+        return
+    names = ", ".join(part.value for part in AcceptPart)
+    expect(bool(config.accept.parts), "accept.parts", f"some of {names}", "none", "Leave it out for all.")
+    expect(bool(config.accept.bandwidth_bytes), "accept.bandwidth_bytes", "some sizes", "none", "Give one or more.")
+    inside = os.environ.get("WORLD_SIZE", "1") == "1"
+    remedy = "Start it without torchrun or srun: it starts what it needs on this machine."
+    expect(inside, "stage=accept", "one process", f"WORLD_SIZE={os.environ.get('WORLD_SIZE')}", remedy)
 
 
 def check(config: Config, stages: Collection[str]) -> None:
