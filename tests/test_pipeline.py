@@ -170,6 +170,19 @@ def test_text_becomes_a_student_and_a_report(finished: tuple[Path, str]) -> None
         assert (directory / "whole" / stage / "complete").is_file()
 
 
+def test_what_a_distillation_took_stands_beside_its_plan(finished: tuple[Path, str]) -> None:
+    directory, output = finished[0] / "whole", finished[1]
+    figures = json.loads((directory / "distil" / "manifest.json").read_text())["figures"]
+    plan = {entry["what"]: entry for entry in figures["plan"]}
+    checkpoint = plan["a checkpoint"]
+    assert checkpoint["planned"] < checkpoint["measured"] < checkpoint["planned"] + 2e6, (
+        "tensors, and a little metadata"
+    )
+    assert plan["memory of a device"]["measured"] > 0 and plan["training speed"]["measured"] > 0
+    assert "distil  memory of a device" in output and "distil  a checkpoint" in output
+    assert "of the plan" in (directory / "report" / "index.html").read_text()
+
+
 def test_a_whole_run_asks_nothing_of_the_network(finished: tuple[Path, str]) -> None:
     """It ended well without one; nor did anything of it try, and wait, and go on."""
     attempts = finished[0] / "refused"

@@ -91,13 +91,19 @@ def matrix_ceiling(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * size**3 * products / fastest
 
 
-def process_peak_bytes(device: torch.device) -> int:
+def resident_bytes() -> int:
+    """Of this process, now, as Linux counts them."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def process_peak_bytes(device: torch.device, since: int = 0) -> int:
     """The most that a rank has held since it started: tensors on its GPU, or on a CPU the resident memory of the whole
-    process (Linux counts it in KiB). The largest rank's number, on every rank: one all-reduce of one number."""
+    process (Linux counts it in KiB) beyond `since`, its `resident_bytes` at a moment. The largest rank's number, on
+    every rank: one all-reduce of one number."""
     if device.type == "cuda":
         held = torch.cuda.max_memory_allocated(device)
     else:
-        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        held = max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - since)
     return int(greatest(held, device))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from pipelines import plan_check
 from pipelines.report import plots, search, summary
 from pipelines.report.record import MODELS, AxisImportance, RunRecord
 from pipelines.stages import STAGES
@@ -54,6 +55,7 @@ def render(record: RunRecord, results: dict[str, Any], configuration: str, plot_
                 "Further down is better, further left is smaller; the arrow is what distillation did.",
             ),
             identity=record.manifests["distil"].get("figures", {}).get("loss", ""),
+            planned=_planned(record),
             distil_plots=_distil_plots(record, plot_directory),
             teacher_plots=_teacher_plots(record, plot_directory),
             importance_plots=_importance_plots(record, plot_directory),
@@ -172,6 +174,12 @@ def _distil_plots(record: RunRecord, directory: Path) -> list[dict[str, Any]]:
             "How far confidence lies from being right, over 15 bins of confidence; 0 is best.",
         ),
     )
+
+
+def _planned(record: RunRecord) -> list[dict[str, Any]]:
+    """Rows of what was planned for the distillation beside what it took."""
+    entries = record.manifests["distil"].get("figures", {}).get("plan", [])
+    return [{"cells": plan_check.in_words(entry), "note": entry["note"]} for entry in entries]
 
 
 def _search(record: RunRecord, directory: Path) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """A training stage's settings into `fit`: what teacher and distil have in common."""
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,15 @@ from pipelines.files import read_object
 from pipelines.model.course import Course
 from pipelines.model.pair import DistillationPair
 from pipelines.model.windows import end_of_document
+
+
+def prepare(device: str) -> None:
+    """Load what training needs, NeMo with it, so that what comes after is the training's own."""
+    if device == "cpu":
+        from pipelines.trainer import cpu_runtime
+
+        cpu_runtime.install()
+    importlib.import_module("pipelines.trainer.fit")
 
 
 def train(
@@ -27,10 +37,7 @@ def train(
 ) -> tuple[DistillationPair, dict[str, float], dict[str, float]]:
     """Train what `built` returns on the run's corpus; `course` changes the loss on the way. Returns it with the figures
     of the last validation and what the training took (see fit). flops_per_token: as planning counts them."""
-    if ranks.device == "cpu":
-        from pipelines.trainer import cpu_runtime
-
-        cpu_runtime.install()
+    prepare(ranks.device)
     from pipelines.trainer.course import CourseCallback
     from pipelines.trainer.fit import Schedule, fit
     from pipelines.trainer.trackers import Tracking
