@@ -53,11 +53,14 @@ class Metrics(Callback):
         log_interval: int,
         flops_per_token: int,
         peak: float | None,
+        share_of_peak: float = planning.SHARE_OF_PEAK,
     ) -> None:
         self.directory, self.trackers, self.guard, self.saving_seconds = directory, trackers, guard, saving_seconds
         self.description, self.start, self.steps = description, start, steps
         self.log_interval = log_interval
-        self.speed = partial(planning.speed_figures, flops_per_token=flops_per_token, peak=peak)
+        self.speed = partial(
+            planning.speed_figures, flops_per_token=flops_per_token, peak=peak, share_of_peak=share_of_peak
+        )
         self.paces = {split: _Pace(tokens_per_step) for split in ("train", "validation")}
         self.elapsed = self.saved = 0.0  # seconds before this start
         self.seconds_to_first_step = 0.0

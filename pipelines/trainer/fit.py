@@ -106,6 +106,7 @@ def fit(
     callbacks: list[Callback],
     flops_per_token: int,
     bytes_per_value: int,
+    share_of_peak: float = planning.SHARE_OF_PEAK,
     tracking: Tracking,
     end_of_document: int | None = None,
 ) -> tuple[MegatronModule, dict[str, float], dict[str, float]]:
@@ -114,7 +115,8 @@ def fit(
     steps may be left out, skipped_steps.
 
     config, build: see TrainedModel. blend: for "train" and "validation" Megatron's list of weights and prefixes.
-    flops_per_token: of training, as planning counts them. bytes_per_value: of a checkpoint, as storage counts them.
+    flops_per_token: of training, as planning counts them. share_of_peak: of the devices', what the plan expects.
+    bytes_per_value: of a checkpoint, as storage counts them.
     Writes checkpoints/, metrics.jsonl, tensorboard/ and data_index/ under directory. Every rank calls it.
     """
     console.say(f"{description}  optimizer: {adam.install(schedule.optimizer)}")
@@ -148,7 +150,8 @@ def fit(
         tokens_per_step=schedule.global_batch_size * schedule.sequence_length,
         log_interval=schedule.log_interval,
         flops_per_token=flops_per_token,
-        peak=_peak(description, schedule.precision, device, flops_per_token),
+        peak=_peak(description, schedule.precision, device, flops_per_token, share_of_peak),
+        share_of_peak=share_of_peak,
     )
     trace = Trace(directory / "tensorboard", description=description, steps=schedule.steps, device=device)
     callbacks = [metrics, data_index, *callbacks, *([trace] if schedule.profile else []), saving]
@@ -174,12 +177,12 @@ def _costs(metrics: Metrics, guard: Guard) -> dict[str, float]:
     return found | ({"skipped_steps": guard.left_out} if guard.most else {})
 
 
-def _peak(description: str, precision: str, device: str, flops_per_token: int) -> float | None:
+def _peak(description: str, precision: str, device: str, flops_per_token: int, share: float) -> float | None:
     """bf16 FLOP/s of all ranks' GPUs together; None in fp32, and where the device's peak is not known."""
     one = gpus.peak_flops(torch.cuda.get_device_name()) if device == "cuda" and precision == "bf16" else None
     if one is None:
         return None
-    peak, share = one * processes.world_size(), planning.SHARE_OF_PEAK
+    peak = one * processes.world_size()
     console.say(
         f"{description}  plan: {share * peak / flops_per_token:,.0f} tokens/s, {flops_per_token / 1e9:,.4g} GFLOP per "
         f"token at {share:.0%} of {peak / 1e12:,.0f} TFLOP/s"

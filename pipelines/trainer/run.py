@@ -59,6 +59,7 @@ def train(
         device=ranks.device,
         flops_per_token=flops_per_token,
         bytes_per_value=storage.checkpoint_bytes(1, settings),
+        share_of_peak=context.config.plan.share_of_peak,
         tracking=Tracking(
             tuple(tracker.value for tracker in context.config.run.trackers),
             context.config.run.project,
