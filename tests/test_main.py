@@ -303,7 +303,7 @@ def test_stage_takes_a_name_a_list_or_all() -> None:
         assert stage_names(config) == expected
     for wrong in ("everything", ["corpus", "prun"], []):
         config.stage = wrong
-        with pytest.raises(UserError, match="expected all or some of corpus"):
+        with pytest.raises(UserError, match="expected all or some of fetch, corpus"):
             stage_names(config)
 
 
