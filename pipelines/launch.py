@@ -57,9 +57,6 @@ def is_child() -> bool:
 def run_stage(config: Config, stage: str, overrides: list[str]) -> None:
     """Run one stage in child processes and wait. Raises StageFailed with what the children left to say, and Stopped
     where the command was asked to stop before the stage began."""
-    exchange = Path(tempfile.mkdtemp(prefix="stillhouse-"))
-    stopping.listen(exchange)
-    refuse_when_asked(stage)
     log = artifacts.log_file(config, stage)
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +64,10 @@ def run_stage(config: Config, stage: str, overrides: list[str]) -> None:
         raise UserError(f"run.directory={config.run.directory}: expected a place to write, found: {error}.") from None
     start_of_log = log.stat().st_size if log.exists() else 0
     count = layout(config.parallel).processes if STAGES[stage].ranks else 1
+    exchange = Path(tempfile.mkdtemp(prefix="stillhouse-"))
+    stopping.listen(exchange)
     try:
+        refuse_when_asked(stage)
         with open(log, "a") as stderr:
             child = subprocess.Popen(
                 command(stage, count, overrides),
@@ -244,6 +244,8 @@ def work(config: Config, stage: str) -> int:
 def follows_from_a_lost_process(error: BaseException | None) -> bool:
     """Whether an error of this process only says that another one has gone: killed, or with its node. It decides
     nothing then: whoever started the ranks finds no verdict, and may start them again."""
+    if isinstance(error, UserError | Stopped):
+        return False
     while error is not None:
         if isinstance(error, OSError | RuntimeError) and LOST.search(str(error)):
             return True

@@ -16,10 +16,10 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from pipelines import gpus, planning
-from pipelines.config import Config, DistilConfig, Layout
+from pipelines.config import Config, DistilConfig, Layout, Precision, TeacherPrecision, teacher_precision
 from pipelines.device_memory import bytes_per_device
 from pipelines.families import ModelShape
-from pipelines.signals import FeatureLoss, feature_losses, pipeline_stage
+from pipelines.signals import FeatureLoss, across_tokens, feature_losses, pipeline_stage
 from pipelines.traffic import communication
 
 USABLE = 0.9  # of a device's memory: communication buffers, CUDA's context and the allocator's waste take the rest
@@ -56,6 +56,7 @@ def candidates(
     """Every layout of as many devices that divides heads, KV groups, neurons, layers, sequences and the batch, with
     and without recompute. Without sequence parallelism only where the sequence does not divide."""
     training, shapes, devices = config.distil, (teacher, student), ranks.processes
+    contexts = CONTEXTS if _may_cut(training, teacher, student) else (1,)
     for tensor in _divisors(devices, config.plan.gpus_per_node):
         sizes = [(s.num_attention_heads, s.num_key_value_heads, s.intermediate_size) for s in shapes]
         if any(size % tensor for three in sizes for size in three):
@@ -65,7 +66,7 @@ def candidates(
                 continue
             if any(_parted(loss, teacher, student, pipeline) for loss in _losses(training, teacher, student)):
                 continue
-            for context in CONTEXTS if not training.document_mask else (1,):
+            for context in contexts:
                 data, rest = divmod(devices // (tensor * pipeline), context)
                 cuts = 2 * context if context > 1 else 1
                 if rest or not data or training.sequence_length % cuts:
@@ -85,6 +86,14 @@ def _divisors(number: int, most: int) -> list[int]:
 def _losses(training: DistilConfig, teacher: ModelShape, student: ModelShape) -> list[FeatureLoss]:
     depths = {"student_layers": student.num_hidden_layers, "teacher_layers": teacher.num_hidden_layers}
     return feature_losses(training.hidden, training.attention, **depths)
+
+
+def _may_cut(training: DistilConfig, teacher: ModelShape, student: ModelShape) -> bool:
+    """Whether sequences may be cut over ranks, by what validation/layouts.py and validation/signals.py ask."""
+    halves = training.precision is Precision.bf16 and teacher_precision(training) is not TeacherPrecision.fp32
+    windows = [shape.sliding_window for shape in (teacher, student) if shape.sliding_window is not None]
+    whole = all(window >= training.sequence_length for window in windows)
+    return halves and whole and not training.document_mask and not across_tokens(training.hidden, training.attention)
 
 
 def _parted(loss: FeatureLoss, teacher: ModelShape, student: ModelShape, pipeline: int) -> bool:

@@ -73,5 +73,8 @@ def leave_verdict(code: int, message: str, stage: str) -> None:
             decided = json.loads(path.read_text())["code"] in (EXIT_STOPPED, _MISTAKE)
             if code in (EXIT_STOPPED, _MISTAKE) and not decided:
                 os.replace(temporary, path)
+        except OSError:  # a file system without second names
+            if not path.exists() or code in (EXIT_STOPPED, _MISTAKE):
+                os.replace(temporary, path)
     with suppress(OSError):
         temporary.unlink(missing_ok=True)

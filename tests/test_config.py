@@ -1,6 +1,7 @@
 """Mistakes of the command line: one message each, with what was expected, what was found and what to do."""
 
 import json
+import re
 from dataclasses import fields, is_dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -12,9 +13,8 @@ from pipelines import planning
 from pipelines.compose import compose, known_keys
 from pipelines.config import Config, ParallelConfig, UserError, layout
 from pipelines.prune_settings import OfLayerConfig
-from pipelines.validation import validate
+from pipelines.validation import numbers, validate
 from pipelines.validation.layouts import check_processes
-from pipelines.validation.numbers import RANGES
 from pipelines.vocabulary import tokenizer_size
 
 pytestmark = pytest.mark.usefixtures("machine_without_gpu")
@@ -335,7 +335,10 @@ def test_every_number_of_the_schema_has_a_range() -> None:
 
     listed = (configuration.SourceConfig, configuration.HiddenLossConfig, configuration.AttentionLossConfig)
     entries = (*listed, OfLayerConfig)
-    assert leaves(Config).union(*map(leaves, entries)) == RANGES.keys()
+    assert leaves(Config).union(*map(leaves, entries)) == numbers.RANGES.keys()
+    source = Path(numbers.__file__).read_text().partition("RANGES: ")[2].partition("\n}")[0]
+    names = [name for line in source.splitlines() for name in re.findall(r'"(\w+)"', line)]
+    assert len(names) == len(set(names)), "a second line for a name would win without a word"
 
 
 def test_a_model_directory_without_config_or_of_another_architecture_is_refused_by_name(model: Path) -> None:

@@ -98,6 +98,20 @@ def test_layouts_that_fit_come_best_first_and_divide_everything() -> None:
         alone = planning.plan(recipe(*settings, f"distil.recompute={row['recompute']}"))
         assert alone["bytes_per_device"]["total"] == row["bytes_per_device"], "the plan of that layout says the same"
     assert found["fit"] <= found["divide"]
+    assert any(row["layout"]["context"] > 1 for row in rows)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("distil.precision=fp32",),
+        ("distil.document_mask=true",),
+        ("distil.hidden=[{student_layer: -1, teacher_layer: -1, kind: relational}]",),
+    ],
+)
+def test_sequences_are_cut_in_no_layout_where_they_cannot_be(overrides: tuple[str, ...]) -> None:
+    rows = plan(recipe("plan.layouts=true", *overrides))["layouts"]["layouts"]
+    assert rows and all(row["layout"]["context"] == 1 for row in rows)
 
 
 def test_small_memory_leaves_few_layouts_and_says_what_would_be_needed() -> None:

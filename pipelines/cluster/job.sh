@@ -83,7 +83,7 @@ continue_in_new_job() {  # reason
   excluded=${excluded:+$excluded${leave_out:+,}}$leave_out
   [ -z "$excluded" ] || options+=("--exclude=$excluded")
   new=$(
-    for name in "${!SLURM_@}"; do [ "$name" = SLURM_CONF ] || unset "$name"; done
+    for name in "${!SLURM_@}"; do [[ "$name" =~ ^SLURM_(CONF|JWT)$ ]] || unset "$name"; done
     unset STILLHOUSE_STOP_FILE STILLHOUSE_VERDICT
     sbatch "${options[@]}" "$script"
   ) || for_good 1 "$1, and sbatch took no job to continue in"
@@ -102,7 +102,15 @@ continue_in_new_job() {  # reason
   exit 75
 }
 
-newest_checkpoint() { ls -1 "$checkpoints" 2>/dev/null | grep '^step-' | sort | tail -n 1; }
+newest_checkpoint() {  # or, of a pruning, a number that changes with what it has measured
+  local newest directory=${checkpoints%/checkpoints}
+  newest=$(ls -1 "$checkpoints" 2>/dev/null | grep '^step-' | sort | tail -n 1)
+  if [ -z "$newest" ] && [ "$stage" = prune ]; then
+    newest=measured-$(cat "$directory"/{search.json,scores.safetensors} "$directory"/candidates/*/checkpoints/step-*/*.json \
+      2>/dev/null | cksum | cut -d' ' -f1)
+  fi
+  printf '%s\n' "$newest"
+}
 
 count_restart() {  # reason: one restart more, or the end
   local count=0 before='' newest
@@ -120,7 +128,8 @@ count_restart() {  # reason: one restart more, or the end
 check_nodes() {  # each by itself; those that fail are left out in a new allocation
   local check=(true) failing=() tasks=() host number=0
   if [ "$preflight" = true ]; then
-    check=("${container[@]}" "$python" -m pipelines.preflight "--gpus=$gpus" "--directory=$run_directory")
+    check=("${container[@]}" "$python" -m pipelines.preflight "--directory=$run_directory")
+    [ "$gpus" -eq 0 ] || check+=("--gpus=$gpus")  # a stage without GPUs takes whatever a whole node brings
   elif [ "$attempt" -eq 0 ]; then
     return
   fi
@@ -229,6 +238,10 @@ while true; do
     75:*) stopped ;;
     :*)
       if [ "$asked" = TERM ]; then
+        if [ "$requeue" != true ] && [ "$(job_state)" = PREEMPTED ]; then
+          count_restart "preempted before it had saved"
+          continue_in_new_job "preempted"
+        fi
         say "stage $stage ended with the job before it had saved; it continues from its last checkpoint"
         exit 143
       fi

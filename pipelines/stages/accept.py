@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,6 +57,7 @@ class Trial:
 def run(context: artifacts.StageContext) -> dict[str, Any]:
     """Raises UserError with the first part that fails; what was found so far stands in accept.json."""
     trial, started = Trial(context), time.monotonic()
+    shutil.rmtree(trial.directory / "runs", ignore_errors=True)  # what an earlier trial found says nothing of today
     trial.found["machine"] = machine(trial)
     for part, work in PARTS.items():
         if part not in context.config.accept.parts:
@@ -195,10 +197,8 @@ def resume(trial: Trial) -> dict[str, Any]:
         f"model.path={whole / 'teacher' / 'hf'}",
         f"student.path={whole / 'prune' / 'hf'}",
     )
-    step = 0
-    if not artifacts.is_complete(killed / "distil"):
-        step = _kill_after_a_checkpoint(trial, overrides, killed / "distil")
-        trial.run(*overrides)
+    step = _kill_after_a_checkpoint(trial, overrides, killed / "distil")
+    trial.run(*overrides)
     one, other = losses(whole / "distil"), losses(killed / "distil")
     if one.keys() != other.keys():
         raise UserError(f"accept: expected the steps {sorted(one)} after kill -9, found {sorted(other)}.")

@@ -78,13 +78,18 @@ def fetch(
 ) -> dict[str, Any]:
     """One repository into `target`; what is recorded of it. Raises UserError where the hub refuses or the network
     ends."""
-    record = target / RECORD
+    record, wanted = target / RECORD, None if kind == "model" else sorted(settings.files)
     if record.is_file() and not overwrite:
         known = files.read_object(record, "Remove the directory, or give overwrite=true.")
         if revision not in (known["revision"], known["commit"]):
             raise UserError(
                 f"{target}: expected {revision}, found {known['revision']} at commit {known['commit']}. Give "
                 "overwrite=true to fetch it again, or another fetch.directory."
+            )
+        if known.get("patterns") != wanted:
+            raise UserError(
+                f"{target}: expected files by {wanted}, found those by {known.get('patterns')}. Give overwrite=true to "
+                "fetch it anew, or another fetch.directory."
             )
         console.say(f"fetch  {name}: there already, at commit {known['commit'][:12]}, in {target}")
         return known
@@ -106,6 +111,7 @@ def fetch(
         "repository": name,
         "kind": kind,
         "revision": revision,
+        "patterns": wanted,
         "commit": found.commit,
         "license": found.license,
         "gated": found.gated,

@@ -63,7 +63,7 @@ class Metrics(Callback):
         )
         self.paces = {split: _Pace(tokens_per_step) for split in ("train", "validation")}
         self.elapsed = self.saved = 0.0  # seconds before this start
-        self.seconds_to_first_step = 0.0
+        self.seconds_to_first_step, self._told = 0.0, False
         self.data_hash = ""
         self.gradient_norm = 0.0
         self.means: dict[str, float] = {}
@@ -110,7 +110,7 @@ class Metrics(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         step, means = trainer.global_step, self.means
-        if first := not self.seconds_to_first_step:
+        if not self.seconds_to_first_step:
             self.seconds_to_first_step = processes.seconds_since_start()
         if step % self.log_interval and step != self.steps and not self.guard.reason:
             return
@@ -118,8 +118,8 @@ class Metrics(Callback):
         self.paces["train"].set_off(step)
         row = means | {"learning_rate": self._learning_rate, "gradient_norm": self.gradient_norm}
         row |= self.speed(tokens_per_second) | self.costs()
-        if first:
-            row["seconds_to_first_step"] = self.seconds_to_first_step
+        if not self._told:
+            self._told, row["seconds_to_first_step"] = True, self.seconds_to_first_step
         row = {name: value for name, value in row.items() if not self.guard.reason or math.isfinite(value)}
         self._write(step, "train", row | self.guard.figures() | {"data_hash": self.data_hash})
         shown = "  ".join(f"{name} {means[name]:.3f}" for name in ("loss", "kd", "ce") if name in means)

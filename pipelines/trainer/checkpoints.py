@@ -84,7 +84,7 @@ class Checkpoints(Checkpoint):
         self._save(trainer, self.validation()["loss"])
 
     def _save(self, trainer: Any, loss: float | None) -> None:
-        """loss: of the validation at this step, where there was one. Four barriers, one all-reduce and one all-gather
+        """loss: of the validation at this step, where there was one. Three barriers, one all-reduce and one all-gather
         over all ranks beside Megatron's own collectives."""
         step, stops = trainer.global_step, self.stops()
         if step % self.interval and step != self.steps and not stops:
@@ -114,7 +114,6 @@ class Checkpoints(Checkpoint):
             )
 
     def _write(self, trainer: Any, partial: Path, step: int, loss: float | None) -> None:
-        parallel.on_first_rank(self._clear)
         parallel.on_first_rank(self._refuse_without_room)
         trainer.save_checkpoint(partial)
         torch.distributed.barrier()
@@ -128,6 +127,7 @@ class Checkpoints(Checkpoint):
     def _refuse_without_room(self) -> None:
         """What the newest checkpoint takes, or the first one will, must fit beside those that are kept."""
         self.directory.mkdir(parents=True, exist_ok=True)
+        self._clear()  # the room that a save took which was cut short
         whole = whole_checkpoints(self.directory)
         refuse_without_room(self.directory, sum(sizes(whole[-1]).values()) if whole else self._expected)
 

@@ -95,7 +95,7 @@ def _check_words(config: Config) -> None:
     expect(found is None or bool(FEATURES.fullmatch(found)), "cluster.constraint", expected, repr(found), "Change it.")
     name, expected = config.run.name, "letters, digits and _.,@+=- in a name that jobs bear"
     expect(bool(NAME.fullmatch(name)), "run.name", expected, repr(name), "Choose another.")
-    directory = str(run_directory(config))
+    directory = str(run_directory(config).absolute())
     expected = "a path of letters, digits and _./,:@+=~- in a directory that #SBATCH lines name"
     expect(bool(PATH.fullmatch(directory)), "run.directory", expected, repr(directory), "Choose another.")
 

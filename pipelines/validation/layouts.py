@@ -29,6 +29,8 @@ def check_gpu(config: Config, stages: Collection[str]) -> None:
     gpu, known = config.plan.gpu, ", ".join(gpus.BF16_PEAKS)
     good = "plan" not in stages or gpus.peak_flops(gpu) is not None
     expect(good, "plan.gpu", f"one of {known}", gpu, "Name the nearest one.")
+    machine = config.plan.gpus_per_node
+    expect(machine >= 1, "plan.gpus_per_node", "1 or more", machine, "Raise it.")
 
 
 def check_processes(ranks: Layout) -> None:

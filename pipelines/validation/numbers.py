@@ -47,7 +47,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("max_position_embeddings", "sequence_length", "batches", "micro_batches"), ONE_OR_MORE),
     **dict.fromkeys(("micro_batch_size", "global_batch_size", "steps", "validation_interval"), ONE_OR_MORE),
     **dict.fromkeys(("validation_batches", "checkpoint_interval", "keep_checkpoints", "log_interval"), ONE_OR_MORE),
-    **dict.fromkeys(("gpus_per_node", "network_bytes_per_second"), ONE_OR_MORE),
+    "network_bytes_per_second": ONE_OR_MORE,
     **dict.fromkeys(("calibration_samples", "new_tokens", "tokenizer_sample_bytes", "top_k"), ONE_OR_MORE),
     **dict.fromkeys(("student_hidden", "teacher_hidden", "rounds", "tokens", "vocabularies"), ONE_OR_MORE),
     **dict.fromkeys(("micro_batch_sizes", "scoring_micro_batch_sizes", "scoring_batches"), ONE_OR_MORE),

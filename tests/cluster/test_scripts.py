@@ -68,7 +68,7 @@ def test_a_chain_has_a_job_for_each_stage_with_nodes_of_its_own(place: Path) -> 
 
 
 def test_a_run_in_steps_has_a_job_for_each_part(place: Path) -> None:
-    chain = Chain(["experiment=quickstart_iterative", "cluster=local", "stage=[prune,distil]", "run.name=x"][:2])
+    chain = Chain(["experiment=quickstart_iterative", "cluster=local"])
     assert [job.label[3:] for job in chain.jobs] == [
         *("corpus", "teacher", "step1-prune", "step1-distil", "prune", "distil", "evaluate", "export", "report")
     ]

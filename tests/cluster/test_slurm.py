@@ -120,11 +120,11 @@ def begun(run: Run) -> Run:
 
 @pytest.fixture(scope="module", autouse=True)
 def warned(cluster: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Run, str]]:
-    """(run, job) whose teacher SLURM warns less than a minute after its start: the other tests go on meanwhile."""
+    """(run, job) whose teacher SLURM warns a minute and a half after its start: the other tests go on meanwhile."""
     run = Run(cluster, tmp_path_factory.mktemp("warned"))
     run.make_corpus()
-    run.play(teacher={"steps": 600, "unsaved": True})
-    limits = ["cluster.time='2:00'", "cluster.warning_seconds=70", "cluster.grace_seconds=10"]
+    run.play(teacher={"steps": 1200, "unsaved": True})
+    limits = ["cluster.time='3:00'", "cluster.warning_seconds=90", "cluster.grace_seconds=10"]
     yield run, run.submit("stage=teacher", *limits)["teacher"]
     run.end()
 

@@ -113,6 +113,14 @@ def test_what_is_there_is_not_fetched_again(hub: Hub, tmp_path: Path, capsys: py
 
 
 @pytest.mark.usefixtures("online")
+def test_other_files_than_are_there_are_not_taken_for_them(tmp_path: Path) -> None:
+    with Hub("open/corpus", {"a.jsonl": b"{}", "b.jsonl": b"{}"}, kind="dataset") as hub:
+        assert fetch(hub, tmp_path, "fetch.files=[a*]") == "" == fetch(hub, tmp_path, "fetch.files=[a*]")
+        other = fetch(hub, tmp_path, "fetch.files=[b*]")
+    assert "expected files by ['b*'], found those by ['a*']" in other and "overwrite=true" in other
+
+
+@pytest.mark.usefixtures("online")
 def test_a_broken_connection_is_continued_where_it_broke(hub: Hub, tmp_path: Path, model: dict[str, bytes]) -> None:
     name = next(name for name in sorted(model) if "00001" in name)
     hub.cut = {name: 2}
