@@ -18,11 +18,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from pipelines import artifacts, device_memory
+from pipelines import artifacts, device_memory, planning
 from pipelines.config import Config, DistilConfig, Layout, TeacherPrecision, UserError, teacher_precision
 from pipelines.families import EMBEDDING, HEAD, LAYER, ModelShape
 from pipelines.launch import end_with_parent
-from pipelines.signals import FeatureLoss, feature_losses
+from pipelines.signals import FeatureLoss
 
 NEEDED = ("torch", "megatron", "safetensors")  # by what builds, and by nothing else of a plan
 _OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -39,8 +39,7 @@ def run(config: Config, teacher: ModelShape, student: ModelShape, ranks: Layout)
             "them, or leave plan.dry_run out: everything else of the plan needs none."
         )
     started, training, shapes = time.monotonic(), config.distil, {"teacher": teacher, "student": student}
-    depths = {"student_layers": student.num_hidden_layers, "teacher_layers": teacher.num_hidden_layers}
-    losses = feature_losses(training.hidden, training.attention, **depths)
+    losses = planning.feature_losses_of(training, teacher, student)
     directories = {"teacher": weights_in(config.model.path), "student": weights_in(config.student.path)}
     request = {
         "shapes": {who: asdict(shape) for who, shape in shapes.items()},

@@ -19,7 +19,7 @@ from pipelines import gpus, planning
 from pipelines.config import Config, DistilConfig, Layout, Precision, TeacherPrecision, teacher_precision
 from pipelines.device_memory import bytes_per_device
 from pipelines.families import ModelShape
-from pipelines.signals import FeatureLoss, across_tokens, feature_losses, pipeline_stage
+from pipelines.signals import FeatureLoss, across_tokens, pipeline_stage
 from pipelines.traffic import communication
 
 USABLE = 0.9  # of a device's memory: communication buffers, CUDA's context and the allocator's waste take the rest
@@ -57,6 +57,7 @@ def candidates(
     and without recompute. Without sequence parallelism only where the sequence does not divide."""
     training, shapes, devices = config.distil, (teacher, student), ranks.processes
     contexts = CONTEXTS if _may_cut(training, teacher, student) else (1,)
+    losses = planning.feature_losses_of(training, teacher, student)
     for tensor in _divisors(devices, config.plan.gpus_per_node):
         sizes = [(s.num_attention_heads, s.num_key_value_heads, s.intermediate_size) for s in shapes]
         if any(size % tensor for three in sizes for size in three):
@@ -64,7 +65,7 @@ def candidates(
         for pipeline in _divisors(devices // tensor, min(s.num_hidden_layers for s in shapes)):
             if any(shape.num_hidden_layers % pipeline for shape in shapes):
                 continue
-            if any(_parted(loss, teacher, student, pipeline) for loss in _losses(training, teacher, student)):
+            if any(_parted(loss, teacher, student, pipeline) for loss in losses):
                 continue
             for context in contexts:
                 data, rest = divmod(devices // (tensor * pipeline), context)
@@ -81,11 +82,6 @@ def candidates(
 
 def _divisors(number: int, most: int) -> list[int]:
     return [size for size in range(1, min(number, most) + 1) if number % size == 0]
-
-
-def _losses(training: DistilConfig, teacher: ModelShape, student: ModelShape) -> list[FeatureLoss]:
-    depths = {"student_layers": student.num_hidden_layers, "teacher_layers": teacher.num_hidden_layers}
-    return feature_losses(training.hidden, training.attention, **depths)
 
 
 def _may_cut(training: DistilConfig, teacher: ModelShape, student: ModelShape) -> bool:
@@ -106,7 +102,7 @@ def row(
     config: Config, teacher: ModelShape, student: ModelShape, ranks: Layout, training: DistilConfig
 ) -> dict[str, Any]:
     """What a layout takes and how fast it is by the model above."""
-    losses, follows = _losses(training, teacher, student), planning.needs_logits(training)
+    losses, follows = planning.feature_losses_of(training, teacher, student), planning.needs_logits(training)
     held = bytes_per_device(teacher, student, ranks, training, losses, follows)["total"]
     sent = communication(teacher, student, ranks, training, follows or bool(losses))["bytes_per_device"]
     compute = compute_seconds(config, teacher, student, ranks, training)
@@ -127,7 +123,7 @@ def compute_seconds(
     config: Config, teacher: ModelShape, student: ModelShape, ranks: Layout, training: DistilConfig
 ) -> float:
     """Of a step, with what is computed more than once and the pipeline's bubble."""
-    losses, follows = _losses(training, teacher, student), planning.needs_logits(training)
+    losses, follows = planning.feature_losses_of(training, teacher, student), planning.needs_logits(training)
     flops = planning.distillation_flops(
         teacher,
         student,

@@ -13,7 +13,6 @@ from pipelines import gpus, planning
 from pipelines.config import Config, Layout, Precision
 from pipelines.device_memory import bytes_per_device, projections_by_stage
 from pipelines.families import ModelShape
-from pipelines.signals import feature_losses
 from pipelines.storage import checkpoint_bytes
 
 ON_GPU = "peak of torch's allocator on the fullest GPU"
@@ -37,8 +36,7 @@ def compare(
     torch gives it.
     """
     settings = config.distil
-    depths = {"student_layers": student.num_hidden_layers, "teacher_layers": teacher.num_hidden_layers}
-    losses = feature_losses(settings.hidden, settings.attention, **depths)
+    losses = planning.feature_losses_of(settings, teacher, student)
     follows = planning.needs_logits(settings)
     memory = bytes_per_device(teacher, student, ranks, settings, losses, follows)["total"]
     flops = planning.distillation_flops(

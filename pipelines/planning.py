@@ -173,6 +173,12 @@ class Flops:
         return self.total + self.recompute + self.replicated
 
 
+def feature_losses_of(training: DistilConfig, teacher: ModelShape, student: ModelShape) -> list[FeatureLoss]:
+    """The losses on hidden states and attention, one entry for each pair of layers."""
+    depths = {"student_layers": student.num_hidden_layers, "teacher_layers": teacher.num_hidden_layers}
+    return feature_losses(training.hidden, training.attention, **depths)
+
+
 def needs_logits(distil: DistilConfig) -> bool:
     """Whether the loss of training ever has a weight on the divergence from the teacher."""
     return bool(distil.kd_weight or distil.schedules.kd.end)
@@ -237,8 +243,7 @@ def plan(config: Config, student: ModelShape | None = None) -> dict[str, Any]:
         planned_layout(config),
         config.distil,
     )
-    depths = {"student_layers": student.num_hidden_layers, "teacher_layers": teacher.num_hidden_layers}
-    losses = feature_losses(training.hidden, training.attention, **depths)
+    losses = feature_losses_of(training, teacher, student)
     follows_logits = needs_logits(training)
     flops = distillation_flops(
         teacher,

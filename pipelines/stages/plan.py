@@ -14,7 +14,6 @@ from pipelines.config import Config, Format, Layout, Precision, TeacherMode, lay
 from pipelines.device_memory import training_bytes
 from pipelines.families import ModelShape
 from pipelines.prune_costs import forward_flops, prune_cost
-from pipelines.signals import feature_losses
 from pipelines.speeds import pass_tokens, speeds
 from pipelines.storage import run_bytes
 from pipelines.traffic import communication
@@ -65,8 +64,7 @@ def _beside(config: Config, teacher: ModelShape, student: ModelShape, ranks: Lay
     """`communication` and `disk`; `teacher_training` where it is trained; `activations`, estimates with and without
     recompute, and the heads' chunk."""
     training = config.distil
-    depths = {"student_layers": student.num_hidden_layers, "teacher_layers": teacher.num_hidden_layers}
-    losses = feature_losses(training.hidden, training.attention, **depths)
+    losses = planning.feature_losses_of(training, teacher, student)
     follows = planning.needs_logits(training)
 
     def held(recompute: bool) -> int:

@@ -21,7 +21,7 @@ from pipelines.model.offload import HostLayers
 from pipelines.model.pair import DistillationPair, schedule_config
 from pipelines.model.signals import FeatureLosses
 from pipelines.model.weights import load_hugging_face
-from pipelines.signals import feature_losses, in_words
+from pipelines.signals import in_words
 from pipelines.trainer.run import train
 from pipelines.vocabulary import check_vocabulary
 
@@ -46,8 +46,7 @@ def distil(
         )
     for directory in (teacher, start):
         check_vocabulary(artifacts.corpus_directory(config), directory, shape.vocab_size)
-    depths = {"student_layers": shape.num_hidden_layers, "teacher_layers": teacher_shape.num_hidden_layers}
-    losses = feature_losses(settings.hidden, settings.attention, **depths)
+    losses = planning.feature_losses_of(settings, teacher_shape, shape)
     teacher_config, student_config = _configurations(settings, ranks, teacher_shape, shape)
     pair_config, weights = schedule_config(student_config, teacher_config), _weights(settings)
 

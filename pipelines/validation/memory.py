@@ -9,7 +9,6 @@ from pipelines import elsewhere, gpus, nvidia_smi, planning
 from pipelines.config import Config, DistilConfig, Layout, TeacherMode, TrainingConfig, UserError
 from pipelines.device_memory import bytes_per_device, training_bytes
 from pipelines.families import ModelShape
-from pipelines.signals import feature_losses
 from pipelines.validation.training import trainings
 
 REMEDY = "Use more tensor parallelism, recompute or a smaller micro batch; stage=plan plan.layouts=true lists layouts."
@@ -51,8 +50,7 @@ def warnings(config: Config, teacher: ModelShape, student: ModelShape) -> Iterat
 def _parts(training: TrainingConfig, ranks: Layout, teacher: ModelShape, student: ModelShape) -> dict[str, int]:
     if not isinstance(training, DistilConfig):
         return training_bytes(teacher, ranks, training)
-    depths = {"student_layers": student.num_hidden_layers, "teacher_layers": teacher.num_hidden_layers}
-    losses = feature_losses(training.hidden, training.attention, **depths)
+    losses = planning.feature_losses_of(training, teacher, student)
     return bytes_per_device(teacher, student, ranks, training, losses, planning.needs_logits(training))
 
 
