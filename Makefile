@@ -18,7 +18,7 @@ quickstart test test-fast test-image-versions benchmark: export CUDA_VISIBLE_DEV
 
 help:
 	@echo "make quickstart   the whole pipeline on real text, two CPU processes; about 10 minutes with installation"
-	@echo "make test         every test but those for GPUs, about 17 minutes; make test-fast: the short ones"
+	@echo "make test         every test but those for GPUs, about 27 minutes; make test-fast: the short ones"
 	@echo "make test-image-versions   core/ and model/ on the Megatron-Core of NVIDIA's image; about 8 minutes"
 	@echo "make benchmark    loss and training step beside NeMo's, ModelOpt's and torch's; about 12 minutes"
 	@echo "make install      builds $(VENV) alone, which the others do where it is missing"
