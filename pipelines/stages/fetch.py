@@ -10,6 +10,7 @@ fetched.
 import datetime
 import fnmatch
 import hashlib
+import ipaddress
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pipelines import artifacts, console, files, quota
 from pipelines.config import FetchConfig, UserError
@@ -64,6 +66,7 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    refuse_a_token_in_the_clear()
     root, fetched = Path(settings.directory), {}
     for kind, names in (("model", settings.models), ("dataset", settings.datasets)):
         for text in names:
@@ -239,6 +242,28 @@ def _one(found: Repository, file: File, building: Path, stop: threading.Event) -
 def _endpoint() -> str:
     """The hub, or the mirror that the environment names."""
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def refuse_a_token_in_the_clear() -> None:
+    """Raises UserError where huggingface_hub would send a token without encryption over a network."""
+    from huggingface_hub import constants, get_token
+
+    address = urlsplit(_endpoint())
+    if address.scheme == "https" or _is_this_machine(address.hostname or ""):
+        return
+    if get_token() and not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
+        raise UserError(
+            f"HF_ENDPOINT: expected https:// where a token is sent, found {address.scheme or 'no scheme'} to "
+            f"{address.hostname}: everybody on the way could read the token. Use https, or set "
+            "HF_HUB_DISABLE_IMPLICIT_TOKEN=1 to send none."
+        )
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class _Broken(Exception):

@@ -191,6 +191,37 @@ def test_without_network_it_says_where_to_run_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("online")
+@pytest.mark.parametrize(
+    ("address", "token", "refused"),
+    [
+        ("http://mirror.example", "hf_x", True),
+        ("HTTP://10.0.0.7:8080", "hf_x", True),
+        ("mirror.example", "hf_x", True),
+        ("http://localhost.mirror.example", "hf_x", True),
+        ("http://localhost:8080", "hf_x", False),
+        ("http://127.0.0.1:8080", "hf_x", False),
+        ("http://[::1]:8080", "hf_x", False),
+        ("https://mirror.example", "hf_x", False),
+        ("http://mirror.example", None, False),
+    ],
+)
+@pytest.mark.usefixtures("online")
+def test_a_token_is_sent_encrypted_or_not_at_all(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str, token: str | None, refused: bool
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(stage, "fetch", lambda kind, name, *rest: asked.append(name))
+    monkeypatch.setattr(Hub, "address", address)
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    message = fetch(hub, tmp_path)
+    assert ("HF_ENDPOINT: expected https://" in message) is refused and "hf_x" not in message
+    assert asked == ([] if refused else [hub.name])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    assert not fetch(hub, tmp_path), "no token is sent then"
+
+
+@pytest.mark.usefixtures("online")
 def test_a_data_set_s_files_are_chosen_by_pattern(tmp_path: Path) -> None:
     files = {"data/a.jsonl": b'{"text": "one"}\n', "data/b.jsonl": b"", "README.md": b"card", "load.py": b"import os"}
     with Hub("open/corpus", files, kind="dataset") as hub:
