@@ -39,7 +39,7 @@ __all__ = ["file_hash", "fingerprint", "new_directory", "write_atomic", "write_j
 
 TRAINING_STATE = ("checkpoints", "metrics.jsonl", "tensorboard", "candidates")  # the last: what a search distils
 # What a stage takes from an earlier attempt where its own record of origin fits.
-CHECKED = ("scores.safetensors", "search.json", "speed.json")
+CHECKED = ("scores.safetensors", "search.json", "speed.json", "parts")
 
 
 @dataclass
@@ -372,7 +372,9 @@ def move_aside(directory: Path, say: Callable[[str], None]) -> None:
             kept = path.with_name(f"{path.name}.{date}")
             path.rename(kept)
             say(f"moved {path} to {kept}")
+        elif path.name in CHECKED:
+            continue
         elif path.is_dir() and not path.is_symlink() and not path.name.startswith(TRAINING_STATE):
             shutil.rmtree(path)
-        elif not path.name.startswith((*TRAINING_STATE, "lock")) and path.name not in CHECKED:
+        elif not path.name.startswith((*TRAINING_STATE, "lock")):
             path.unlink()

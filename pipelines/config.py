@@ -25,6 +25,7 @@ from pipelines.choices import (
     Tracker,
 )
 from pipelines.cluster_settings import ClusterConfig
+from pipelines.evaluation_settings import EvaluateConfig
 from pipelines.prune_settings import IterateConfig, PruneConfig
 from pipelines.signals import AttentionLossConfig, HiddenLossConfig, SchedulesConfig, TaidConfig
 from pipelines.site_settings import AcceptConfig, FetchConfig
@@ -192,16 +193,6 @@ class DistilConfig(TrainingConfig):
     attention: list[AttentionLossConfig] = field(default_factory=list)
     schedules: SchedulesConfig = field(default_factory=SchedulesConfig)
     taid: TaidConfig = field(default_factory=TaidConfig)
-
-
-@dataclass
-class EvaluateConfig:
-    split: str = "test"
-    sequence_length: int = 256
-    micro_batch_size: int = 8
-    batches: int | None = None  # micro batches per data-parallel rank; None: the whole split
-    precision: Precision | None = None  # of the models; None: distil.precision
-    document_mask: bool | None = None  # as in training; None: distil.document_mask
 
 
 @dataclass

@@ -3,8 +3,9 @@
 Writes results.json: {"split", "tokens", "bytes", ..., "models": {"teacher" | "pruned" | "student": {"path",
 "parameters", "loss" (nats/token), "perplexity", "bits_per_byte", "kl" (KL(teacher || model), nats/token), "agreement"
 (share), "overlap" (share), "calibration_error", "kl_by_entropy" (nats/token by bands of the teacher's entropy, see
-core/telemetry.py), "tokens_per_second"}}, "missing": {model: reason}}. All models are resident together: as inference
-weights they take less than distilling the student took.
+core/telemetry.py), "tokens_per_second"}}, "missing": {model or part: reason}}. Each part lies in parts/ as soon as
+it is measured (evaluation/parts.py). All models are resident together: as inference weights they take less than
+distilling the student took.
 """
 
 import math
@@ -18,6 +19,7 @@ from megatron.core.models.gpt import GPTModel
 
 from pipelines import artifacts, console, files
 from pipelines.config import Config, Layout, UserError, document_mask, layout, without_context
+from pipelines.evaluation.parts import Parts
 from pipelines.families import ModelShape, read_shape
 from pipelines.model import parallel, quality
 from pipelines.model.build import build_model
@@ -36,23 +38,43 @@ SPEED_SECONDS = 1.5  # of timed forward passes per model
 
 
 def run(context: artifacts.StageContext) -> dict[str, Any]:
-    config, settings = context.config, context.config.evaluate
+    config = context.config
     ranks = without_context(layout(config.parallel))
     directories, missing = find_models(config)
     shapes = {name: read_shape(directory) for name, directory in directories.items()}
     corpus = artifacts.corpus_directory(config)
     _check(corpus, directories, shapes)
     parallel.initialize(ranks.tensor, ranks.pipeline, ranks.context, device=ranks.device, seed=config.run.seed)
+    for name, reason in missing.items():
+        console.say(f"evaluate  no {name}: {reason}")
+    parts = Parts(context)
+    settings = {key: value for key, value in context.settings().items() if key.count(".") == 1}  # those of no part
+    results = parts.measure("quality", settings, lambda: _quality(config, ranks, directories, shapes), needed=True)
+    assert results is not None
+    results |= {"missing": missing | parts.missing}
+    if torch.distributed.get_rank() == 0:
+        files.write_json(context.directory / "results.json", results)
+    for name, model in results["models"].items():
+        console.say(
+            f"evaluate  {name:<8}{model['parameters']:>15,} parameters  loss {model['loss']:.4f} nats/token  "
+            f"{model['bits_per_byte']:.4f} bits/byte  KL {model['kl']:.4f}  agreement {model['agreement']:.1%}"
+        )
+    return {name: {key: model[key] for key in ("loss", "kl")} for name, model in results["models"].items()}
+
+
+def _quality(
+    config: Config, ranks: Layout, directories: dict[str, Path], shapes: dict[str, ModelShape]
+) -> dict[str, Any]:
+    """The models side by side on the split: what results.json has but for "missing" and the other parts."""
+    settings, corpus = config.evaluate, artifacts.corpus_directory(config)
     end = end_of_document(corpus, settings.split) if document_mask(config, "evaluate") else None
     windows = Windows(split_prefixes(corpus, settings.split), settings.sequence_length, end)
     models = {name: _load(config, ranks, shapes[name], directory) for name, directory in directories.items()}
-    for name, reason in missing.items():
-        console.say(f"evaluate  no {name}: {reason}")
     found = _measure(config, models, windows, shapes["teacher"].vocab_size)
     speeds = _speeds(config, models, windows)
     chosen = chosen_windows(windows, settings.micro_batch_size, ranks.data, settings.batches)
     text_bytes = label_bytes(corpus, settings.split, windows, chosen)
-    results = {
+    return {
         "split": settings.split,
         "tokens": found["teacher"].tokens,
         "bytes": round(text_bytes),
@@ -67,16 +89,7 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
             | {"tokens_per_second": round(speeds[name], 1)}
             for name, quality_ in found.items()
         },
-        "missing": missing,
     }
-    if torch.distributed.get_rank() == 0:
-        files.write_json(context.directory / "results.json", results)
-    for name, model in results["models"].items():
-        console.say(
-            f"evaluate  {name:<8}{model['parameters']:>15,} parameters  loss {model['loss']:.4f} nats/token  "
-            f"{model['bits_per_byte']:.4f} bits/byte  KL {model['kl']:.4f}  agreement {model['agreement']:.1%}"
-        )
-    return {name: {key: model[key] for key in ("loss", "kl")} for name, model in results["models"].items()}
 
 
 def find_models(config: Config) -> tuple[dict[str, Path], dict[str, str]]:
