@@ -127,8 +127,9 @@ def dispatch(arguments: list[str]) -> None:
 
             plan.run(artifacts.StageContext(own, part.stage, artifacts.stage_directory(own, part.stage)))
         else:
-            if number:
-                validate(own, [part.stage])  # with what the stages before it have made
+            if number:  # with what the stages before it have made; of a run in steps the next one alone can be checked
+                left = [part.stage] if config.iterate.students else [other.stage for other, _ in parts[number:]]
+                validate(own, left)
             run(own, part.stage, [*overrides, *part.overrides])
     return None
 

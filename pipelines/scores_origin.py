@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import artifacts, lineage, planning
-from pipelines.choices import BY_REMOVAL, DepthMethod, Importance
+from pipelines.choices import BY_REMOVAL, DepthMethod, Importance, Measure
 from pipelines.config import Config, UserError, searches
 from pipelines.families import ModelShape
 from pipelines.files import file_hash
@@ -111,6 +111,13 @@ def ranked(config: Config, teacher: ModelShape) -> tuple[bool, bool]:
     smaller = {name for name in PRUNED_SIZES if getattr(student, name) != getattr(teacher, name)}
     layers = not config.student.drop_layers and (searched or "num_hidden_layers" in smaller)
     return searched or bool(smaller - {"num_hidden_layers"}), layers
+
+
+def reads_calibration(config: Config, teacher: ModelShape) -> bool:
+    """Whether prune reads the calibration split: to score, to measure losses without layers, or to search."""
+    scored = bool(needed(config, teacher)) and not config.prune.scores
+    by_loss = config.prune.depth_measure is Measure.loss and measures_removals(config)
+    return scored or (ranked(config, teacher)[1] and by_loss) or searches(config)
 
 
 def measures_removals(config: Config) -> bool:

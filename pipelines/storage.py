@@ -8,7 +8,7 @@ the ones that are kept are still there.
 from collections.abc import Sequence
 from typing import Any
 
-from pipelines import artifacts
+from pipelines import artifacts, index_header, scores_origin
 from pipelines.config import Config, Precision, TeacherMode, TrainingConfig
 from pipelines.device_memory import projections_by_stage
 from pipelines.families import ModelShape
@@ -28,7 +28,8 @@ def run_bytes(
 ) -> dict[str, Any]:
     """{"checkpoint": of one, "checkpoints": at the most at a time, "corpus", "corpus_tokens", "models", "total"}.
 
-    corpus: of the tokens it has, where it is made already, else of as many as the training reads, each once.
+    corpus: of the tokens and documents it has, where it is made already, else of as many tokens as the training reads,
+    each once, or more where only then the calibration split has the sequences that pruning reads.
     """
     training, teaches = config.distil, config.teacher.mode is not TeacherMode.take
     trained = student.parameters() + projections_by_stage(teacher, student, 1, losses)[0]
@@ -45,15 +46,17 @@ def run_bytes(
         "distil": weight * student.parameters(),
         "export": weight * student.parameters() * (2 if config.export.nemo else 1),
     }
-    tokens, counted = _tokens(config)
-    corpus = 0 if config.data.corpus else tokens * (2 if teacher.vocab_size < 65500 else 4)  # as text/indexed.py
+    tokens, documents = _counted(config) or (_needed(config, teacher), None)
+    written = tokens * (2 if teacher.vocab_size < index_header.WIDE else 4)
+    written += index_header.DOCUMENT_BYTES * (documents or 0)
+    corpus = 0 if config.data.corpus else written
     return {
         "checkpoint": one,
         "checkpoints": checkpoints,
         "models": models,
         "corpus": corpus,
         "corpus_tokens": tokens,
-        "corpus_is_counted": counted,
+        "corpus_is_counted": documents is not None,
         "total": checkpoints + sum(models.values()) + corpus,
     }
 
@@ -66,15 +69,24 @@ def _width(precision: Precision) -> int:
     return 2 if precision is Precision.bf16 else 4
 
 
-def _tokens(config: Config) -> tuple[int, bool]:
-    """Of the corpus, and whether they are counted already."""
+def _counted(config: Config) -> tuple[int, int] | None:
+    """Tokens and documents of the corpus, where it is made already."""
     counts = artifacts.corpus_directory(config) / "counts.json"
-    if counts.is_file():
-        splits = read_object(counts).get("splits", {})
-        return sum(int(split.get("tokens", 0)) for split in splits.values()), True
+    if not counts.is_file():
+        return None
+    splits = read_object(counts).get("splits", {}).values()
+    return sum(int(split.get("tokens", 0)) for split in splits), sum(int(split.get("documents", 0)) for split in splits)
+
+
+def _needed(config: Config, teacher: ModelShape) -> int:
+    """Tokens of the smallest corpus of which every split has what is read of it."""
     trainings: list[TrainingConfig] = [config.distil]
     if config.teacher.mode is not TeacherMode.take:
         trainings.append(config.teacher)
-    held_out = 1 - sum(getattr(config.data, f"{name}_fraction") for name in ("validation", "test", "calibration"))
+    fractions = {name: getattr(config.data, f"{name}_fraction") for name in ("validation", "test", "calibration")}
     read = max(training.steps * training.global_batch_size * training.sequence_length for training in trainings)
-    return round(read / max(held_out, 1e-9)), False
+    needed = read / max(1 - sum(fractions.values()), 1e-9)
+    if not config.student.path and fractions["calibration"] and scores_origin.reads_calibration(config, teacher):
+        scored = config.prune.calibration_samples * config.prune.sequence_length
+        needed = max(needed, scored / fractions["calibration"])
+    return round(needed)

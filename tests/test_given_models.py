@@ -1,6 +1,7 @@
 """Models and tokenizers that a user gives: what is damaged is told by name before any rank is started."""
 
 import json
+import struct
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines import planning
+from pipelines import index_header, planning
 from pipelines.compose import compose
 from pipelines.config import Config, TeacherMode, UserError
 from pipelines.families import ModelShape, read_shape
@@ -293,11 +294,15 @@ def test_a_corpus_with_too_little_to_calibrate_on_or_a_missing_file_is_told_befo
     (corpus / "data").mkdir(parents=True)
     blend = {"splits": {"calibration": [{"prefix": "data/x", "weight": 1.0}]}, "vocab_size": 512}
     (corpus / "blend.json").write_text(json.dumps(blend))
-    (corpus / "counts.json").write_text(json.dumps({"splits": {"calibration": {"tokens": 1 + 10 * 64 + 1}}}))
     given = overrides(model, f"data.corpus={corpus}", "student.hidden_size=16", "prune.calibration_samples=11")
     (corpus / "data" / "x.idx").write_bytes(b"")
     assert "the file data/x.bin" in refusal(["prune"], *given)
     (corpus / "data" / "x.bin").write_bytes(b"")
+    assert "found another kind of file" in refusal(["prune"], *given)
+    sequences = [10 * 64, 2]
+    head = index_header.HEADER.pack(1, 8, len(sequences), len(sequences) + 1)
+    rest = struct.pack("<2i2q3q", *sequences, 0, 1280, 0, 1, 2)
+    (corpus / "data" / "x.idx").write_bytes(index_header.MAGIC + head + rest)
     assert validate(compose(given), ["prune"]) == []
     message = refusal(["prune"], *given, "prune.calibration_samples=12")
     assert "12 sequences of 64 tokens" in message and "found 11" in message

@@ -34,6 +34,15 @@ def run(context):
     if play == "blend":
         (context.directory / "blend.json").write_text('{"splits": {"train": []}, "vocab_size": 8}')
         return {}
+    if play == "few":
+        import struct
+        from pipelines import index_header
+        head = index_header.MAGIC + index_header.HEADER.pack(1, 8, 1, 2)
+        (context.directory / "x.idx").write_bytes(head + struct.pack("<iq2q", 65, 0, 0, 1))
+        (context.directory / "x.bin").write_bytes(bytes(130))
+        splits = dict.fromkeys(("train", "validation", "test", "calibration"), [{"prefix": "x", "weight": 1.0}])
+        (context.directory / "blend.json").write_text(__import__("json").dumps({"splits": splits, "vocab_size": 8}))
+        return {}
     if play == "sleep":
         time.sleep(300)
     if play == "short":
@@ -338,3 +347,18 @@ def test_of_many_signals_the_one_that_torchrun_did_not_send_is_told(tmp_path: Pa
     assert "ended by SIGSEGV" in str(failure_of(tmp_path, [], "", code=-11))
     told = str(failure_of(tmp_path, [], "something odd\n", code=1))
     assert "exit code 1" in told and "something odd" in told and "an earlier run" not in told
+
+
+def test_a_corpus_that_is_too_small_to_prune_on_is_told_before_the_teacher_is_trained(
+    start: Start, tmp_path: Path
+) -> None:
+    asked = [
+        "experiment=quickstart",
+        "stage=[corpus,teacher,prune]",
+        "prune.calibration_samples=2",
+        "prune.sequence_length=64",
+    ]
+    code, _, error = finish(start(*asked, PLAY="few"))
+    assert code == 2 and "prune.calibration_samples: expected 2 sequences of 64 tokens" in error and "found 1" in error
+    run = tmp_path / "runs" / "quickstart"
+    assert (run / "corpus" / "complete").is_file() and not (run / "teacher").exists()

@@ -68,8 +68,21 @@ def test_a_checkpoint_holds_weights_and_optimizer() -> None:
     assert found["checkpoints"] == 4 * found["checkpoint"], "three that are kept, one that is written"
     assert found["models"] == {"teacher": 0, "prune": 4 * count, "distil": 4 * count, "export": 4 * count}
     assert found["total"] == found["checkpoints"] + 12 * count + found["corpus"]
+    assert found["corpus"] == 2 * found["corpus_tokens"]
+
+
+def test_the_corpus_has_enough_for_training_and_for_calibration() -> None:
+    def tokens(*overrides: str) -> int:
+        config = compose(["teacher=take", "model.path=null", "prune.calibration_samples=10", *overrides])
+        return int(storage.run_bytes(config, SMALL, SMALL, [])["corpus_tokens"])
+
+    config = compose([])
     read = config.distil.steps * config.distil.global_batch_size * config.distil.sequence_length
-    assert found["corpus"] == 2 * found["corpus_tokens"] and found["corpus_tokens"] == round(read / 0.94)
+    assert tokens() == round(read / 0.94), "train is what the other splits leave"
+    scored = 10_000 * config.prune.sequence_length
+    assert tokens("prune.calibration_samples=10000", "student.hidden_size=32") == round(scored / 0.02)
+    same = [f"student.{name}=null" for name in ("hidden_size", "intermediate_size", "num_hidden_layers")]
+    assert tokens("prune.calibration_samples=10000", *same) == round(read / 0.94), "nothing is scored"
 
 
 def recipe(*overrides: str) -> Config:

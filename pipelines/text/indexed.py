@@ -7,7 +7,6 @@ with the number of documents.
 """
 
 import os
-import struct
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,12 +15,11 @@ from typing import Any, BinaryIO
 
 import numpy
 
+from pipelines import index_header
 from pipelines.config import UserError
 
 Array = numpy.ndarray[Any, Any]
 
-MAGIC = b"MMIDIDX\x00\x00"
-HEADER = struct.Struct("<QBQQ")  # version, code of the id type, sequences, documents + 1
 ID_TYPES: dict[int, Any] = {
     1: numpy.uint8,
     2: numpy.int8,
@@ -35,7 +33,7 @@ BLOCK = 1 << 20  # entries of an index handled at a time
 
 def id_type(vocab_size: int) -> numpy.dtype[Any]:
     """The id type Megatron takes for a vocabulary (DType.optimal_dtype): 128,256 ids do not fit uint16."""
-    return numpy.dtype(numpy.uint16 if vocab_size < 65500 else numpy.int32)
+    return numpy.dtype(numpy.uint16 if vocab_size < index_header.WIDE else numpy.int32)
 
 
 def bin_path(prefix: Path) -> Path:
@@ -69,27 +67,11 @@ def read_index(prefix: Path) -> Index:
                 f"{prefix}: expected a Megatron data set {prefix}.bin and {prefix}.idx, found no {needed}. "
                 "Give the prefix without an ending, with both files beside each other."
             )
-    start = len(MAGIC) + HEADER.size
-    with path.open("rb") as file:
-        head = file.read(start)
-    if len(head) < start or not head.startswith(MAGIC):
-        raise UserError(f"{path}: expected a Megatron .idx (it begins with MMIDIDX), found another kind of file.")
-    version, code, sequences, documents = HEADER.unpack(head[len(MAGIC) :])
-    if version != 1 or code not in ID_TYPES:
-        raise UserError(
-            f"{path}: expected version 1 with integer ids, found version {version} with type code {code}. "
-            "Write the data set again with Megatron's preprocess_data.py."
-        )
-    expected, found = start + 12 * sequences + 8 * documents, path.stat().st_size
-    if found != expected:
-        remedy = "It has modes of a multimodal data set, which are not read." if found == expected + sequences else ""
-        raise UserError(
-            f"{path}: expected {expected:,} bytes for {sequences:,} sequences, found {found:,}. "
-            + (remedy or "It is truncated: copy or write it again.")
-        )
+    header, start = index_header.read(path), index_header.START
+    sequences = header.sequences
     content = numpy.memmap(path, mode="r")
     index = Index(
-        numpy.dtype(ID_TYPES[code]),
+        numpy.dtype(ID_TYPES[header.code]),
         content[start:][: 4 * sequences].view(numpy.int32),
         content[start + 4 * sequences :][: 8 * sequences].view(numpy.int64),
         content[start + 12 * sequences :].view(numpy.int64),
@@ -198,7 +180,7 @@ def blocks(length: int) -> Iterator[tuple[int, int]]:
 
 def _write_head(file: BinaryIO, ids: numpy.dtype[Any], sequences: int, documents: int) -> None:
     code = next(code for code, kind in ID_TYPES.items() if numpy.dtype(kind) == ids)
-    file.write(MAGIC + HEADER.pack(1, code, sequences, documents))
+    file.write(index_header.MAGIC + index_header.HEADER.pack(1, code, sequences, documents))
 
 
 def _write(file: BinaryIO, values: Array) -> None:

@@ -1,11 +1,10 @@
 """The corpus: sources, tokenizer, and the splits that later stages read."""
 
 import glob
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from pipelines import artifacts, scores_origin
-from pipelines.choices import Measure
+from pipelines import artifacts, index_header, scores_origin
 from pipelines.config import (
     Config,
     SourceConfig,
@@ -16,7 +15,6 @@ from pipelines.config import (
     searches,
 )
 from pipelines.families import ModelShape
-from pipelines.files import read_object
 from pipelines.nemo_context import tokenizer_directories
 from pipelines.vocabulary import TOKENIZERS, check_vocabulary, read_blend, tokenizer_size
 
@@ -121,21 +119,13 @@ def check_tokenizer(config: Config, stages: Collection[str], teacher: ModelShape
         expect(ids <= teacher.vocab_size, setting, rows, f"{ids} ids in {directory}", remedy)
 
 
-def _calibrates(config: Config, teacher: ModelShape) -> bool:
-    """Whether prune reads the calibration split: to score, to measure losses without layers, or to search."""
-    scored = bool(scores_origin.needed(config, teacher)) and not config.prune.scores
-    _, layers = scores_origin.ranked(config, teacher)
-    by_loss = config.prune.depth_measure is Measure.loss and scores_origin.measures_removals(config)
-    return scored or (layers and by_loss) or searches(config)
-
-
 def needed_splits(config: Config, stages: Collection[str], teacher: ModelShape) -> Iterator[tuple[str, str]]:
     """(stage, split) of what the stages read of the corpus."""
     for name in ("teacher", "distil"):
         if name in stages and not (name == "teacher" and config.teacher.mode is TeacherMode.take):
             yield name, "train"
             yield name, "validation"
-    if "prune" in stages and not config.student.path and _calibrates(config, teacher):
+    if "prune" in stages and not config.student.path and scores_origin.reads_calibration(config, teacher):
         yield "prune", "calibration"
     if "prune" in stages and searches(config):
         yield "prune", "validation"
@@ -168,7 +158,7 @@ def check_splits(config: Config, stages: Collection[str], teacher: ModelShape) -
         expect(bool(splits.get(split)), str(corpus), f"the {split} split, which stage {name} reads", filled, remedy)
         _check_files(corpus, splits[split])
         if name == "prune":
-            _check_samples(config, corpus)
+            _check_samples(config, corpus, splits[split])
     models = [artifacts.teacher_directory(config)] if {"teacher", "prune", "distil", "evaluate"} & set(stages) else []
     if config.student.path and {"distil", "evaluate"} & set(stages):
         models.append(Path(config.student.path))
@@ -188,13 +178,11 @@ def _check_files(corpus: Path, parts: object) -> None:
             expect((corpus / file).is_file(), str(corpus), f"the file {file}", "none", remedy)
 
 
-def _check_samples(config: Config, corpus: Path) -> None:
-    """Windows of the calibration split, by the tokens that the corpus has counted, against those that prune takes."""
-    if not (corpus / "counts.json").is_file():
-        return
-    counted = read_object(corpus / "counts.json").get("splits", {}).get("calibration", {}).get("tokens")
+def _check_samples(config: Config, corpus: Path, parts: Sequence[dict[str, str]]) -> None:
+    """Windows of the calibration split, by the indices of its data sets, against those that prune takes."""
+    tokens = sum(index_header.tokens(corpus / f"{part['prefix']}.idx") for part in parts)
     wanted, length = config.prune.calibration_samples, config.prune.sequence_length
-    found = -(-(counted - 1) // length) if isinstance(counted, int) else wanted
+    found = -(-(tokens - 1) // length) if tokens else 0
     remedy = (
         "Lower prune.calibration_samples or prune.sequence_length, or make a corpus with more text or a larger "
         "data.calibration_fraction."

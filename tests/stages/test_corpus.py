@@ -12,15 +12,19 @@ from typing import Any
 import numpy
 import pytest
 
-from pipelines import artifacts
+from pipelines import artifacts, index_header, storage
 from pipelines.artifacts import StageContext
+from pipelines.compose import compose
 from pipelines.config import Config, SourceConfig, TeacherMode, UserError
+from pipelines.families import ModelShape
 from pipelines.stages import STAGES, corpus
 from pipelines.text import chunks, indexed, sources, tokenizer
 from pipelines.text.splitting import SPLITS
 from pipelines.validation import validate
 from tests.stages.corpora import FRACTIONS, contents, existing, make, read
 from tests.text.conftest import make_documents, write_jsonl
+
+SHAPE = ModelShape(600, 64, 128, 2, 4, 4, 16)
 
 
 def test_every_document_comes_back_once_on_its_side(made, documents):
@@ -47,6 +51,22 @@ def test_every_document_comes_back_once_on_its_side(made, documents):
     assert first == sorted(first)  # the order of the source
     table = numpy.load(made / blend["token_bytes"])
     assert sum(table[ids].sum() for ids in read(made, "test")) == counts["splits"]["test"]["bytes"]
+
+
+def test_the_plan_tells_the_bytes_of_a_corpus_that_is_made_and_of_one_that_pruning_needs(made):
+    def disk(run: str, samples: int = 1) -> dict[str, Any]:
+        settings = [f"run.directory={made.parent.parent}", f"run.name={run}", "teacher=take", "distil.steps=1"]
+        settings += [f"data.{name}={value}" for name, value in FRACTIONS.items()]
+        settings += ["student.hidden_size=32", "prune.sequence_length=8", f"prune.calibration_samples={samples}"]
+        return storage.run_bytes(compose(settings), SHAPE, SHAPE, [])
+
+    found, files = disk(made.parent.name), [*made.glob("data/*/*.bin"), *made.glob("data/*/*.idx")]
+    heads = 4 * (index_header.START + 8)  # of each split, with where its last document ends
+    assert found["corpus"] == sum(file.stat().st_size for file in files) - heads and found["corpus_is_counted"]
+    scored = json.loads((made / "counts.json").read_text())["splits"]["calibration"]["tokens"] // 8
+    needed = disk("another", scored)
+    assert not needed["corpus_is_counted"] and needed["corpus"] == 2 * needed["corpus_tokens"]
+    assert needed["corpus_tokens"] == pytest.approx(found["corpus_tokens"], rel=0.3), "but for the luck of the split"
 
 
 def test_unigram_entropy(made):
