@@ -200,6 +200,7 @@ def documented_commands() -> list[str]:
     text = "".join(path.read_text() for path in documents())
     blocks = re.findall(r"^```(?:sh|bash|text)?\n(.*?)^```", text, re.M | re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    lines += [line.replace("$SLURM_ARRAY_TASK_ID", "1") for line in re.findall(r"--wrap '([^']+)'", "\n".join(lines))]
     inline = re.findall(r"`((?:python -m pipelines|make|launchers/\S+) [^`]+)`", README)
     known = ("python -m pipelines", "stillhouse ", "make ", "launchers/")
     return [

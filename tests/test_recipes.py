@@ -1,6 +1,7 @@
 """The shipped recipes: what their headers promise is what the plan says, on the machines that they name."""
 
 import re
+import shlex
 
 import pytest
 
@@ -64,3 +65,15 @@ def test_the_corpora_that_are_named() -> None:
         assert config.data == compose([f"data={option}"]).data
         (source,) = config.data.sources
         assert source.kind.value == "parquet" and source.text_key == "text"
+
+
+@pytest.mark.parametrize("name", ["fineweb_edu", "wikitext103"])
+def test_a_data_set_is_read_where_its_command_fetches_it_to(name: str) -> None:
+    text = (conf_directory() / "data" / f"{name}.yaml").read_text()
+    (command,) = re.findall(r"^# +python -m pipelines (stage=fetch .*)$", text, re.M)
+    assert command in (conf_directory().parent / "docs" / "recipe.md").read_text()
+    fetched = compose(shlex.split(command))
+    assert validate(fetched, ["fetch"]) == []
+    (repository,), (pattern,) = fetched.fetch.datasets, fetched.fetch.files
+    (source,) = compose([f"data={name}"]).data.sources
+    assert source.path == f"{fetched.fetch.directory}/datasets/{repository}/{pattern.rpartition('/')[0]}"
