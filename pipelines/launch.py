@@ -25,16 +25,11 @@ from typing import Any
 
 from pipelines import artifacts, console, processes, stopping
 from pipelines.config import Config, UserError, layout
+from pipelines.failures import of_the_machine
 from pipelines.files import disk_error
 from pipelines.stages import STAGES
 from pipelines.stopping import EXCHANGE, EXIT_STOPPED, Stopped
 
-# What gloo, NCCL and torch's store say of a process at the other end that has gone.
-LOST = re.compile(
-    r"connection (was )?(closed|reset|refused)|broken pipe|closed by (remote )?peer|ncclRemoteError"
-    r"|remote process exit|timed out waiting|(socket|wait) timeout|failed to recv, got 0 bytes",
-    re.IGNORECASE,
-)
 PATIENCE = 45.0  # seconds that a child gets to end by itself; torchrun gives its ranks 30 before it kills them
 
 
@@ -229,7 +224,7 @@ def work(config: Config, stage: str) -> int:
             exchange.fail(failure)
         with contextlib.suppress(OSError):
             traceback.print_exc()  # into the log
-        if not follows_from_a_lost_process(error):
+        if not of_the_machine(error):
             stopping.leave_verdict(int(failure["code"]), failure["message"], stage)
         stopped = isinstance(error, Stopped)
         if terminal is not None and (console.rank() == 0 or not stopped):
@@ -239,18 +234,6 @@ def work(config: Config, stage: str) -> int:
         return int(failure["code"])
     finally:
         os.environ[processes.STARTED] = str(time.time())  # of the next stage, where this process runs several
-
-
-def follows_from_a_lost_process(error: BaseException | None) -> bool:
-    """Whether an error of this process only says that another one has gone: killed, or with its node. It decides
-    nothing then: whoever started the ranks finds no verdict, and may start them again."""
-    if isinstance(error, UserError | Stopped):
-        return False
-    while error is not None:
-        if isinstance(error, OSError | RuntimeError) and LOST.search(str(error)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def tell_parent(error: BaseException) -> None:
@@ -304,4 +287,6 @@ def describe_failure(error: BaseException) -> dict[str, Any]:
         message = f"{found}: expected room to write. Free some space and start the same command again; it continues."
         return failure | {"message": message}
     text = "".join(traceback.format_exception(error))
+    if machine := of_the_machine(error):
+        text = f"{text.rstrip()}\n{machine} failed, not the run: the same command continues from its last checkpoint.\n"
     return failure | {"user": False, "code": 1, "message": text}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import launch, stopping
+from pipelines import stopping
 
 
 @pytest.fixture(autouse=True)
@@ -55,21 +55,3 @@ def test_the_first_verdict_stays_unless_a_reason_comes_later(
 def test_a_verdict_that_cannot_be_written_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(stopping.VERDICT, str(tmp_path / "nowhere" / "verdict.json"))
     stopping.leave_verdict(1, "told elsewhere", "distil")
-
-
-@pytest.mark.parametrize(
-    ("message", "follows"),
-    [
-        ("[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:4711", True),
-        ("[../gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation", True),
-        ("NCCL error: remote process exited or there was a network error, NCCL version 2.27", True),
-        ("ncclRemoteError: A call failed possibly due to a network error", True),
-        ("The size of tensor a (3) must match the size of tensor b (4)", False),
-    ],
-)
-def test_a_process_that_only_lost_another_one_decides_nothing(message: str, follows: bool) -> None:
-    assert launch.follows_from_a_lost_process(RuntimeError(message)) is follows
-    try:
-        raise ValueError("while saving") from RuntimeError(message)
-    except ValueError as error:
-        assert launch.follows_from_a_lost_process(error) is follows
