@@ -31,16 +31,25 @@ def sums(seen: Telemetry, kd: Tensor, valid: Tensor) -> Tensor:
     seen, kd, valid: of one shape; what is not valid may be anything. No collectives, no synchronization with the host.
     """
     seen, valid = Telemetry(*(values.flatten().double() for values in seen)), valid.flatten()
-    bounds = torch.tensor(ENTROPY_BOUNDS, dtype=torch.float64, device=kd.device)
-    band = torch.bucketize(seen.teacher_entropy, bounds, right=True)
+    band = entropy_band(seen.teacher_entropy)
     rows = [_by_group(values, band, len(ENTROPY_BANDS), valid) for values in (kd.flatten().double(), valid.double())]
     for confidence, correct in (
         (seen.student_confidence, seen.student_correct),
         (seen.teacher_confidence, seen.teacher_correct),
     ):
-        bin_ = (confidence * CALIBRATION_BINS).ceil().long() - 1
-        rows.append(_by_group(correct - confidence, bin_.clamp(0, CALIBRATION_BINS - 1), CALIBRATION_BINS, valid))
+        rows.append(_by_group(correct - confidence, calibration_bin(confidence), CALIBRATION_BINS, valid))
     return torch.cat(rows)
+
+
+def entropy_band(entropy: Tensor) -> Tensor:
+    """The place in ENTROPY_BANDS of each entropy, int64. entropy: nats, fp64."""
+    bounds = torch.tensor(ENTROPY_BOUNDS, dtype=entropy.dtype, device=entropy.device)
+    return torch.bucketize(entropy, bounds, right=True)
+
+
+def calibration_bin(confidence: Tensor) -> Tensor:
+    """The bin of each confidence, int64 from 0. confidence: fp64."""
+    return ((confidence * CALIBRATION_BINS).ceil().long() - 1).clamp(0, CALIBRATION_BINS - 1)
 
 
 def _by_group(values: Tensor, group: Tensor, groups: int, valid: Tensor) -> Tensor:

@@ -1,8 +1,12 @@
-"""Quality of sharded models on the same batches: loss, KL from the teacher, agreement, speed of a forward pass."""
+"""Quality of sharded models on the same batches: loss, KL from the teacher, agreement, speed of a forward pass.
+
+Each token's figures come from logits that stay sharded (core/divergence.py); what is added up from them, by groups of
+tokens too, is in tally.py.
+"""
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -14,11 +18,13 @@ from torch import Tensor
 from pipelines.config import UserError
 from pipelines.core import telemetry
 from pipelines.core.divergence import token_terms
-from pipelines.core.loss import masked_sum, valid_tokens
+from pipelines.core.loss import valid_tokens
 from pipelines.core.vocab_parallel import Shard
 from pipelines.model import measure
 from pipelines.model.documents import moved
 from pipelines.model.forward import Batch, evaluating, forward_pass, micro_batches_per_pass
+from pipelines.model.tally import COLUMNS, Breakdown, Tally, means
+from pipelines.text.token_classes import CLASSES
 
 TEACHER = "teacher"
 
@@ -30,6 +36,10 @@ class Quality:
     loss: cross-entropy, nats/token. kl: KL(teacher || model), nats/token at temperature 1. agreement: share of tokens
     whose most likely next token is the teacher's. overlap: of the two distributions, sum of min(p, q). kl_by_entropy,
     calibration_error: see core/telemetry.py. All but the loss: None without a teacher.
+
+    reliability: per calibration bin (confidence, accuracy, share of the tokens), None for one without tokens. With a
+    Breakdown also text_bytes: UTF-8 bytes behind the tokens; by_token_class: {class: means}; by_position:
+    [(from, to, means)], means as `tally.means` gives them; documents: (documents, tally.COLUMNS) sums, float64.
     """
 
     tokens: int
@@ -39,6 +49,11 @@ class Quality:
     overlap: float | None = None
     calibration_error: float | None = None
     kl_by_entropy: dict[str, float] | None = None
+    reliability: list[tuple[float, float, float] | None] | None = None
+    text_bytes: float | None = None
+    by_token_class: dict[str, dict[str, float]] | None = None
+    by_position: list[tuple[int, int, dict[str, float]]] | None = None
+    documents: Tensor | None = None
 
 
 def evaluate(
@@ -46,13 +61,15 @@ def evaluate(
     batches: Iterable[Batch],
     *,
     vocab_size: int,
+    by: Breakdown | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> dict[str, Quality]:
     """Every model on every batch of this data-parallel rank, held to the one named "teacher" where there is one.
 
     models: by name, each this rank's pipeline stage, built for the same layout and vocabulary.
-    batches: dicts of tokens, labels, position_ids (batch, sequence) int64 and loss_mask (batch, sequence); data ranks
-        may hold different numbers of batches and batches of different sizes, none included.
+    batches: dicts of tokens, labels, position_ids (batch, sequence) int64 and loss_mask (batch, sequence), on the CPU;
+        with `by` also documents (batch, sequence) int64; data ranks may hold different numbers of batches and batches
+        of different sizes, none included.
     advance: called after each batch with its valid tokens.
 
     Collectives, besides those of the forward passes: two all-gathers per model and batch over the tensor-parallel group
@@ -63,63 +80,57 @@ def evaluate(
     assert parallel_state.get_context_parallel_world_size() == 1, "evaluation reads whole sequences"
     device = next(next(iter(models.values())).parameters()).device
     order = sorted(models, key=lambda name: name != TEACHER)  # the teacher's logits come first
-    sums = torch.zeros(len(order), len(_SUMS) + telemetry.SIZE, dtype=torch.float64, device=device)
+    tallies = {name: Tally(by) for name in order}
     first = True
+
+    def check() -> None:
+        _require_finite(order, reduced(torch.cat([tallies[name]["all"] for name in order]).to(device)))
+
     with evaluating(models.values()):
         for batch in batches:
-            batch = moved(batch, device)
-            sums += _batch_sums({name: models[name] for name in order}, batch, vocab_size, sums)
+            _add_batch({name: models[name] for name in order}, batch, vocab_size, tallies, device)
             if first:
-                _require_finite(order, reduced(sums))
+                check()
             first = False
             if advance:
                 advance(int(valid_tokens(batch["labels"], batch["loss_mask"]).sum()))
         if first:
-            _require_finite(order, reduced(sums))  # a rank without a batch takes part in the others' check
-    totals = reduced(sums)
-    _require_finite(order, totals)
-    return {
-        name: _quality(row, has_teacher=TEACHER in models) for name, row in zip(order, totals.tolist(), strict=True)
-    }
+            check()  # a rank without a batch takes part in the others' check
+    totals = reduced(torch.stack([tallies[name].sums for name in order]).to(device)).cpu()
+    for name, sums in zip(order, totals, strict=True):
+        tallies[name].sums = sums
+    _require_finite(order, torch.cat([tallies[name]["all"] for name in order]))
+    return {name: _quality(tally, has_teacher=TEACHER in models) for name, tally in tallies.items()}
 
 
-_SUMS = ("tokens", "loss", "kl", "agreement", "overlap")  # and after them those of core/telemetry.py
-
-
-def _batch_sums(models: Mapping[str, GPTModel], batch: Batch, vocab_size: int, like: Tensor) -> Tensor:
-    """(models, figures) float64 sums over the batch's valid tokens on the last pipeline stage, zeros on the others."""
-    sums = torch.zeros_like(like)
-    valid = valid_tokens(batch["labels"], batch["loss_mask"]).flatten()
+def _add_batch(
+    models: Mapping[str, GPTModel], batch: Batch, vocab_size: int, tallies: Mapping[str, Tally], device: torch.device
+) -> None:
+    """Add the batch's valid tokens to each model's sums on the last pipeline stage; on the others nothing."""
     group = parallel_state.get_tensor_model_parallel_group()
-    teacher: Tensor | None = None
-    for row, (name, model) in zip(sums, models.items(), strict=True):
-        found = forward_logits(model, batch)
+    there, teacher = moved(batch, device), None
+    groups: dict[str, Tensor] | None = None
+    for name, model in models.items():
+        found = forward_logits(model, there)
         if found is None:
             continue
         found = found.flatten(0, 1)
-        shard = Shard.uniform(found.shape[-1], vocab_size, group)
-        labels = batch["labels"].flatten()
         if name == TEACHER:
             teacher = found  # held to itself
         terms = token_terms(
             found,
             teacher,
-            labels,
+            there["labels"].flatten(),
             kd_scale=0.0,
             ce_scale=0.0,
             temperature=1.0,
-            shard=shard,
+            shard=Shard.uniform(found.shape[-1], vocab_size, group),
             telemetry=teacher is not None,
         )
-        row[0] = valid.sum()
-        seen = terms.telemetry
-        overlap = None if seen is None else seen.overlap
-        for index, term in enumerate((terms.ce, terms.kd, terms.agreement, overlap), start=1):
-            if term is not None:
-                row[index] = masked_sum(term.double(), valid)
-        if seen is not None and terms.kd is not None:
-            row[len(_SUMS) :] = telemetry.sums(seen, terms.kd, valid)
-    return sums
+        tally = tallies[name]
+        if groups is None:
+            groups = tally.by.groups(batch) if tally.by is not None else {}
+        tally.add(terms, batch, groups)
 
 
 def forward_logits(model: GPTModel, batch: Batch) -> Tensor | None:
@@ -173,7 +184,7 @@ def reduced(sums: Tensor) -> Tensor:
 
 def _require_finite(names: list[str], totals: Tensor) -> None:
     for name, row in zip(names, totals.tolist(), strict=True):
-        for figure, value in zip(_SUMS, row, strict=False):
+        for figure, value in zip(COLUMNS, row, strict=True):
             if not abs(value) < float("inf"):
                 raise UserError(
                     f"{name}: expected a finite {figure}, found {value}. Its weights or activations are not finite: "
@@ -181,18 +192,41 @@ def _require_finite(names: list[str], totals: Tensor) -> None:
                 )
 
 
-def _quality(row: list[float], *, has_teacher: bool) -> Quality:
-    tokens, loss, *others = row[: len(_SUMS)]
-    if not tokens:
+def _quality(tally: Tally, *, has_teacher: bool) -> Quality:
+    (whole,) = means(tally["all"])
+    if whole is None:
         raise ValueError(
             "evaluation: expected at least one valid token, found none. Give more batches or a longer split."
         )
-    if not has_teacher:
-        return Quality(round(tokens), loss / tokens, kl=None, agreement=None)
-    kl, agreement, overlap = (total / tokens for total in others)
-    seen = row[len(_SUMS) :]
-    error, _ = telemetry.calibration_errors(seen, tokens)
-    return Quality(round(tokens), loss / tokens, kl, agreement, overlap, error, telemetry.by_entropy(seen))
+    tokens = round(whole["tokens"])
+    found = Quality(tokens, whole["loss"], kl=None, agreement=None)
+    if has_teacher:
+        bands = zip(telemetry.ENTROPY_BANDS, means(tally["entropy"]), strict=True)
+        bins = [
+            (row["confidence"], row["correct"], row["tokens"] / tokens) if row else None
+            for row in means(tally["confidence"])
+        ]
+        found = replace(
+            found,
+            kl=whole["kl"],
+            agreement=whole["agreement"],
+            overlap=whole["overlap"],
+            kl_by_entropy={name: row["kl"] for name, row in bands if row},
+            reliability=bins,
+            calibration_error=sum(share * abs(right - sure) for sure, right, share in filter(None, bins)),
+        )
+    if tally.by is None:
+        return found
+    edges = tally.by.bounds()
+    classes = zip(CLASSES, means(tally["classes"]), strict=False)  # special tokens have none
+    positions = zip(edges, edges[1:], means(tally["positions"]), strict=False)
+    return replace(
+        found,
+        text_bytes=whole["bytes"] * tokens,
+        by_token_class={name: row for name, row in classes if row},
+        by_position=[(start, stop, row) for start, stop, row in positions if row],
+        documents=tally["documents"],
+    )
 
 
 def gathered_logits(model: GPTModel, batch: Batch, vocab_size: int) -> Tensor:

@@ -14,6 +14,7 @@ checked that these sum to the text's bytes), else labels times the split's mean 
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,31 @@ class Windows:
             counted &= self[window][:-1] != self.end_of_document
         return counted.float()
 
+    @cached_property
+    def _document_ends(self) -> numpy.ndarray[Any, Any]:
+        """(documents,) int64: where each document of the stream ends, in tokens."""
+        parts = [
+            start + numpy.concatenate([[0], ends])[index.documents[1:]]
+            for start, ends, index in zip(self._starts, self._ends, self._indices, strict=False)
+        ]
+        return numpy.concatenate(parts)
+
+    def documents(self, window: int) -> torch.Tensor:
+        """(sequence_length,) int64: the number of the document that each label of the window is of, from 0; behind the
+        split's end any. A document that several windows hold has one number."""
+        places = window * self.sequence_length + 1 + numpy.arange(self.sequence_length)
+        return torch.from_numpy(numpy.searchsorted(self._document_ends, places, side="right"))
+
+    def documents_of(self, chosen: Sequence[int]) -> numpy.ndarray[Any, Any]:
+        """(documents,) int64, ascending: the numbers of those that the chosen windows have labels of."""
+        starts = numpy.asarray(chosen, numpy.int64) * self.sequence_length
+        stops = numpy.minimum(starts + self.sequence_length, self.tokens - 1)
+        first, last = (numpy.searchsorted(self._document_ends, at, side="right") for at in (starts + 1, stops))
+        change = numpy.zeros(len(self._document_ends) + 1, numpy.int64)
+        numpy.add.at(change, first, 1)
+        numpy.add.at(change, last + 1, -1)
+        return numpy.flatnonzero(numpy.cumsum(change[:-1]))
+
     def _read(self, start: int, stop: int) -> numpy.ndarray[Any, Any]:
         """Tokens start..stop of the stream, int64, sequence by sequence: the pointers may skip parts of a .bin."""
         parts = []
@@ -133,11 +159,18 @@ class Windows:
 
 
 def batches(
-    windows: Windows, micro_batch_size: int, data_rank: int = 0, data_size: int = 1, limit: int | None = None
+    windows: Windows,
+    micro_batch_size: int,
+    data_rank: int = 0,
+    data_size: int = 1,
+    limit: int | None = None,
+    *,
+    documents: bool = False,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """The micro batches of one data-parallel rank: the same number on each rank, all of the same shape.
 
     limit: micro batches per rank; where that is less than everything, the windows are spread evenly over the split.
+    documents: each batch also has "documents", as `Windows.documents` numbers them.
     Ranks without a window of their own in the last round get one whose mask is all 0.
 
     Yields tokens, labels, position_ids: (micro_batch_size, sequence_length) int64; loss_mask: the same, float32.
@@ -151,15 +184,18 @@ def batches(
         mine = chosen[start : start + micro_batch_size]
         rows = torch.zeros(micro_batch_size, windows.sequence_length + 1, dtype=torch.int64)
         mask = torch.zeros(micro_batch_size, windows.sequence_length)
+        numbers = torch.zeros(micro_batch_size, windows.sequence_length, dtype=torch.int64)
         for row, window in enumerate(mine):
             rows[row], mask[row] = windows[window], windows.mask(window)
+            if documents:
+                numbers[row] = windows.documents(window)
         batch = {
             "tokens": rows[:, :-1].contiguous(),
             "labels": rows[:, 1:].contiguous(),
             "position_ids": positions,
             "loss_mask": mask,
         }
-        yield windows.laid_out(batch)
+        yield windows.laid_out(batch | ({"documents": numbers} if documents else {}))
 
 
 def chosen_windows(windows: Windows, micro_batch_size: int, data_size: int = 1, limit: int | None = None) -> list[int]:
@@ -176,15 +212,16 @@ def token_bytes(corpus: Path) -> torch.Tensor | None:
     return torch.from_numpy(numpy.load(corpus / name)) if name else None
 
 
-def label_bytes(corpus: Path, split: str, windows: Windows, chosen: Sequence[int] | None = None) -> float:
-    """UTF-8 bytes of the text behind the labels of the chosen windows (None: all), for bits per byte =
-    sum of the labels' losses in nats / ln 2 / label_bytes. Reads the windows; the same on every rank, no collective."""
-    every = range(len(windows)) if chosen is None else chosen
+def mean_token_bytes(corpus: Path, split: str, vocab_size: int) -> numpy.ndarray[Any, Any]:
+    """(vocab_size,) float64 UTF-8 bytes that each id stands for, for bits per byte = sum of the labels' losses in nats
+    / ln 2 / sum of their bytes. Where the tokenizer is not byte-level, the mean of the split's tokens for each."""
     table = token_bytes(corpus)
     if table is None:
         count = json.loads((corpus / "counts.json").read_text())["splits"][split]
-        return float(sum(windows.mask(window).sum() for window in every)) * count["bytes"] / count["tokens"]
-    return float(sum((table[windows[window][1:]] * windows.mask(window)).sum(dtype=torch.float64) for window in every))
+        return numpy.full(vocab_size, count["bytes"] / count["tokens"])
+    found = numpy.zeros(max(vocab_size, len(table)))
+    found[: len(table)] = table.numpy()
+    return found
 
 
 def row_hashes(tokens: torch.Tensor) -> torch.Tensor:

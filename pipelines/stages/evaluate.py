@@ -1,14 +1,17 @@
 """Teacher, pruned and distilled student side by side on held-out text, as shards in the same process groups.
 
-Writes results.json: {"split", "tokens", "bytes", ..., "models": {"teacher" | "pruned" | "student": {"path",
-"parameters", "loss" (nats/token), "perplexity", "bits_per_byte", "kl" (KL(teacher || model), nats/token), "agreement"
-(share), "overlap" (share), "calibration_error", "kl_by_entropy" (nats/token by bands of the teacher's entropy, see
-core/telemetry.py), "tokens_per_second"}}, "missing": {model or part: reason}}. Each part lies in parts/ as soon as
-it is measured (evaluation/parts.py). All models are resident together: as inference weights they take less than
-distilling the student took.
+Writes results.json: {"split", "tokens", "bytes", "documents", ..., "models": {"teacher" | "pruned" | "student":
+{"path", "parameters", "loss" (nats/token), "perplexity", "bits_per_byte", "kl" (KL(teacher || model), nats/token),
+"agreement" (share), "overlap" (share), "calibration_error", "kl_by_entropy" (nats/token by bands of the teacher's
+entropy, see core/telemetry.py), "by_token_class": {class: {"share", "loss", "kl", "agreement"}} (classes of
+text/token_classes.py, those that the split has), "by_position": [{"from", "to", "loss", "kl"}] (places in the sequence
+from 0, `to` left out), "reliability": [{"confidence", "accuracy", "share"}] (15 bins of the same width; null in one
+without tokens), "intervals": {figure: [low, high]} (95 %, documents drawn anew), "tokens_per_second"}},
+"differences": [{"figure", "model", "other", "difference", "low", "high", "larger_than_noise"}], "missing": {model or
+part: reason}}. Each part lies in parts/ as soon as it is measured (evaluation/parts.py). All models are resident
+together: as inference weights they take less than distilling the student took.
 """
 
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -19,19 +22,22 @@ from megatron.core.models.gpt import GPTModel
 
 from pipelines import artifacts, console, files
 from pipelines.config import Config, Layout, UserError, document_mask, layout, without_context
+from pipelines.evaluation.comparison import compared, figures
 from pipelines.evaluation.parts import Parts
 from pipelines.families import ModelShape, read_shape
 from pipelines.model import parallel, quality
 from pipelines.model.build import build_model
+from pipelines.model.tally import Breakdown
 from pipelines.model.weights import load_hugging_face
 from pipelines.model.windows import (
     Windows,
     batches,
     chosen_windows,
     end_of_document,
-    label_bytes,
+    mean_token_bytes,
     split_prefixes,
 )
+from pipelines.text.token_classes import read_token_classes
 from pipelines.vocabulary import check_vocabulary
 
 SPEED_SECONDS = 1.5  # of timed forward passes per model
@@ -70,14 +76,23 @@ def _quality(
     end = end_of_document(corpus, settings.split) if document_mask(config, "evaluate") else None
     windows = Windows(split_prefixes(corpus, settings.split), settings.sequence_length, end)
     models = {name: _load(config, ranks, shapes[name], directory) for name, directory in directories.items()}
-    found = _measure(config, models, windows, shapes["teacher"].vocab_size)
-    speeds = _speeds(config, models, windows)
+    vocab_size = shapes["teacher"].vocab_size
+    classes = read_token_classes(corpus / "tokenizer")
     chosen = chosen_windows(windows, settings.micro_batch_size, ranks.data, settings.batches)
-    text_bytes = label_bytes(corpus, settings.split, windows, chosen)
+    by = Breakdown(
+        windows.documents_of(chosen),
+        classes,
+        mean_token_bytes(corpus, settings.split, vocab_size),
+        settings.sequence_length,
+    )
+    found = _measure(config, models, windows, vocab_size, by)
+    intervals, differences, documents = compared(found)
+    speeds = _speeds(config, models, windows)
     return {
         "split": settings.split,
         "tokens": found["teacher"].tokens,
-        "bytes": round(text_bytes),
+        "bytes": round(found["teacher"].text_bytes or 0),
+        "documents": documents,
         "windows": len(chosen),
         "sequence_length": settings.sequence_length,
         "precision": _precision(config),
@@ -85,10 +100,11 @@ def _quality(
         "models": {
             name: {"path": str(directories[name]), "parameters": shapes[name].parameters()}
             | {"non_embedding_parameters": shapes[name].non_embedding_parameters()}
-            | figures(quality_, text_bytes)
-            | {"tokens_per_second": round(speeds[name], 1)}
+            | figures(quality_)
+            | {"intervals": intervals[name], "tokens_per_second": round(speeds[name], 1)}
             for name, quality_ in found.items()
         },
+        "differences": differences,
     }
 
 
@@ -108,22 +124,6 @@ def find_models(config: Config) -> tuple[dict[str, Path], dict[str, str]]:
     if "teacher" in missing:
         raise UserError(f"evaluate: expected a teacher, found {missing['teacher']} Run stage=teacher first.")
     return directories, missing
-
-
-def figures(found: quality.Quality, text_bytes: float) -> dict[str, Any]:
-    """What results.json says of one model's quality. text_bytes: UTF-8 bytes behind the tokens."""
-    bits = found.loss * found.tokens / math.log(2) / text_bytes if text_bytes else None
-    perplexity = math.exp(found.loss) if found.loss < 700 else None  # beyond, it is no float64
-    return {
-        "loss": found.loss,
-        "perplexity": perplexity,
-        "bits_per_byte": bits,
-        "kl": found.kl,
-        "agreement": found.agreement,
-        "overlap": found.overlap,
-        "calibration_error": found.calibration_error,
-        "kl_by_entropy": found.kl_by_entropy,
-    }
 
 
 def _check(corpus: Path, directories: dict[str, Path], shapes: dict[str, ModelShape]) -> None:
@@ -151,11 +151,12 @@ def _load(config: Config, ranks: Layout, shape: ModelShape, directory: Path) -> 
 
 
 def _measure(
-    config: Config, models: dict[str, GPTModel], windows: Windows, vocab_size: int
+    config: Config, models: dict[str, GPTModel], windows: Windows, vocab_size: int, by: Breakdown
 ) -> dict[str, quality.Quality]:
     settings, ranks = config.evaluate, parallel_state.get_data_parallel_world_size()
     chosen = chosen_windows(windows, settings.micro_batch_size, ranks, settings.batches)
-    mine = batches(windows, settings.micro_batch_size, parallel_state.get_data_parallel_rank(), ranks, settings.batches)
+    rank = parallel_state.get_data_parallel_rank()
+    mine = batches(windows, settings.micro_batch_size, rank, ranks, settings.batches, documents=True)
     started, done = time.monotonic(), 0
     with console.progress("evaluate", -(-len(chosen) // (settings.micro_batch_size * ranks)), "batches") as bar:
 
@@ -164,7 +165,7 @@ def _measure(
             done += tokens * ranks
             bar.advance(1, detail=f"{done / (time.monotonic() - started):,.0f} tokens/s")
 
-        return quality.evaluate(models, mine, vocab_size=vocab_size, advance=advance)
+        return quality.evaluate(models, mine, vocab_size=vocab_size, by=by, advance=advance)
 
 
 def _speeds(config: Config, models: dict[str, GPTModel], windows: Windows) -> dict[str, float]:

@@ -13,7 +13,7 @@ from pipelines.model.windows import (
     batches,
     chosen_windows,
     end_of_document,
-    label_bytes,
+    mean_token_bytes,
     row_hashes,
     split_blend,
     split_prefixes,
@@ -107,9 +107,6 @@ def test_documents_apart(tmp_path):
     assert batch["tokens"].tolist() == [[1, 2, 3, 9, 4, 9, 5, 6, 7, 8, 9, 0]]
     assert batch["cu_seqlens"].tolist() == [0, 4, 6, 8, 11, 12]
     assert batch["loss_mask"].tolist() == [[1, 1, 1, 0, 1, 0, 1, 1, 1, 1, 0, 0]]
-    (tmp_path / "blend.json").write_text(json.dumps({"splits": {}, "token_bytes": "table.npy"}))
-    numpy.save(tmp_path / "table.npy", numpy.array([0, 1, 1, 1, 1, 1, 1, 1, 1, 0], dtype=numpy.int32))
-    assert label_bytes(tmp_path, "train", windows) == 5  # of eight, all but the first of each document
 
 
 def test_documents_apart_need_the_ends_of_documents(tmp_path):
@@ -148,17 +145,29 @@ def test_prefixes_of_a_split(corpus, prefixes, tmp_path):
         split_prefixes(tmp_path / "none", "train")
 
 
-def test_bytes_behind_the_labels(corpus, prefixes, documents):
-    windows = Windows(prefixes, 16)
-    stream = numpy.concatenate(documents)
-    assert label_bytes(corpus, "train", windows) == (stream[1:] % 11).sum()
-    assert label_bytes(corpus, "train", windows, [0, 2]) == (stream[1:17] % 11).sum() + (stream[33:49] % 11).sum()
+def test_bytes_of_each_id(corpus):
+    assert (mean_token_bytes(corpus, "train", 128_300)[:128_256] == numpy.arange(128_256) % 11).all()
     assert token_bytes(corpus)[13] == 2
     blend = json.loads((corpus / "blend.json").read_text())
     (corpus / "blend.json").write_text(json.dumps(blend | {"token_bytes": None}))
     (corpus / "counts.json").write_text(json.dumps({"splits": {"train": {"bytes": 900, "tokens": 300}}}))
-    assert label_bytes(corpus, "train", windows) == 3 * (len(stream) - 1)
-    assert label_bytes(corpus, "train", windows, [len(windows) - 1]) == 3 * windows.mask(len(windows) - 1).sum()
+    assert mean_token_bytes(corpus, "train", 5).tolist() == [3.0] * 5
+
+
+@pytest.mark.parametrize("chosen", [range(10_000), [3], [0, 4, 5, 20]])
+def test_documents_are_numbered_as_they_stand_in_the_stream(prefixes, documents, chosen):
+    """Each label's document by a plain count, over data sets of which one is a selection of another."""
+    windows = Windows(prefixes, 16)
+    chosen = [window for window in chosen if window < len(windows)]
+    numbers = numpy.repeat(numpy.arange(len(documents)), [len(document) for document in documents])
+    seen = set()
+    for window in chosen:
+        expected = numbers[window * 16 + 1 : window * 16 + 17]
+        assert windows.documents(window)[: len(expected)].tolist() == expected.tolist()
+        seen |= set(expected.tolist())
+    assert windows.documents_of(chosen).tolist() == sorted(seen)
+    (batch, *_) = batches(windows, 2, documents=True)
+    assert batch["documents"].tolist() == [windows.documents(0).tolist(), windows.documents(1).tolist()]
 
 
 def test_refusals(tmp_path, prefixes):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pipelines.core import statistics
 from tests.ranks import RankPools
 from tests.stages import small_run
 
@@ -38,38 +39,131 @@ def pieces(stream: np.ndarray, length: int, end: int | None) -> Iterator[tuple[n
 
 
 @functools.cache
-def plain_results(root: Path, length: int = 16, end: int | None = None) -> dict[str, dict[str, float]]:
-    """Every figure from transformers' logits in float64, windows cut by hand, bytes from decoded text."""
+def plain_tokens(root: Path, length: int = 16, end: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(of each counted token: label, token before, place in its row, document, bytes; of each model: its figures there
+    and "parameters"), from transformers' logits in float64, windows cut by hand, bytes from the vocabulary's pieces."""
     stream = small_run.ids_of_test_split(root)
     cut = list(pieces(stream, length, end))
-    counted, labels = (np.concatenate(part) for part in ([i != end for i, _ in cut], [label for _, label in cut]))
-    labels = torch.tensor(labels[counted])
+    counted = np.concatenate([inputs != end for inputs, _ in cut])
+    before, labels = (np.concatenate([piece[side] for piece in cut])[counted] for side in (0, 1))
     tokenizer = AutoTokenizer.from_pretrained(root / "small/corpus/tokenizer")
+    ends = stream == json.loads((root / "small/corpus/blend.json").read_text())["eod"]
     # A byte-level token has a character for each byte, the end of a document none.
-    text_bytes = sum(len(t) for t in tokenizer.convert_ids_to_tokens(labels) if t not in tokenizer.all_special_tokens)
-    if end is None:
-        text = tokenizer.decode(stream[1:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert text_bytes == len(text.encode())
-    logs: dict[str, torch.Tensor] = {}
-    figures = {}
+    special = tokenizer.all_special_tokens
+    text = {number: token for token, number in tokenizer.get_vocab().items() if token not in special}
+    common = {
+        "before": before,
+        "label": labels,
+        "place": np.concatenate([np.arange(len(inputs)) for inputs, _ in cut])[counted],
+        "document": (np.cumsum(ends) - ends)[1:][counted],
+        "bytes": np.array([len(text.get(label, "")) for label in labels]),
+        "counted": np.ones(len(labels)),
+    }
+    models: dict[str, Any] = {}
     for name, place in PLACES.items():
         model = AutoModelForCausalLM.from_pretrained(root / "small" / place, dtype=torch.float32).eval()
-        rows = []
-        for inputs, _ in cut:
-            with torch.no_grad():
-                rows.append(model(torch.tensor(inputs)[None]).logits[0].double().log_softmax(-1))
-        logs[name] = torch.cat(rows)[torch.tensor(counted)]
-        p, q = logs["teacher"], logs[name]
-        loss = -q.gather(1, labels[:, None]).mean().item()
-        figures[name] = {
-            "loss": loss,
-            "perplexity": math.exp(loss),
-            "bits_per_byte": loss * len(labels) / math.log(2) / text_bytes,
-            "kl": (p.exp() * (p - q)).sum(-1).mean().item(),
-            "agreement": (p.argmax(-1) == q.argmax(-1)).double().mean().item(),
+        with torch.no_grad():
+            rows = [model(torch.tensor(inputs)[None]).logits[0].double().log_softmax(-1) for inputs, _ in cut]
+        log = torch.cat(rows).numpy()[counted]
+        p = models["teacher"]["log"] if models else log
+        models[name] = {
+            "log": log,
+            "loss": -log[np.arange(len(labels)), labels],
+            "kl": (np.exp(p) * (p - log)).sum(-1),
+            "agreement": (p.argmax(-1) == log.argmax(-1)).astype(float),
+            "confidence": np.exp(log.max(-1)),
+            "correct": (log.argmax(-1) == labels).astype(float),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
         }
-    return figures
+    return common, models
+
+
+def plain_results(root: Path, length: int = 16, end: int | None = None) -> dict[str, dict[str, float]]:
+    """Every figure of the whole split."""
+    common, models = plain_tokens(root, length, end)
+    if end is None:
+        tokenizer = AutoTokenizer.from_pretrained(root / "small/corpus/tokenizer")
+        stream = small_run.ids_of_test_split(root)
+        text = tokenizer.decode(stream[1:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert common["bytes"].sum() == len(text.encode())
+    return {
+        name: {figure: float(rows[figure].mean()) for figure in ("loss", "kl", "agreement")}
+        | {
+            "perplexity": math.exp(rows["loss"].mean()),
+            "bits_per_byte": rows["loss"].sum() / math.log(2) / common["bytes"].sum(),
+            "parameters": rows["parameters"],
+        }
+        for name, rows in models.items()
+    }
+
+
+def plain_class(before: str, text: str) -> str | None:
+    """By the words of a token and of the one before it."""
+    if not text:
+        return None
+    if any(character.isalpha() for character in text):
+        inside = (text[0].isalpha() or text[0] == "'") and before[-1:].isalpha()
+        return "word_inside" if inside else "word_start"
+    if any(character.isdigit() for character in text):
+        return "number"
+    return "white_space" if text.isspace() else "other" if "\ufffd" in text else "punctuation"
+
+
+def check_breakdowns(root: Path, results: dict[str, Any], end: int | None = None) -> None:
+    """By class, position and confidence, and the intervals, from the tokens one by one."""
+    common, models = plain_tokens(root, end=end)
+    tokenizer = AutoTokenizer.from_pretrained(root / "small/corpus/tokenizer")
+    text = [tokenizer.decode([number], skip_special_tokens=True) for number in range(small_run.VOCABULARY)]
+    pairs = zip(common["before"], common["label"], strict=True)
+    classes = np.array([str(plain_class(text[before], text[label])) for before, label in pairs])
+    documents = [common["document"] == number for number in np.unique(common["document"])]
+    draws = draws_of(len(documents))
+    drawn = {}
+    for name, rows in models.items():
+        entry = results["models"][name]
+        assert set(entry["by_token_class"]) == set(classes) - {"None"} >= {"word_start", "word_inside", "white_space"}
+        for kind, found in entry["by_token_class"].items():
+            expected = {figure: rows[figure][classes == kind].mean() for figure in ("loss", "kl", "agreement")}
+            assert found == pytest.approx(expected | {"share": (classes == kind).mean()}, rel=1e-5, abs=1e-7)
+        assert [(band["from"], band["to"]) for band in entry["by_position"]] == BANDS
+        for band in entry["by_position"]:
+            here = (common["place"] >= band["from"]) & (common["place"] < band["to"])
+            expected = [rows[figure][here].mean() for figure in ("loss", "kl")]
+            assert [band["loss"], band["kl"]] == pytest.approx(expected, rel=1e-5, abs=1e-7)
+        places = np.ceil(rows["confidence"] * 15) - 1
+        for place, found in enumerate(entry["reliability"]):
+            here = places == place
+            assert found["share"] == pytest.approx(here.mean(), abs=1e-3)  # fp32 may put one token in the next bin
+            if found["share"] == here.mean() > 0:
+                assert found["accuracy"] == pytest.approx(rows["correct"][here].mean())
+                assert found["confidence"] == pytest.approx(rows["confidence"][here].mean(), rel=1e-5)
+        gaps = [row["share"] * abs(row["accuracy"] - row["confidence"]) for row in entry["reliability"] if row["share"]]
+        assert len(entry["reliability"]) == 15 and entry["calibration_error"] == pytest.approx(sum(gaps), rel=1e-9)
+        sums = {figure: np.array([rows[figure][d].sum() for d in documents])[draws].sum(1) for figure in FIGURES}
+        counts = [np.array([common[key][d].sum() for d in documents])[draws].sum(1) for key in ("counted", "bytes")]
+        drawn[name] = {figure: sums[figure] / counts[0] for figure in FIGURES}
+        drawn[name]["bits_per_byte"] = sums["loss"] / math.log(2) / counts[1]
+        for figure, found in entry["intervals"].items():
+            assert found == pytest.approx(np.percentile(drawn[name][figure], [2.5, 97.5]).tolist(), rel=1e-5), figure
+        assert set(entry["intervals"]) == ({"loss", "bits_per_byte"} if name == "teacher" else set(drawn[name]))
+    found = {(row["figure"], row["model"], row["other"]): row for row in results["differences"]}
+    assert len(found) == 6 and results["documents"] == len(documents)
+    for (figure, model, other), row in found.items():
+        low, high = np.percentile(drawn[model][figure] - drawn[other][figure], [2.5, 97.5])
+        assert [row["low"], row["high"]] == pytest.approx([low, high], rel=1e-4, abs=1e-6)
+        whole = [results["models"][name][figure] for name in (model, other)]
+        assert row["difference"] == pytest.approx(whole[0] - whole[1], rel=1e-9)
+        assert row["larger_than_noise"] == (low > 0 or high < 0)
+
+
+BANDS = [(0, 1), (1, 2), (2, 4), (4, 8), (8, 16)]
+FIGURES = ("loss", "kl", "agreement")
+
+
+def draws_of(documents: int) -> np.ndarray:
+    """(resamples, documents): which documents each resample has."""
+    generator = torch.Generator().manual_seed(statistics.SEED)
+    return torch.randint(documents, (statistics.RESAMPLES, documents), generator=generator).numpy()
 
 
 def read_results(root: Path, name: str = "small") -> dict[str, Any]:
@@ -98,6 +192,7 @@ def test_equals_transformers(ranks: RankPools, root: Path, world: int, settings:
         for figure, value in row.items():
             assert results["models"][name][figure] == pytest.approx(value, rel=1e-5, abs=1e-7), (name, figure)
         assert results["models"][name]["tokens_per_second"] > 0
+    check_breakdowns(root, results)
 
 
 @pytest.mark.parametrize("settings", [{"parallel__tensor": 2}, {"parallel__pipeline": 2}], ids=["tp2", "pp2"])
@@ -112,6 +207,7 @@ def test_documents_apart_equal_transformers_document_by_document(
     for name, row in expected.items():
         for figure, value in row.items():
             assert results["models"][name][figure] == pytest.approx(value, rel=1e-5, abs=1e-7), (name, figure)
+    check_breakdowns(root, results, end)
 
 
 def test_a_limit_takes_that_many_windows(ranks: RankPools, root: Path) -> None:
@@ -155,8 +251,8 @@ def test_not_a_number_names_the_model(ranks: RankPools, root: Path, tmp_path: Pa
 
 
 def test_bits_per_byte_of_a_uniform_model_is_known() -> None:
+    from pipelines.evaluation.comparison import figures
     from pipelines.model.quality import Quality
-    from pipelines.stages.evaluate import figures
 
-    found = figures(Quality(tokens=10, loss=math.log(256), kl=None, agreement=None), text_bytes=20.0)
+    found = figures(Quality(tokens=10, loss=math.log(256), kl=None, agreement=None, text_bytes=20.0))
     assert found["bits_per_byte"] == pytest.approx(4.0) and found["perplexity"] == pytest.approx(256)
