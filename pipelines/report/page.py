@@ -7,9 +7,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipelines import plan_check
-from pipelines.report import plots, search, summary
-from pipelines.report.record import MODELS, AxisImportance, RunRecord
+from pipelines.report import cells, graph, search, sections, summary, training
+from pipelines.report.record import MODELS, RunRecord
 from pipelines.stages import STAGES
 
 KEPT_INDICES_SHOWN = 6000  # characters; the whole stands in kept.json
@@ -44,41 +43,27 @@ def render(record: RunRecord, results: dict[str, Any], configuration: str, plot_
             pending=summary.pending_in_words(results["pending"]),
             highlights=_highlights(results),
             evaluated=_evaluated(results),
-            has_models=bool(models),
-            table=summary.table(models),
-            chain_titles=[title for _, title, _ in summary.CHAIN],
-            chain=summary.chain_cells(results["steps"]),
+            chain=_chain(results),
             absent_models=_absent_models(record, models),
-            quality=_plot(
-                plots.quality_against_size(models, "quality_against_size", plot_directory),
-                "Quality against size",
-                "Further down is better, further left is smaller; the arrow is what distillation did.",
-            ),
             identity=record.manifests["distil"].get("figures", {}).get("loss", ""),
-            planned=_planned(record),
-            distil_plots=_distil_plots(record, plot_directory),
-            teacher_plots=_teacher_plots(record, plot_directory),
-            importance_plots=_importance_plots(record, plot_directory),
+            planned=training.planned(record),
+            distil_plots=training.distil_plots(record, plot_directory),
+            teacher_plots=training.teacher_plots(record, plot_directory),
+            importance_plots=training.importance_plots(record, plot_directory),
             search=_search(record, plot_directory),
             pruned_intro="Scores come from forward passes over calibration text." if record.importance else "",
             kept=_kept(results),
             times=_times(record, results),
             time_in_all=_time_in_all(results),
+            graph=graph.draw(record),
             lineage=[_lineage_entry(entry) for entry in results["lineage"]],
             versions=_versions(results["lineage"]),
             licence=results.get("licence") or "not stated in the teacher's directory",
             configuration=configuration,
+            **sections.evaluated(results, plot_directory),
+            **sections.decided(record, results, plot_directory),
         )
     )
-
-
-def _plot(svg: str | None, title: str, caption: str) -> dict[str, Any] | None:
-    # Markup: matplotlib has escaped the text of the SVG itself.
-    return {"svg": Markup(svg), "title": title, "caption": caption} if svg else None
-
-
-def _present(*entries: dict[str, Any] | None) -> list[dict[str, Any]]:
-    return [entry for entry in entries if entry]
 
 
 def _scale(models: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
@@ -137,107 +122,28 @@ def _absent_models(record: RunRecord, models: dict[str, Any]) -> list[str]:
     return [f"{role}: {reasons.get(role, 'not evaluated.')}" for role in MODELS if role not in models]
 
 
-def _distil_plots(record: RunRecord, directory: Path) -> list[dict[str, Any]]:
-    metrics = record.distil_metrics
-    return _present(
-        _plot(
-            plots.curves(metrics, "ce", "cross-entropy, nats/token", "distil_loss", directory),
-            "Student's loss",
-            "Cross-entropy with the text while it learns from the teacher.",
-        ),
-        _plot(
-            plots.curves(metrics, "kd", "KL, nats/token", "distil_kl", directory),
-            "KL to the teacher",
-            "KL(teacher || student), the divergence that distillation lowers.",
-        ),
-        _plot(
-            plots.validations(metrics, _bands(record), "divergence, nats/token", "distil_entropy", directory),
-            "Divergence by the teacher's entropy",
-            "Tokens by the teacher's entropy in nats: near 0 it is sure of what comes.",
-        ),
-        _plot(
-            plots.validations(
-                metrics, {"agreement": "agreement", "overlap": "overlap"}, "share", "distil_overlap", directory
-            ),
-            "Agreement and overlap",
-            "How often both hold the same token most likely, and the probability that their distributions share.",
-        ),
-        _plot(
-            plots.validations(
-                metrics,
-                {f"{model}_calibration_error": model for model in ("student", "teacher")},
-                "expected calibration error",
-                "distil_calibration",
-                directory,
-            ),
-            "Calibration",
-            "How far confidence lies from being right, over 15 bins of confidence; 0 is best.",
-        ),
-    )
-
-
-def _planned(record: RunRecord) -> list[dict[str, Any]]:
-    """Rows of what was planned for the distillation beside what it took."""
-    entries = record.manifests["distil"].get("figures", {}).get("plan", [])
-    return [{"cells": plan_check.in_words(entry), "note": entry["note"]} for entry in entries]
+def _chain(results: dict[str, Any]) -> dict[str, Any] | None:
+    rows = [
+        cells.row(words[0], [cells.cell(word) for word in words[1:]]) for words in summary.chain_cells(results["steps"])
+    ]
+    titles = [title for _, title, _ in summary.CHAIN]
+    return cells.table("The steps of this run", titles[1:], rows, titles[0])
 
 
 def _search(record: RunRecord, directory: Path) -> dict[str, Any] | None:
     teacher = record.manifests["prune"].get("figures", {}).get("parameters_before")
     found = search.section(record.search, teacher, directory)
     if found:
-        found["plots"] = _present(*(_plot(entry["svg"], entry["title"], entry["caption"]) for entry in found["plots"]))
+        head = [(column["title"], column["unit"]) for column in found["head"]]
+        rows = [
+            cells.row(row["name"], [cells.cell(text) for text in row["cells"]], ours=row["won"])
+            for row in found["rows"]
+        ]
+        found["table"] = cells.table("Candidates of the search, the winner first", head, rows, "Candidate")
+        found["plots"] = training.present(
+            *(training.plot(entry["svg"], entry["title"], entry["caption"]) for entry in found["plots"])
+        )
     return found
-
-
-def _bands(record: RunRecord) -> dict[str, str]:
-    """The keys of the bands of the teacher's entropy, in the order of their bounds, with their names."""
-    prefix = "kd_entropy_"
-    keys = {key for row in record.distil_metrics.rows for key in row if key.startswith(prefix)}
-    bounds = {key: key.removeprefix(prefix).split("_") for key in keys}
-    return {
-        key: f"from {low}" if high == "up" else f"{low} to {high}"
-        for key, (low, high) in sorted(bounds.items(), key=lambda item: float(item[1][0]))
-    }
-
-
-def _teacher_plots(record: RunRecord, directory: Path) -> list[dict[str, Any]]:
-    entropy = record.corpus.get("unigram_entropy")
-    references = [("single-token entropy", entropy)] if entropy else []
-    metrics = record.teacher_metrics
-    key = "ce" if metrics.series("train", "ce") or metrics.series("validation", "ce") else "loss"
-    return _present(
-        _plot(
-            plots.curves(metrics, key, "cross-entropy, nats/token", "teacher_loss", directory, references),
-            "Teacher's loss",
-            "Training on the corpus. A teacher worth learning from lies well below the entropy of single tokens.",
-        )
-    )
-
-
-def _importance_plots(record: RunRecord, directory: Path) -> list[dict[str, Any]]:
-    captions = {
-        "hidden": "One set for the whole model, in the order of the scores.",
-        "ffn": "In each layer: the 5th to 95th percentile of kept and of dropped neurons, a dot at the median.",
-        "kv_groups": "One dot per KV group; a group goes with its heads.",
-        "heads": "One dot per query head; heads are ranked within their KV group.",
-        "layers": "1 minus the cosine between a layer's input and its output.",
-        "removals": "Measured on the teacher at its full width, before anything was cut.",
-    }
-
-    def counted(axis: AxisImportance) -> str:
-        return "" if axis.unit == "blocks" else f"{axis.kept_units:,} of {axis.units:,} kept. "
-
-    return _present(
-        *(
-            _plot(
-                plots.importance(axis, f"importance_{axis.name}", directory),
-                axis.title,
-                counted(axis) + captions[axis.name],
-            )
-            for axis in record.importance
-        )
-    )
 
 
 def _kept(results: dict[str, Any]) -> dict[str, str]:

@@ -58,7 +58,7 @@ _STYLE = {
 
 
 @contextmanager
-def _figure(size: tuple[float, float] = SIZE) -> Iterator[tuple[Figure, Axes]]:
+def canvas(size: tuple[float, float] = SIZE) -> Iterator[tuple[Figure, Axes]]:
     with matplotlib.rc_context(_STYLE):
         figure, axes = pyplot.subplots(figsize=size, layout="constrained")
         try:
@@ -67,7 +67,7 @@ def _figure(size: tuple[float, float] = SIZE) -> Iterator[tuple[Figure, Axes]]:
             pyplot.close(figure)
 
 
-def _write(figure: Figure, name: str, directory: Path) -> str:
+def save(figure: Figure, name: str, directory: Path) -> str:
     """Write <directory>/<name>.png and return the figure as themed SVG for the page."""
     figure.savefig(directory / f"{name}.png", dpi=160, metadata={"Software": None})
     text = StringIO()
@@ -102,19 +102,19 @@ def curves(
     train, validation = metrics.series("train", key), metrics.series("validation", key)
     if not train and not validation:
         return None
-    with _figure() as (figure, axes):
+    with canvas() as (figure, axes):
         if train:
             axes.plot(*zip(*train, strict=True), color=FAINT, linewidth=1.1, label="train")
         if validation:
             axes.plot(*zip(*validation, strict=True), color=ACCENT, marker="o", markersize=3.2, label="validation")
         values = [value for _, value in train + validation]
         if min(values) > 0 and max(values) > 20 * min(values):
-            _log_scale(axes)
+            log_scale(axes)
         for text, value in references:
             line = axes.axhline(value, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
             line.set_label(f"{text} {value:.3f}")
         _over_steps(figure, axes, label)
-        return _write(figure, name, directory)
+        return save(figure, name, directory)
 
 
 def validations(metrics: Metrics, keys: Mapping[str, str], label: str, name: str, directory: Path) -> str | None:
@@ -122,11 +122,11 @@ def validations(metrics: Metrics, keys: Mapping[str, str], label: str, name: str
     series = {title: points for key, title in keys.items() if (points := metrics.series("validation", key))}
     if not series:
         return None
-    with _figure() as (figure, axes):
+    with canvas() as (figure, axes):
         for number, (title, points) in enumerate(series.items()):
             axes.plot(*zip(*points, strict=True), **_line(number), marker="o", markersize=3.2, label=title)
         _over_steps(figure, axes, label)
-        return _write(figure, name, directory)
+        return save(figure, name, directory)
 
 
 def _line(number: int) -> dict[str, str]:
@@ -145,7 +145,7 @@ def _over_steps(figure: Figure, axes: Axes, label: str) -> None:
 
 def importance(axis: AxisImportance, name: str, directory: Path) -> str:
     """What was scored on one axis, kept units in the accent colour, dropped ones in grey."""
-    with _figure() as (figure, axes):
+    with canvas() as (figure, axes):
         if axis.name in ("layers", "removals"):
             _draw_layers(axes, axis)
         elif len(axis.scores) == 1:
@@ -160,7 +160,7 @@ def importance(axis: AxisImportance, name: str, directory: Path) -> str:
             if colour == ACCENT or axis.kept_units < axis.units
         ]
         figure.legend(handles=handles, loc="outside upper right", ncols=2, handletextpad=0.2)
-        return _write(figure, name, directory)
+        return save(figure, name, directory)
 
 
 def _draw_layers(axes: Axes, axis: AxisImportance) -> None:
@@ -184,7 +184,7 @@ def _draw_ranked(axes: Axes, axis: AxisImportance) -> None:
     axes.set(xlabel=f"{axis.unit}, by score", ylabel=axis.label)
     axes.margins(x=0.01)
     if logarithmic:
-        _log_scale(axes)
+        log_scale(axes)
     axes.set_ylim(bottom=floor)
 
 
@@ -209,11 +209,11 @@ def _draw_ranges(axes: Axes, axis: AxisImportance) -> None:
     axes.set(xlabel="layer", ylabel=axis.label)
     values = np.concatenate(axis.scores)
     if values.min() > 0 and values.max() > 20 * np.median(values):
-        _log_scale(axes)
+        log_scale(axes)
     _layer_ticks(axes, len(axis.scores))
 
 
-def _log_scale(axes: Axes) -> None:
+def log_scale(axes: Axes) -> None:
     """Logarithmic, plain numbers at 1, 2 and 5: matplotlib's own labels are formulas, which SVG text cannot show."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -229,34 +229,9 @@ def _layer_ticks(axes: Axes, layers: int) -> None:
     axes.grid(visible=False, axis="x")
 
 
-def quality_against_size(models: dict[str, dict[str, Any]], name: str, directory: Path) -> str | None:
-    """Loss over parameters, one point per model, with an arrow from pruned to student."""
-    points = {
-        role: (model["parameters"] / 1e6, model["loss"])
-        for role, model in models.items()
-        if model.get("parameters") and model.get("loss") is not None
-    }
-    if len(points) < 2:
-        return None
-    with _figure() as (figure, axes):
-        for role, point in points.items():
-            colour = MODEL_COLOURS.get(role, MUTED)
-            axes.scatter(*point, s=46, color=colour, linewidths=0, zorder=3)
-            left = point[0] > 0.7 * max(parameters for parameters, _ in points.values()) and role == "teacher"
-            offset, side = ((-8, 5), "right") if left else ((8, 5), "left")
-            axes.annotate(role, point, xytext=offset, textcoords="offset points", fontsize=9, color=colour, ha=side)
-        if "pruned" in points and "student" in points:
-            arrow = {"arrowstyle": "->", "color": FAINT, "linewidth": 1.2, "shrinkA": 6, "shrinkB": 6}
-            axes.annotate("", points["student"], points["pruned"], arrowprops=arrow)
-        axes.set(xlabel="parameters, millions", ylabel="loss, nats/token")
-        axes.margins(0.22)
-        axes.set_xlim(left=0)
-        return _write(figure, name, directory)
-
-
 def candidates(points: Sequence[tuple[float, dict[str, Any]]], label: str, name: str, directory: Path) -> str:
     """Losses of a search's candidates (report/search.py) over x: as measured, and an arrow to what followed."""
-    with _figure() as (figure, axes):
+    with canvas() as (figure, axes):
         for x, row in points:
             after = row["validation"] if row["distilled"] is None else row["distilled"]
             axes.scatter(x, row["measured"], s=26, color=FAINT, linewidths=0, zorder=2)
@@ -275,7 +250,7 @@ def candidates(points: Sequence[tuple[float, dict[str, Any]]], label: str, name:
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
         axes.margins(0.12)
-        return _write(figure, name, directory)
+        return save(figure, name, directory)
 
 
 def _short(value: float) -> str:
@@ -289,24 +264,24 @@ def lines(
     series: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str, name: str, directory: Path
 ) -> str:
     """One line per name over x, both axes logarithmic; the first in the accent colour."""
-    with _figure() as (figure, axes):
+    with canvas() as (figure, axes):
         for number, (label, points) in enumerate(series.items()):
             axes.plot(*zip(*points, strict=True), **_line(number), marker="o", markersize=3.2, label=label)
-        _log_scale(axes)
+        log_scale(axes)
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted({x for points in series.values() for x, _ in points}))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set(xlabel=xlabel, ylabel=ylabel)
         figure.legend(loc="outside upper right", ncols=3, columnspacing=1.4)
-        return _write(figure, name, directory)
+        return save(figure, name, directory)
 
 
 def repeated(
     values: Mapping[str, Sequence[float]], reference: tuple[str, float], xlabel: str, name: str, directory: Path
 ) -> str:
     """A row per label: a dot for each value and a bar at their mean. reference: a vertical line and what it is."""
-    with _figure((7.0, 0.9 + 0.36 * len(values))) as (figure, axes):
+    with canvas((7.0, 0.9 + 0.36 * len(values))) as (figure, axes):
         for row, found in enumerate(values.values()):
             axes.plot(found, [row] * len(found), "o", color=ACCENT, markersize=4.5, alpha=0.75)
             axes.plot([sum(found) / len(found)], [row], "|", color=INK, markersize=13, markeredgewidth=1.6)
@@ -316,4 +291,4 @@ def repeated(
         axes.set_yticks(range(len(values)), list(values))
         axes.set_ylim(len(values) - 0.5, -1.1)
         axes.set_xlabel(xlabel)
-        return _write(figure, name, directory)
+        return save(figure, name, directory)

@@ -83,6 +83,7 @@ class RunRecord:
     kept: dict[str, Any]  # kept.json
     search: dict[str, Any]  # search.json; {} without a search
     importance: tuple[AxisImportance, ...]
+    quantized: dict[str, Any]  # quantized.json of the export
     steps: tuple[dict[str, dict[str, Any]], ...]  # of a run in steps, the manifests of prune and distil of each
     missing: dict[str, str]
 
@@ -142,6 +143,7 @@ def read_run(config: Config) -> RunRecord:
         kept=kept,
         search=read_json(directory / "prune" / "search.json"),
         importance=importance,
+        quantized=read_json(directory / "export" / "quantized.json"),
         steps=_steps(config),
         missing=missing,
     )
@@ -278,15 +280,17 @@ def _mask(indices: list[int] | None, size: int) -> np.ndarray:
     return mask
 
 
-def input_digests(inputs: Any) -> dict[str, dict[str, Any]]:
-    """A manifest's inputs with one digest each: {name: {"path", "files": count, "sha256"}}.
+def digest(files: dict[str, str]) -> str:
+    """One sha256 for files by their own: of the lines "<sha256>  <relative path>", sorted, as sha256sum writes them; of
+    a single file its own."""
+    lines = "".join(f"{found}  {path}\n" for path, found in sorted(files.items()))
+    return next(iter(files.values())) if len(files) == 1 else hashlib.sha256(lines.encode()).hexdigest()
 
-    The digest of several files is the sha256 of their lines "<sha256>  <relative path>", sorted, as sha256sum writes.
-    """
-    digests = {}
-    for name, entry in (inputs or {}).items():
-        files = entry.get("files", {})
-        lines = "".join(f"{digest}  {path}\n" for path, digest in sorted(files.items()))
-        digest = next(iter(files.values())) if len(files) == 1 else hashlib.sha256(lines.encode()).hexdigest()
-        digests[name] = {"path": entry.get("path", ""), "files": len(files), "sha256": digest}
-    return digests
+
+def input_digests(inputs: Any) -> dict[str, dict[str, Any]]:
+    """A manifest's inputs with one digest each: {name: {"path", "files": count, "sha256"}}."""
+    return {
+        name: {"path": entry.get("path", ""), "files": len(entry["files"]), "sha256": digest(entry["files"])}
+        for name, entry in (inputs or {}).items()
+        if entry.get("files")
+    }

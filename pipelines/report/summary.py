@@ -19,6 +19,18 @@ FIGURES = (
     ("tokens_per_second", "Speed", "tokens/s", "{:,.0f}"),
 )
 
+# The parts of evaluate/results.json beside the models, and what stands for one that was not measured.
+PARTS: dict[str, type] = {
+    "differences": list,
+    "domains": dict,
+    "tasks": dict,
+    "generation": dict,
+    "behaviour": dict,
+    "efficiency": dict,
+    "gates": list,
+    "drift": list,
+}
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -106,6 +118,8 @@ def results(record: RunRecord) -> dict[str, Any]:
         "bytes": record.evaluation.get("bytes"),
         "unigram_entropy": record.corpus.get("unigram_entropy"),
         "models": {role: model for role, model in models.items() if model},
+        **{part: record.evaluation.get(part) or empty() for part, empty in PARTS.items()},
+        "quantized": record.quantized,
         "search": {key: value for key, value in record.search.items() if key != "source"},
         "pending": record.pending,
         "missing": record.missing | record.evaluation.get("missing", {}),

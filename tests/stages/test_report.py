@@ -2,64 +2,20 @@
 
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipelines import artifacts
-from pipelines.artifacts import StageContext
 from pipelines.config import Config, UserError
-from pipelines.report import card, page, plots, search, summary
+from pipelines.report import card, charts, page, search, summary
 from pipelines.report.record import read_importance, read_metrics
 from pipelines.stages import STAGES, report
+from tests.report.pages import Page, make
 from tests.stages.sample_run import sample_models, sample_search, write_sample_run
 
 ALL = ("corpus", "teacher", "prune", "distil", "evaluate", "export")
-VOID = {"meta", "link", "img", "br", "hr", "input", "path", "use"}
-
-
-class Page(HTMLParser):
-    """Elements, their attributes and the text of a page; fails where tags do not nest."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.text = ""
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
-            self.text += data + "\n"
-
-
-def make(root: Path, name: str = "quickstart", **changes: Any) -> tuple[Page, dict[str, Any], Path]:
-    """Run the report stage on root/name: (page, results.json, directory)."""
-    config = Config()
-    config.run.directory, config.run.name = str(root), name
-    for key, value in changes.items():
-        group, setting = key.split("__")
-        setattr(getattr(config, group), setting, value)
-    directory = root / name / "report"
-    directory.mkdir(parents=True)
-    report.run(StageContext(config, "report", directory))
-    results = json.loads((directory / "results.json").read_text())
-    return Page((directory / "index.html").read_text()), results, directory
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +65,9 @@ def test_every_part_of_a_whole_run_is_on_the_page(whole: tuple[Page, dict[str, A
         assert shown in document.text, shown
     for shown in ("0123456789ab-dirty", "2.13.0", "learning_rate: 0.001", "3 min 24 s", "seed 1234"):
         assert shown in document.text, shown
-    assert sum(tag == "svg" for tag, _ in document.elements) == len(list((directory / "plots").glob("*.png"))) == 11
+    drawings = [attributes for tag, attributes in document.elements if tag == "svg"]
+    assert sum(found.get("class") != "graph" for found in drawings) == len(list((directory / "plots").glob("*.png")))
+    assert len(drawings) == 13  # with the lineage
     for file in (directory / "plots").glob("*.png"):
         assert file.read_bytes().startswith(b"\x89PNG")
 
@@ -359,9 +317,10 @@ def test_licence_of_a_file(tmp_path: Path) -> None:
 
 
 def test_text_of_a_plot_is_escaped(tmp_path: Path) -> None:
-    models = {"<b>one</b>": {"parameters": 1e6, "loss": 2.0}, "$two": {"parameters": 2e6, "loss": 1.0}}
-    drawing = plots.quality_against_size(models, "hostile", tmp_path)
-    assert drawing and "&lt;b&gt;one" in drawing and "<b>" not in drawing
+    row = {"run": "r", "kind": "quantized", "interval": None}
+    points = [(1.0, row | {"name": "<b>one</b>", "loss": 2.0}), (2.0, row | {"name": "$two", "loss": 1.0})]
+    drawing = charts.variants(points, [], "size", "hostile", tmp_path)
+    assert "&lt;b&gt;one" in drawing and "<b>" not in drawing and "$two" in drawing
 
 
 def test_the_closing_table_and_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

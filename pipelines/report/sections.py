@@ -1,0 +1,180 @@
+"""What the evaluation measured, as the parts of the page: tables, plots and words; and the gaps with their reasons.
+No torch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipelines.report import cells, charts, decide, efficiency, judgement, quality, tasks, variants
+from pipelines.report.record import MODELS, RunRecord
+from pipelines.report.training import plot, present
+
+
+def evaluated(results: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """By the names of page.html.jinja; PNG files of the plots go to the directory."""
+    models = results["models"]
+    return {
+        "gates_words": judgement.gates_in_words(results["gates"]),
+        "gates_passed": all(gate.get("passed") for gate in results["gates"]),
+        "gates": judgement.gates(results["gates"]),
+        "drift": judgement.drift(results["drift"]),
+        "models_table": judgement.models(results),
+        "intervals": _intervals_in_words(results),
+        "token_classes": quality.token_classes(models),
+        "entropy_bands": quality.entropy_bands(models),
+        "quality_plots": _quality_plots(models, directory),
+        "domains": quality.domains(results["domains"]),
+        "domain_plots": present(
+            plot(
+                quality.domain_plot(results["domains"], directory),
+                "Loss by domain",
+                "The student's distance to the teacher on each text; bars are intervals.",
+            )
+        ),
+        "tasks": tasks.table(results["tasks"]),
+        "tasks_words": _tasks_in_words(results["tasks"]),
+        "task_plots": present(
+            plot(
+                tasks.plot(results["tasks"], directory),
+                "Scores on tasks",
+                "Bars are 95% intervals of the standard error; hollow marks are what was published.",
+            )
+        ),
+        "samples": tasks.samples(results["generation"]),
+        "samples_words": _settings_in_words(results["generation"].get("settings")),
+        "diversity": tasks.diversity(results["generation"]),
+        "behaviour": tasks.behaviour(results["behaviour"]),
+        "efficiency_words": efficiency.in_words(results["efficiency"]),
+        "speeds": efficiency.speeds(results["efficiency"]),
+        "sizes": efficiency.sizes(results["efficiency"]),
+        "quantized": quantized(results),
+        "gaps": gaps(results),
+    }
+
+
+def _quality_plots(models: dict[str, Any], directory: Path) -> list[dict[str, Any]]:
+    return present(
+        plot(
+            quality.reliability(models, directory),
+            "Reliability",
+            "How often a model is right where it is so sure; on the diagonal it is as right as it is sure. "
+            "A dot's area is its share of the tokens.",
+        ),
+        plot(
+            quality.positions(models, "loss", "loss, nats/token", "position_loss", directory),
+            "Loss by position",
+            "What a longer context is worth to each model: further down is better.",
+        ),
+        plot(
+            quality.positions(models, "kl", "KL to the teacher, nats/token", "position_kl", directory),
+            "KL by position",
+            "Whether the student leaves the teacher as the context grows.",
+        ),
+    )
+
+
+def _intervals_in_words(results: dict[str, Any]) -> str:
+    if not any(model.get("intervals") for model in results["models"].values()):
+        return ""
+    return "Small figures are 95% intervals by bootstrap over documents."
+
+
+def _tasks_in_words(found: dict[str, Any]) -> str:
+    harness = found.get("harness")
+    if isinstance(harness, dict):
+        harness = " ".join(str(harness[key]) for key in ("name", "version") if harness.get(key))
+    return f"Measured by {harness}." if harness else ""
+
+
+def _settings_in_words(settings: Any) -> str:
+    if not isinstance(settings, dict):
+        return ""
+    plain = {key: value for key, value in settings.items() if isinstance(value, int | float | str | bool)}
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in plain.items())
+
+
+def quantized(results: dict[str, Any]) -> dict[str, Any] | None:
+    """The quantized forms of the student beside it."""
+    student = results["models"].get("student", {})
+    rows = []
+    for entry in results["quantized"].get("variants", []):
+        shown = [
+            cells.cell(str(entry.get("method") or cells.NONE)),
+            cells.cell(cells.bytes_in_words(entry.get("bytes"))),
+        ]
+        if entry.get("refused"):
+            shown += [cells.cell(cells.NONE)] * 5
+            rows.append(cells.row(str(entry["name"]), shown, note=str(entry["refused"])))
+            continue
+        shown += [cells.figure(entry.get("loss"), interval=(entry.get("intervals") or {}).get("loss"))]
+        change = None
+        if cells.is_number(entry.get("loss")) and cells.is_number(student.get("loss")):
+            change = entry["loss"] - student["loss"]
+        shown += [cells.figure(change, "{:+.4f}")]
+        shown += [cells.figure(entry.get(key)) for key in ("kl", "kl_to_student")]
+        shown += [cells.figure(entry.get("agreement"), "{:.1%}")]
+        rows.append(cells.row(str(entry["name"]), shown, note=str(entry.get("library") or "")))
+    head = [
+        "method",
+        "size",
+        ("loss", "nats/token"),
+        "loss, to the student",
+        ("KL", "to teacher"),
+        ("KL", "to student"),
+    ]
+    return cells.table("Quantized forms of the student", [*head, "agreement"], rows, "Form")
+
+
+def gaps(results: dict[str, Any]) -> list[dict[str, str]]:
+    """The parts of an evaluation that were asked for and not measured, with their reasons."""
+    known = {*MODELS, "evaluate", "distil", "prune"}
+    return [{"part": part, "why": str(why)} for part, why in results["missing"].items() if part not in known]
+
+
+def decided(record: RunRecord, results: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """Every variant of the run against size and speed, and which to take."""
+    rows = variants.rows(record, results)
+    decision = decide.of_run(record, results, decide.Limits())
+    results["decision"] = decide.in_results(decision)
+    return {
+        "decision": decision.why if rows else "",
+        "decision_table": decide.table(decision) if rows else None,
+        "decision_plots": variant_plots(rows, decision, directory),
+    }
+
+
+def variant_plots(rows: Sequence[dict[str, Any]], decision: decide.Decision, directory: Path) -> list[dict[str, Any]]:
+    """Loss against size, of all rows, and against speed, of those timed in the same way."""
+    return present(_against_size(rows, decision, directory), _against_speed(decision, directory))
+
+
+def _against_size(rows: Sequence[dict[str, Any]], decision: decide.Decision, directory: Path) -> dict[str, Any] | None:
+    # In bytes where they are known of all that was evaluated: quantized forms have the student's parameters.
+    measured = [row for row in rows if row["measured"] == variants.TEST]
+    key, label = "bytes", "size of the weights on disk, MB"
+    if not all(row["bytes"] for row in measured):
+        key, label = "parameters", "parameters, millions"
+    points = [(row[key] / 1e6, row) for row in rows if row[key]]
+    if len(points) < 2:
+        return None
+    front = [(row[key] / 1e6, row["loss"]) for row in decision.rows if row["front_size"] and row[key]]
+    caption = "Further down is better, further left is smaller; the arrow is what distillation did."
+    if len(front) > 1:
+        caption += " The pale line is the front: nothing below it is smaller."
+    if any(row["measured"] == variants.ELSEWHERE for _, row in points):
+        caption += " Hollow marks were measured on other text than the split and are no rivals, only whereabouts."
+    svg = charts.variants(points, front, label, "quality_against_size", directory, arrows=True)
+    return plot(svg, "Quality against size", caption)
+
+
+def _against_speed(decision: decide.Decision, directory: Path) -> dict[str, Any] | None:
+    rows = [row for row in decision.rows if row["front_speed"] is not None]
+    if len(rows) < 2:
+        return None
+    points = [(row["tokens_per_second"], row) for row in rows]
+    front = [(x, row["loss"]) for x, row in points if row["front_speed"]]
+    label = f"tokens/s, {rows[0]['speed']}"
+    caption = "Further down is better, further right is faster."
+    return plot(
+        charts.variants(points, front, label, "quality_against_speed", directory), "Quality against speed", caption
+    )

@@ -1,0 +1,107 @@
+"""Every variant of a run in one form: teacher, pruned, distilled, quantized, candidates, steps. No torch."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from pipelines.report import cells, search
+from pipelines.report.record import MODELS, RunRecord
+
+TEST, ELSEWHERE = "test", "elsewhere"  # where a loss was measured: on the evaluated split, or on other text
+DECODE, FORWARD = "decode", "forward pass"  # what tokens_per_second is of
+
+
+def rows(record: RunRecord, results: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row per variant whose loss is known: run, name, kind, parameters, bytes (of the weights on disk; reckoned
+    from the student's where a candidate or a step was not kept), loss (nats/token) with interval, measured (TEST or
+    ELSEWHERE), kl, agreement, tokens_per_second and speed (what it is of); None where not known."""
+    found = [_model(record, results, role) for role in MODELS if role in results["models"]]
+    found += [_quantized(record, entry) for entry in results["quantized"].get("variants", [])]
+    student = next((row for row in found if row["kind"] == "student"), None)
+    per_parameter = student["bytes"] / student["parameters"] if student and student["bytes"] else None
+    for row in [*_steps(record, results), *_candidates(record)]:
+        row["bytes"] = per_parameter and row["parameters"] and per_parameter * row["parameters"]
+        found.append(row)
+    return [row for row in found if cells.is_number(row["loss"])]
+
+
+def _row(record: RunRecord, name: str, kind: str, **known: Any) -> dict[str, Any]:
+    empty = dict.fromkeys(("parameters", "bytes", "loss", "interval", "kl", "agreement", "tokens_per_second", "speed"))
+    return {"run": record.name, "name": name, "kind": kind, "measured": TEST} | empty | known
+
+
+def _model(record: RunRecord, results: dict[str, Any], role: str) -> dict[str, Any]:
+    model = results["models"][role]
+    efficiency = results["efficiency"]
+    size = (efficiency.get("models") or {}).get(role, {}).get("bytes_on_disk")
+    decode = _decode(efficiency, role)
+    speed = model.get("tokens_per_second") if decode is None else decode
+    return _row(
+        record,
+        role,
+        role,
+        **{key: model.get(key) for key in ("parameters", "loss", "kl", "agreement")},
+        interval=(model.get("intervals") or {}).get("loss"),
+        bytes=weight_bytes(Path(model["path"])) if size is None and model.get("path") else size,
+        tokens_per_second=speed,
+        speed=None if speed is None else FORWARD if decode is None else DECODE,
+    )
+
+
+def _decode(efficiency: dict[str, Any], model: str) -> float | None:
+    """At the smallest batch and lengths, at which every model was measured."""
+    settings = ("batch", "prompt_tokens", "new_tokens")
+    known = [row for row in efficiency.get("rows") or [] if row["model"] == model]
+    known.sort(key=lambda row: tuple(row.get(key) or 0 for key in settings))
+    value = known[0].get("decode_tokens_per_second") if known else None
+    return float(value) if cells.is_number(value) else None
+
+
+def _quantized(record: RunRecord, entry: dict[str, Any]) -> dict[str, Any]:
+    speed = entry.get("decode_tokens_per_second")
+    known = {key: entry.get(key) for key in ("bytes", "loss", "kl", "agreement")}
+    interval = (entry.get("intervals") or {}).get("loss")
+    return _row(
+        record, str(entry["name"]), "quantized", **known, interval=interval, tokens_per_second=speed,
+        speed=None if speed is None else DECODE,
+    )  # fmt: skip
+
+
+def _steps(record: RunRecord, results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those before the last, which is the student."""
+    return [
+        _row(record, f"step {row['step']}", "step", parameters=row["parameters"], loss=row["ce"], measured=ELSEWHERE)
+        for row in results["steps"][:-1]
+    ]
+
+
+def _candidates(record: RunRecord) -> list[dict[str, Any]]:
+    made = []
+    for row in search.candidates(record.search):
+        after = row["validation"] if row["distilled"] is None else row["distilled"]
+        loss = row["measured"] if after is None else after
+        made.append(_row(record, row["name"], "candidate", parameters=row["parameters"], loss=loss, measured=ELSEWHERE))
+    return made
+
+
+def weight_bytes(directory: Path) -> int | None:
+    """Of the weights in a Hugging Face directory; None where there are none."""
+    sizes = [file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in directory.glob(pattern)]
+    return sum(sizes) or None
+
+
+def beyond_noise(one: dict[str, Any], other: dict[str, Any], differences: Any = ()) -> bool | None:
+    """Whether two rows' losses differ by more than noise; None where that is not known.
+
+    By the paired difference where one was measured. Else where they lie further apart than both intervals' halves
+    together, as the root of the sum of their squares; on the same text that asks too much rather than too little.
+    """
+    if one["run"] == other["run"]:
+        for first, second in ((one, other), (other, one)):
+            entry = cells.find(differences, figure="loss", model=first["name"], other=second["name"])
+            if entry:
+                return bool(entry.get("larger_than_noise"))
+    if not one["interval"] or not other["interval"]:
+        return None
+    halves = [(row["interval"][1] - row["interval"][0]) / 2 for row in (one, other)]
+    return abs(one["loss"] - other["loss"]) > math.hypot(*halves)
