@@ -18,7 +18,7 @@ quickstart test test-fast test-image-versions benchmark: export CUDA_VISIBLE_DEV
 
 help:
 	@echo "make quickstart   the whole pipeline on real text, two CPU processes; about 10 minutes with installation"
-	@echo "make test         every test but those for GPUs, about 27 minutes; make test-fast: the short ones"
+	@echo "make test         every test but those for GPUs, in two processes; make test-fast: the short ones"
 	@echo "make test-image-versions   core/ and model/ on the Megatron-Core of NVIDIA's image; about 8 minutes"
 	@echo "make benchmark    loss and training step beside NeMo's, ModelOpt's and torch's; about 12 minutes"
 	@echo "make install      builds $(VENV) alone, which the others do where it is missing"
@@ -42,11 +42,15 @@ $(STAMP): setup.py containers/constraints.txt
 quickstart: $(STAMP)
 	$(BIN)/python -m pipelines stage=all experiment=quickstart
 
+# Whole files go to this many processes, the longest first (tests/conftest.py). PYTEST_ARGUMENTS: what else pytest is told.
+TEST_PROCESSES ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
+	$(PYTEST) -m "not gpu" $(PYTEST_ARGUMENTS)
 
 test-fast: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow"
+	$(PYTEST) -m "not gpu and not slow" $(PYTEST_ARGUMENTS)
 
 # NVIDIA's image of the Dockerfile has this Megatron-Core; it lies in front of the one that is installed.
 IMAGE_VERSIONS := $(VENV)-image-versions

@@ -47,6 +47,7 @@ TRACKERS = [
 TEST = [
     *TRACKERS,
     "pytest==9.2.0",
+    "pytest-xdist==3.8.0",  # test files side by side: most of the time of one process goes by waiting
     "ruff==0.17.6",
     "mypy==2.4.1",
     # To try the GPU's kernels in its interpreter and its compiler. Not among the requirements: a CUDA build of torch

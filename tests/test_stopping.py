@@ -55,3 +55,4 @@ def test_the_first_verdict_stays_unless_a_reason_comes_later(
 def test_a_verdict_that_cannot_be_written_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(stopping.VERDICT, str(tmp_path / "nowhere" / "verdict.json"))
     stopping.leave_verdict(1, "told elsewhere", "distil")
+    assert list(tmp_path.iterdir()) == []
