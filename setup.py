@@ -44,8 +44,13 @@ TRACKERS = [
     "SQLAlchemy==2.0.58",  # 2.1 is for Python 3.11 and later
     "alembic==1.20.1",
 ]
+# For export.quantize. Its files are safetensors that the transformers above opens and vLLM, whose format it is. Left
+# out: nvidia-modelopt and quanto write no INT8 that this transformers opens, torchao and bitsandbytes save INT8 weights
+# as pickles or for GPUs. 0.12.2 to 0.14.0 write the same files; 0.15 has another interface to its compressors.
+QUANTIZE = ["compressed-tensors==0.13.0"]
 TEST = [
     *TRACKERS,
+    *QUANTIZE,
     "pytest==9.2.0",
     "pytest-xdist==3.8.0",  # test files side by side: most of the time of one process goes by waiting
     "ruff==0.17.6",
@@ -70,6 +75,6 @@ setup(
         "pipelines.cluster": ["*.sh"],
     },
     install_requires=REQUIREMENTS,
-    extras_require={"trackers": TRACKERS, "test": TEST, "dev": TEST},
+    extras_require={"trackers": TRACKERS, "quantize": QUANTIZE, "test": TEST, "dev": TEST},
     entry_points={"console_scripts": ["stillhouse = pipelines.__main__:main"]},
 )

@@ -156,7 +156,7 @@ def settings(config: Config, stage: Stage) -> dict[str, Any]:
     """{dotted path: value} of the settings that decide the stage's result."""
     flat: dict[str, Any] = {}
     tree = json.loads(json.dumps(asdict(config), default=plain))
-    for path in (*stage.settings, *_of_search(config, stage)):
+    for path in (*stage.settings, *_of_search(config, stage), *_of_quantization(config, stage)):
         value = tree
         for key in path.split("."):
             value = value[key]
@@ -171,6 +171,13 @@ def _of_search(config: Config, stage: Stage) -> tuple[str, ...]:
     """What decides a search for the student's shape beside the stage's own: the distillation of its candidates."""
     distils = stage.name == "prune" and distils_candidates(config)
     return ("distil", "distil.validation_batches", "run.seed") if distils else ()
+
+
+def _of_quantization(config: Config, stage: Stage) -> tuple[str, ...]:
+    """What decides the figures of quantized variants: the windows, and what models are built as."""
+    names = ("split", "sequence_length", "batches", "micro_batch_size", "precision", "document_mask")
+    ours = (*(f"evaluate.{name}" for name in names), "distil.precision", "distil.document_mask")
+    return ours if stage.name == "export" and config.export.quantize else ()
 
 
 def _flatten(tree: dict[str, Any]) -> dict[str, Any]:

@@ -112,6 +112,14 @@ class Contender(Enum):
     liger = "liger"  # Liger's fused-linear JSD, on one GPU
 
 
+class Quantization(Enum):
+    """What the weights of a model's linear layers become, but those of the output head (serving/quantize.py)."""
+
+    int8 = "int8"  # one scale per output channel
+    int4 = "int4"  # one scale per group of 128 inputs, or of 64 or 32 where these alone divide them
+    fp8 = "fp8"  # E4M3, one scale per output channel
+
+
 class Tracker(Enum):
     """Where figures of training go beside metrics.jsonl and TensorBoard (trainer/trackers.py). Offline unless
     WANDB_MODE or MLFLOW_TRACKING_URI says otherwise. One run per stage, over restarts."""

@@ -26,6 +26,7 @@ from pipelines.choices import (
 )
 from pipelines.cluster_settings import ClusterConfig
 from pipelines.evaluation_settings import EvaluateConfig
+from pipelines.export_settings import ExportConfig
 from pipelines.prune_settings import IterateConfig, PruneConfig
 from pipelines.signals import AttentionLossConfig, HiddenLossConfig, SchedulesConfig, TaidConfig
 from pipelines.site_settings import AcceptConfig, FetchConfig
@@ -193,17 +194,6 @@ class DistilConfig(TrainingConfig):
     attention: list[AttentionLossConfig] = field(default_factory=list)
     schedules: SchedulesConfig = field(default_factory=SchedulesConfig)
     taid: TaidConfig = field(default_factory=TaidConfig)
-
-
-@dataclass
-class ExportConfig:
-    # Of a checkpoint that distil keeps, also while it trains: what it has trained by then, into
-    # <run.directory>/<run.name>/export-step-NNNNNNN/. None: the distilled student.
-    step: int | None = None
-    nemo: bool = False  # also write a NeMo 2 checkpoint
-    tolerance: float = 1e-3  # largest relative difference norm(a - b) / norm(b) of the reloaded logits
-    prompt: str = "def main("
-    new_tokens: int = 32
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from dataclasses import fields, is_dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -235,6 +236,9 @@ def test_composed_values_are_plain_dataclasses_of_the_schema() -> None:
         ("plan", ["teacher.adam_beta2=-0.1"], ["teacher.adam_beta2", "from 0 to below 1", "Raise"]),
         ("export", ["export.step=40"], ["export.step=40", "a step whose checkpoint is in", "none", "Run stage=distil"]),
         ("evaluate", ["export.step=40"], ["export.step", "stage=export by itself", "evaluate"]),
+        ("plan", ["export.quantize=[int8,int8]"], ["export.quantize", "each form once", "int8 twice"]),
+        ("plan", ["export.quantize=[int3]"], ["export.quantize", "int8", "int3"]),
+        ("plan", ["export.shard_bytes=0"], ["export.shard_bytes", "1 or more"]),
         ("plan", ["distil.spike=1"], ["distil.spike", "above 1"]),
         ("plan", ["distil.skip_steps=-1"], ["distil.skip_steps", "0 or more"]),
         ("plan", ["export.tolerance=0"], ["export.tolerance", "above 0"]),
@@ -407,7 +411,9 @@ def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
         (["distil"], ["distil.distributed_optimizer=true"], "distil.distributed_optimizer=true has no effect"),
         (["teacher"], ["teacher.distributed_optimizer=true"], "teacher.distributed_optimizer=true has no effect"),
         (["distil"], ["distil.profile=true", "distil.steps=7", "distil.warmup_steps=0"], "distil.profile=true has no"),
+        (["export"], ["export.quantize_teacher=true"], "export.quantize_teacher=true has no effect"),
         (["distil"], ["distil.keep_best=1", "distil.checkpoint_interval=99"], "distil.keep_best has no effect"),
+        (["export"], ["export.quantize_teacher=true"], "export.quantize_teacher=true has no effect"),
         (["distil"], ["distil.keep_best=1", "signals=taid"], "not the same over training, because of taid"),
         (["distil"], ["distil.temperature_squared=false"], "temperature_squared=false has no effect"),
         (["distil"], ["distil.kd_weight=0", "distil.temperature=2"], "distil.temperature has no effect"),
@@ -466,3 +472,12 @@ def test_hidden_devices_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(configuration.metadata, "version", lambda package: "2.13.0+cpu")
     assert configuration.gpu_count() == 0
+
+
+def test_quantizing_asks_for_its_library_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "compressed_tensors", None)
+    with pytest.raises(
+        UserError, match=r"compressed-tensors, found none installed. pip install 'stillhouse\[quantize\]'"
+    ):
+        validate(compose(["export.quantize=[int8]", "teacher=pretrain"]), ["export"])
+    validate(compose(["export.quantize=[int8]"]), ["plan"])

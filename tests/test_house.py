@@ -35,12 +35,16 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "megatron", "safetensors", "numpy", "transformers", "lm_eval"},
         {"core", "model", "text", "evaluation"},
     ),
+    "serving": (
+        {"torch", "megatron", "safetensors", "transformers", "compressed_tensors"},
+        {"core", "model", "text", "evaluation", "serving"},
+    ),
     "text": ({"numpy", "tokenizers", "datasets", "pyarrow", "transformers"}, {"text"}),
     "report": ({"jinja2", "matplotlib", "markupsafe", "numpy", "safetensors", "yaml"}, {"report"}),
     "stages": (
         {"torch", "megatron", "numpy", "safetensors", "transformers", "tokenizers", "yaml", "rich"}
         | {"huggingface_hub", "requests"},  # the hub is asked by fetch alone
-        {"core", "model", "trainer", "pruning", "evaluation", "text", "report"},
+        {"core", "model", "trainer", "pruning", "evaluation", "serving", "text", "report"},
     ),
 }
 README = (ROOT / "README.md").read_text()
@@ -70,7 +74,7 @@ def breaches(path: Path, names: list[str]) -> list[str]:
         parts = name.split(".")
         if parts[0] == "pipelines":
             table = parts[1:] == ["stages"] or (parts[1:2] == ["stages"] and parts[2:3] and parts[2][0].isupper())
-            table = table and room not in ("core", "model", "trainer", "pruning", "evaluation")
+            table = table and room not in ("core", "model", "trainer", "pruning", "evaluation", "serving")
             allowed = len(parts) == 1 or parts[1] in SHARED | ours or table
             if path.name == "__main__.py" and name.startswith("pipelines.stages"):
                 allowed = True

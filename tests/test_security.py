@@ -13,7 +13,7 @@ from pipelines.families import ModelShape, read_shape
 from pipelines.model.random_model import write_random_model
 from pipelines.model.safetensors_stream import Tensors
 from pipelines.safetensors_header import check_model
-from pipelines.stages.export import reload
+from pipelines.serving.reloaded import reload
 from pipelines.validation import directories
 
 ROOT = Path(__file__).resolve().parent.parent

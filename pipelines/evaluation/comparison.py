@@ -44,10 +44,12 @@ def figures(found: Quality) -> dict[str, Any]:
     }
 
 
-def compared(found: Mapping[str, Quality]) -> tuple[dict[str, dict[str, list[float]]], list[dict[str, Any]], int]:
-    """(95 % intervals {model: {figure: [low, high]}}, differences, documents that they rest on).
+def compared(
+    found: Mapping[str, Quality], pairs: Sequence[tuple[str, str]] = PAIRS
+) -> tuple[dict[str, dict[str, list[float]]], list[dict[str, Any]], int]:
+    """(95 % intervals {model: {figure: [low, high]}}, differences of these pairs, documents that they rest on).
 
-    found: of one pass over the same documents, so that every model is drawn with the same ones. Without two documents
+    found: over the same documents, so that every model is drawn with the same ones. Without two documents
     there is nothing to draw, and neither intervals nor differences. A difference is larger than noise where its
     interval does not hold 0.
     """
@@ -60,7 +62,7 @@ def compared(found: Mapping[str, Quality]) -> tuple[dict[str, dict[str, list[flo
     whole = dict(zip(names, sums.sum(0, keepdim=True).split(len(COLUMNS), dim=1), strict=True))
     intervals = {name: _intervals(drawn[name], _told(name, found)) for name in names}
     differences = []
-    for model, other in PAIRS:
+    for model, other in pairs:
         if model not in found or other not in found:
             continue
         for figure in (figure for figure in _told(model, found) if figure in _told(other, found)):

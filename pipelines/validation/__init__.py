@@ -18,6 +18,7 @@ from pipelines.validation import (
     directories,
     documents,
     effects,
+    export,
     frozen_teacher,
     layouts,
     memory,
@@ -66,6 +67,7 @@ def _validate(config: Config, stages: Collection[str]) -> list[str]:
     directories.check_run(config, stages)
     directories.check_given(config, stages)
     directories.check_kept(config, stages)
+    export.check(config, stages)
     data.check_sources(config, stages)
     teacher, where = planning.teacher_shape(config), config.model.path or "model.shape"
     if "teacher" not in stages and RANKED & set(stages):
@@ -97,7 +99,11 @@ def _validate(config: Config, stages: Collection[str]) -> list[str]:
     documents.check(config, used, ranks)
     directories.check_weights(config, stages)
     scores.check(config, stages, teacher)
-    return [*directories.warnings(config, stages), *effects.warnings(config, ranks, stages, teacher, student)]
+    return [
+        *directories.warnings(config, stages),
+        *effects.warnings(config, ranks, stages, teacher, student),
+        *export.warnings(config, stages),
+    ]
 
 
 def _students(config: Config, stages: Collection[str], ranks: Layout, teacher: ModelShape) -> list[ModelShape]:

@@ -63,6 +63,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("hidden", "indices", "random_seed", "distil_tokens"), NOT_NEGATIVE),
     **dict.fromkeys(("nodes", "processes_per_node", "warning_seconds", "grace_seconds"), ONE_OR_MORE),
     **dict.fromkeys(("gpus_per_node", "restarts"), NOT_NEGATIVE),
+    "shard_bytes": ONE_OR_MORE,
     "preflight_seconds": ONE_OR_MORE,
     "bandwidth_bytes": ONE_OR_MORE,
     "seed": SEED,
