@@ -44,6 +44,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from pipelines.processes import children, descendants  # noqa: E402
 from pipelines.report.record import OF_THE_MACHINE  # noqa: E402
 from pipelines.stopping import EXIT_STOPPED  # noqa: E402
 
@@ -312,17 +313,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         with suppress(json.JSONDecodeError):  # a row that is being written, or that a kill has cut
             rows.append(json.loads(line))
     return rows
-
-
-def children(pid: int) -> list[int]:
-    with suppress(OSError):
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return []
-
-
-def descendants(pid: int) -> list[int]:
-    """The process itself first."""
-    return [pid, *(one for child in children(pid) for one in descendants(child))]
 
 
 def is_running(pid: int) -> bool:

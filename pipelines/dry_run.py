@@ -8,7 +8,6 @@ fullest rank, and that the ranks together read every index of every tensor of th
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import time
@@ -18,14 +17,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from pipelines import artifacts, device_memory, planning
+from pipelines import artifacts, device_memory, planning, processes
 from pipelines.config import Config, DistilConfig, Layout, TeacherPrecision, UserError, teacher_precision
 from pipelines.families import EMBEDDING, HEAD, LAYER, ModelShape
 from pipelines.launch import end_with_parent
 from pipelines.signals import FeatureLoss
 
 NEEDED = ("torch", "megatron", "safetensors")  # by what builds, and by nothing else of a plan
-_OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SHOWN = 12  # mismatches in the message
 
 
@@ -75,11 +73,10 @@ def weights_in(path: str | None) -> str | None:
 
 def _build(request: dict[str, Any]) -> list[dict[str, Any]]:
     """What model/hollow.py finds, in a child that ends with this process."""
-    environment = {name: value for name, value in os.environ.items() if name not in _OF_A_RANK}
     done = subprocess.run(
         [sys.executable, "-m", "pipelines.model.hollow"],
         input=json.dumps(request),
-        env=environment,
+        env=processes.environment_outside_ranks(),
         capture_output=True,
         text=True,
         check=False,

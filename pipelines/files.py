@@ -76,6 +76,17 @@ def write_json(path: str | Path, data: Any) -> None:
     write_atomic(path, json.dumps(data, indent=2, default=plain) + "\n")
 
 
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """A second name for a file, or a copy where the file system has none or it is another one. Raises FileNotFoundError
+    where the source is gone."""
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def sync_files(paths: Iterable[Path]) -> None:
     """Make files, and their names in their directories, survive a power cut. They may have been written elsewhere."""
     directories = set()

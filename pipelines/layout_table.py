@@ -17,7 +17,6 @@ from typing import Any
 
 from pipelines import gpus, planning
 from pipelines.config import Config, DistilConfig, Layout, Precision, TeacherPrecision, teacher_precision
-from pipelines.device_memory import bytes_per_device
 from pipelines.families import ModelShape
 from pipelines.signals import FeatureLoss, across_tokens, pipeline_stage
 from pipelines.traffic import communication
@@ -102,9 +101,8 @@ def row(
     config: Config, teacher: ModelShape, student: ModelShape, ranks: Layout, training: DistilConfig
 ) -> dict[str, Any]:
     """What a layout takes and how fast it is by the model above."""
-    losses, follows = planning.feature_losses_of(training, teacher, student), planning.needs_logits(training)
-    held = bytes_per_device(teacher, student, ranks, training, losses, follows)["total"]
-    sent = communication(teacher, student, ranks, training, follows or bool(losses))["bytes_per_device"]
+    held = planning.step_bytes(training, teacher, student, ranks)["total"]
+    sent = communication(teacher, student, ranks, training)["bytes_per_device"]
     compute = compute_seconds(config, teacher, student, ranks, training)
     waits = {group: size / link(config, group, ranks) for group, size in sent.items()}
     seconds = compute + sum(waits.values())
@@ -123,18 +121,9 @@ def compute_seconds(
     config: Config, teacher: ModelShape, student: ModelShape, ranks: Layout, training: DistilConfig
 ) -> float:
     """Of a step, with what is computed more than once and the pipeline's bubble."""
-    losses, follows = planning.feature_losses_of(training, teacher, student), planning.needs_logits(training)
-    flops = planning.distillation_flops(
-        teacher,
-        student,
-        training.sequence_length,
-        losses,
-        ranks=ranks,
-        recompute=training.recompute,
-        follows_logits=follows,
-    )
+    flops = planning.step_flops(training, teacher, student, ranks)
     heads = planning.FORWARD_AND_BACKWARD * 2 * student.vocab_size * student.hidden_size
-    heads += 2 * teacher.vocab_size * teacher.hidden_size * follows
+    heads += 2 * teacher.vocab_size * teacher.hidden_size * planning.needs_logits(training)
     slowest = (flops.executed - heads) / ranks.pipeline + heads
     batches = training.global_batch_size // (training.micro_batch_size * ranks.data)
     passes = batches + ranks.pipeline - 1

@@ -11,9 +11,8 @@ from typing import Any
 
 from pipelines import gpus, planning
 from pipelines.config import Config, Layout, Precision
-from pipelines.device_memory import bytes_per_device, projections_by_stage
 from pipelines.families import ModelShape
-from pipelines.storage import checkpoint_bytes
+from pipelines.storage import distillation_checkpoint_bytes
 
 ON_GPU = "peak of torch's allocator on the fullest GPU"
 ON_CPU = "resident memory of the fullest process beyond what it had before the models, libraries' own included"
@@ -36,21 +35,17 @@ def compare(
     torch gives it.
     """
     settings = config.distil
-    losses = planning.feature_losses_of(settings, teacher, student)
-    follows = planning.needs_logits(settings)
-    memory = bytes_per_device(teacher, student, ranks, settings, losses, follows)["total"]
-    flops = planning.distillation_flops(
-        teacher, student, settings.sequence_length, losses, follows_logits=follows
-    ).total
+    memory = planning.step_bytes(settings, teacher, student, ranks)["total"]
+    flops = planning.step_flops(settings, teacher, student).total
     known = ranks.device == "cuda" and settings.precision is Precision.bf16
     peak = gpus.peak_flops(device_name) if known else None
     speed = None if peak is None else config.plan.share_of_peak * peak * ranks.processes / flops
     share = NO_PEAK if peak is None else f"at {config.plan.share_of_peak:.0%} of the peak of {ranks.processes} devices"
-    trained = student.parameters() + projections_by_stage(teacher, student, 1, losses)[0]
+    checkpoint = distillation_checkpoint_bytes(settings, teacher, student)
     return [
         _entry("memory of a device", "bytes", memory, held_bytes, ON_GPU if ranks.device == "cuda" else ON_CPU),
         _entry("training speed", "tokens/s", speed, training_speed(directory / "metrics.jsonl"), share),
-        _entry("a checkpoint", "bytes", checkpoint_bytes(trained, settings), newest_checkpoint(directory), "on disk"),
+        _entry("a checkpoint", "bytes", checkpoint, newest_checkpoint(directory), "on disk"),
     ]
 
 

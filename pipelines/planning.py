@@ -184,6 +184,11 @@ def needs_logits(distil: DistilConfig) -> bool:
     return bool(distil.kd_weight or distil.schedules.kd.end)
 
 
+def runs_teacher(training: DistilConfig) -> bool:
+    """Whether a step makes the teacher's forward pass: plain training makes none."""
+    return needs_logits(training) or bool(training.hidden or training.attention)
+
+
 def distillation_flops(
     teacher: ModelShape,
     student: ModelShape,
@@ -211,6 +216,25 @@ def distillation_flops(
         recompute=(FORWARD * 2 * inner + own_attention) * recompute,
         replicated=hidden * (copies - 1),
     )
+
+
+def step_flops(training: DistilConfig, teacher: ModelShape, student: ModelShape, ranks: Layout | None = None) -> Flops:
+    """`distillation_flops` as the settings of a training have it. ranks: without them nothing counts as replicated."""
+    return distillation_flops(
+        teacher,
+        student,
+        training.sequence_length,
+        feature_losses_of(training, teacher, student),
+        ranks=ranks,
+        recompute=training.recompute,
+        follows_logits=needs_logits(training),
+    )
+
+
+def step_bytes(training: DistilConfig, teacher: ModelShape, student: ModelShape, ranks: Layout) -> dict[str, int]:
+    """`device_memory.bytes_per_device` as the settings of a training have it."""
+    losses = feature_losses_of(training, teacher, student)
+    return bytes_per_device(teacher, student, ranks, training, losses, needs_logits(training))
 
 
 def counts(shape: ModelShape) -> dict[str, int]:
@@ -243,17 +267,7 @@ def plan(config: Config, student: ModelShape | None = None) -> dict[str, Any]:
         planned_layout(config),
         config.distil,
     )
-    losses = feature_losses_of(training, teacher, student)
-    follows_logits = needs_logits(training)
-    flops = distillation_flops(
-        teacher,
-        student,
-        training.sequence_length,
-        losses,
-        ranks=ranks,
-        recompute=training.recompute,
-        follows_logits=follows_logits,
-    )
+    flops = step_flops(training, teacher, student, ranks)
     own = training_flops(student, training.sequence_length)
     tokens = training.steps * training.global_batch_size * training.sequence_length
     return {
@@ -277,7 +291,7 @@ def plan(config: Config, student: ModelShape | None = None) -> dict[str, Any]:
         "flops": flops.total * tokens,
         "prediction": prediction(config.plan.gpu, flops, tokens, ranks.processes, config.plan.share_of_peak),
         "layout": asdict(ranks),
-        "bytes_per_device": bytes_per_device(teacher, student, ranks, training, losses, follows_logits),
+        "bytes_per_device": step_bytes(training, teacher, student, ranks),
     }
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from pipelines import nvidia_smi, quota
 from pipelines.config import gpu_count
+from pipelines.processes import environment_outside_ranks
 
 UNFIT = 3  # the exit code of a node that failed a check
 GIB = 2**30
@@ -200,8 +201,8 @@ def exchanged(
 
     place: a directory of this call's own. sizes: bytes. patience: seconds.
     """
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"OMP_NUM_THREADS": "1"} | ({"GLOO_SOCKET_IFNAME": "lo"} if device == "cpu" else {})
+    environment = environment_outside_ranks() | {"OMP_NUM_THREADS": "1"}
+    environment |= {"GLOO_SOCKET_IFNAME": "lo"} if device == "cpu" else {}
     children = []
     for rank in range(processes):
         arguments = [device, str(rank), str(processes), str(place / "meeting")]

@@ -7,10 +7,31 @@ itself knows the last two under other names.
 import os
 import re
 import time
+from contextlib import suppress
+from pathlib import Path
 
 from pipelines.config import UserError
 
+# What tells a process that it is one of several; a command that starts ranks of its own must not inherit it.
+OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 STARTED = "STILLHOUSE_STARTED"  # environment variable: seconds since 1970 at which the parent started this stage
+
+
+def environment_outside_ranks(*without: str) -> dict[str, str]:
+    """This process's environment without OF_A_RANK, and `without` those of these names."""
+    return {name: value for name, value in os.environ.items() if name not in (*OF_A_RANK, *without)}
+
+
+def children(pid: int) -> list[int]:
+    """The processes that its main thread has started and that are still there; none of a process that is gone."""
+    with suppress(OSError):
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+def descendants(pid: int) -> list[int]:
+    """The process itself first, each before its children."""
+    return [pid, *(one for child in children(pid) for one in descendants(child))]
 
 
 def rank() -> int:

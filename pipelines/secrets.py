@@ -14,7 +14,7 @@ LOOKS = re.compile(
     r"\bhf_[A-Za-z0-9]{20,}|\bsk-[A-Za-z0-9_-]{20,}|\bgh[pousr]_[A-Za-z0-9]{30,}|\bgithub_pat_\w{30,}|\bglpat-[\w-]{18,}"
     r"|\bnvapi-[\w-]{20,}|\bAKIA[0-9A-Z]{16}\b|\bxox[abp]-[\w-]{10,}|\w+://[^/\s:@]+:[^/\s@]+@"
 )
-NAMES = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|API_KEY|ACCESS_KEY)(_|$)")
+NAMES = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY|CREDENTIALS?)(_|$)")
 SHORTEST = 8  # characters of a value of the environment that counts as a secret: "1" and "true" do not
 
 
@@ -25,6 +25,11 @@ def of_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str
         for name, value in environment.items()
         if NAMES.search(name.upper()) and len(value.strip()) >= SHORTEST and not os.path.exists(value.strip())
     }
+
+
+def named_secret(variable: str) -> bool:
+    """Whether a variable's name says that its value is secret. HF_TOKEN_PATH and the like name a place."""
+    return bool(NAMES.search(variable.upper())) and not variable.upper().endswith(("_PATH", "_FILE", "_DIR"))
 
 
 def found_in(text: str, environment: Mapping[str, str] = os.environ) -> str:

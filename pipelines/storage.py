@@ -5,15 +5,13 @@ and two moments, in fp32 two moments; with the distributed optimizer the fp32 we
 the ones that are kept are still there.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
-from pipelines import artifacts, index_header, scores_origin
-from pipelines.config import Config, Precision, TeacherMode, TrainingConfig
+from pipelines import artifacts, index_header, planning, scores_origin
+from pipelines.config import Config, DistilConfig, Precision, TeacherMode, TrainingConfig
 from pipelines.device_memory import projections_by_stage
 from pipelines.families import ModelShape
 from pipelines.files import read_object
-from pipelines.signals import FeatureLoss
 
 
 def checkpoint_bytes(trained: int, training: TrainingConfig) -> int:
@@ -23,17 +21,20 @@ def checkpoint_bytes(trained: int, training: TrainingConfig) -> int:
     return (4 + 8 + (4 if training.distributed_optimizer else 0)) * trained
 
 
-def run_bytes(
-    config: Config, teacher: ModelShape, student: ModelShape, losses: Sequence[FeatureLoss]
-) -> dict[str, Any]:
+def distillation_checkpoint_bytes(training: DistilConfig, teacher: ModelShape, student: ModelShape) -> int:
+    """Of one checkpoint of a distillation: the student and its projections to the teacher's width."""
+    losses = planning.feature_losses_of(training, teacher, student)
+    return checkpoint_bytes(student.parameters() + projections_by_stage(teacher, student, 1, losses)[0], training)
+
+
+def run_bytes(config: Config, teacher: ModelShape, student: ModelShape) -> dict[str, Any]:
     """{"checkpoint": of one, "checkpoints": at the most at a time, "corpus", "corpus_tokens", "models", "total"}.
 
     corpus: of the tokens and documents it has, where it is made already, else of as many tokens as the training reads,
     each once, or more where only then the calibration split has the sequences that pruning reads.
     """
     training, teaches = config.distil, config.teacher.mode is not TeacherMode.take
-    trained = student.parameters() + projections_by_stage(teacher, student, 1, losses)[0]
-    one = checkpoint_bytes(trained, training)
+    one = distillation_checkpoint_bytes(training, teacher, student)
     checkpoints = _at_a_time(training) * one
     if teaches:
         checkpoints += _at_a_time(config.teacher) * checkpoint_bytes(teacher.parameters(), config.teacher)

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pipelines import planning
 from pipelines.config import DistilConfig, Layout, Precision, TeacherPrecision, teacher_precision
 from pipelines.device_memory import parameters_per_device
 from pipelines.families import ModelShape
@@ -48,25 +49,22 @@ def all_gather(size: float, ranks: int) -> float:
     return (ranks - 1) / ranks * size
 
 
-def communication(
-    teacher: ModelShape, student: ModelShape, ranks: Layout, training: DistilConfig, runs_teacher: bool = True
-) -> dict[str, Any]:
-    """{"transfers": each as Transfer, "bytes_per_device": by group}. runs_teacher: whether its forward pass is made."""
-    found = [part for part in transfers(teacher, student, ranks, training, runs_teacher) if part.bytes]
+def communication(teacher: ModelShape, student: ModelShape, ranks: Layout, training: DistilConfig) -> dict[str, Any]:
+    """{"transfers": each as Transfer, "bytes_per_device": by group}."""
+    found = [part for part in transfers(teacher, student, ranks, training) if part.bytes]
     groups = ("tensor", "context", "pipeline", "data")
     sums = {group: sum(part.bytes for part in found if part.group == group) for group in groups}
     return {"transfers": [asdict(part) for part in found], "bytes_per_device": sums}
 
 
-def transfers(
-    teacher: ModelShape, student: ModelShape, ranks: Layout, training: DistilConfig, runs_teacher: bool = True
-) -> Iterator[Transfer]:
+def transfers(teacher: ModelShape, student: ModelShape, ranks: Layout, training: DistilConfig) -> Iterator[Transfer]:
     tokens = training.micro_batch_size * training.sequence_length // ranks.context
     batches = training.global_batch_size // (training.micro_batch_size * ranks.data)
     own = 2 if training.precision is Precision.bf16 else 4
     held = 4 if teacher_precision(training) is TeacherPrecision.fp32 else 2
     models = [("student", student, own, 2 if training.recompute else 1, True)]
-    if runs_teacher:
+    taught = planning.runs_teacher(training)
+    if taught:
         models.append(("teacher", teacher, held, 1, False))
     for who, shape, size, forwards, backward in models:
         layers = shape.num_hidden_layers // ranks.pipeline * batches
@@ -80,7 +78,7 @@ def transfers(
                 "context", "point to point", f"{who}'s keys and values", ranks.context, layers * ring * times
             )
     if ranks.pipeline > 1:
-        yield from _pipeline(tokens * batches, (student, own), (teacher, held) if runs_teacher else None, ranks)
+        yield from _pipeline(tokens * batches, (student, own), (teacher, held) if taught else None, ranks)
     yield from _data(student, ranks, training, own)
 
 

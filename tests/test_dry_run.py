@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from pipelines import device_memory, dry_run, planning
 from pipelines.compose import compose
 from pipelines.config import Config, Layout, UserError, layout
 from pipelines.families import ModelShape
+from pipelines.processes import environment_outside_ranks
 from pipelines.signals import FeatureLoss
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,7 +136,7 @@ def test_shards_of_the_table_add_up(tensor: int, pipeline: int) -> None:
 
 
 def plan(*overrides: str) -> "subprocess.CompletedProcess[str]":
-    environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
+    environment = environment_outside_ranks()
     return subprocess.run(
         [sys.executable, "-m", "pipelines", "stage=plan", *overrides],
         capture_output=True,

@@ -4,7 +4,6 @@ Stages are played by a stand-in that a sitecustomize.py puts into every child; w
 """
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import pytest
 from pipelines import launch
 from pipelines.__main__ import stage_names
 from pipelines.config import Config, UserError
+from pipelines.processes import environment_outside_ranks
 from pipelines.stages import PIPELINE, STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,7 +76,7 @@ def start(tmp_path: Path) -> Start:
     (tmp_path / "sitecustomize.py").write_text(STAND_IN)
 
     def popen(*overrides: str, **environment: str) -> subprocess.Popen:
-        env = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
+        env = environment_outside_ranks()
         env |= {"PYTHONPATH": f"{tmp_path}:{ROOT}", "CUDA_VISIBLE_DEVICES": "", **environment}
         command = [sys.executable, "-m", "pipelines", *overrides]
         if overrides and not overrides[0].startswith("-"):

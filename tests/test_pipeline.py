@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from pipelines.processes import descendants
 from pipelines.report.record import OF_THE_MACHINE
 from pipelines.stages import PIPELINE
 from pipelines.stopping import EXIT_STOPPED, VERDICT
@@ -86,7 +87,7 @@ def output_of(process: subprocess.Popen[str], directory: Path) -> str:
     try:
         output, _ = process.communicate(timeout=600)
     except subprocess.TimeoutExpired:
-        for pid in descendants(process.pid):
+        for pid in descendants(process.pid)[1:]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGABRT)
         process.kill()
@@ -123,13 +124,6 @@ def rows(directory: Path, name: str) -> list[dict[str, float]]:
     return [{k: v for k, v in json.loads(line).items() if k not in OF_THE_MACHINE} for line in lines]
 
 
-def descendants(pid: int) -> list[int]:
-    found = []
-    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        found += [*descendants(int(child)), int(child)]
-    return found
-
-
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 600
     while not condition():
@@ -142,7 +136,7 @@ def kill_after_checkpoint(directory: Path, name: str, *overrides: str) -> None:
     process = start(directory, f"run.name={name}", *overrides)
     metrics = directory / name / "distil" / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and '"step": 7' in metrics.read_text(), process)
-    for pid in [*descendants(process.pid), process.pid]:
+    for pid in reversed(descendants(process.pid)):
         os.kill(pid, signal.SIGKILL)
     process.wait()
     assert not (directory / name / "distil" / "complete").exists()
@@ -275,7 +269,7 @@ def test_a_run_in_steps_continues_where_it_was_killed(finished: tuple[Path, str]
     while not (steps / "step1" / "distil" / "complete").is_file():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.05)
-    for pid in [*descendants(process.pid), process.pid]:
+    for pid in reversed(descendants(process.pid)):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait()

@@ -9,7 +9,7 @@ from pipelines.compose import compose
 from pipelines.config import Config, Layout, UserError
 from pipelines.families import ModelShape
 from pipelines.plan_text import as_text
-from pipelines.signals import FeatureLoss
+from pipelines.signals import HiddenKind, HiddenLossConfig
 from pipelines.stages.plan import plan
 from pipelines.validation import memory, validate
 
@@ -53,8 +53,11 @@ def test_a_middle_stage_sends_both_ways_and_a_tied_embedding_is_reduced() -> Non
 
 
 def test_without_a_teacher_nothing_of_it_is_sent() -> None:
-    ranks, training = Layout(2, 2, 1, 1, 1, "cuda", False), compose(BATCH).distil
-    parts = traffic.communication(SMALL, SMALL, ranks, training, runs_teacher=False)["transfers"]
+    ranks, training = (
+        Layout(2, 2, 1, 1, 1, "cuda", False),
+        compose([*BATCH, "distil.kd_weight=0", "distil.ce_weight=1"]).distil,
+    )
+    parts = traffic.communication(SMALL, SMALL, ranks, training)["transfers"]
     assert parts and not [part for part in parts if "teacher" in part["what"]]
 
 
@@ -63,7 +66,8 @@ def test_a_checkpoint_holds_weights_and_optimizer() -> None:
     assert storage.checkpoint_bytes(count, config.distil) == 12 * count, "fp32: weights and two moments"
     assert storage.checkpoint_bytes(count, replace(config.distil, distributed_optimizer=True)) == 16 * count
     assert storage.checkpoint_bytes(count, compose(["distil.precision=bf16"]).distil) == 14 * count
-    found = storage.run_bytes(config, SMALL, SMALL, [FeatureLoss(1, 1, "mse", 1.0, rank=4)])
+    config.distil.hidden = [HiddenLossConfig(student_layer=1, teacher_layer=1, kind=HiddenKind.mse, rank=4)]
+    found = storage.run_bytes(config, SMALL, SMALL)
     assert found["checkpoint"] == 12 * (count + 4 * 64)
     assert found["checkpoints"] == 4 * found["checkpoint"], "three that are kept, one that is written"
     assert found["models"] == {"teacher": 0, "prune": 4 * count, "distil": 4 * count, "export": 4 * count}
@@ -74,7 +78,7 @@ def test_a_checkpoint_holds_weights_and_optimizer() -> None:
 def test_the_corpus_has_enough_for_training_and_for_calibration() -> None:
     def tokens(*overrides: str) -> int:
         config = compose(["teacher=take", "model.path=null", "prune.calibration_samples=10", *overrides])
-        return int(storage.run_bytes(config, SMALL, SMALL, [])["corpus_tokens"])
+        return int(storage.run_bytes(config, SMALL, SMALL)["corpus_tokens"])
 
     config = compose([])
     read = config.distil.steps * config.distil.global_batch_size * config.distil.sequence_length

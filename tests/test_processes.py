@@ -1,5 +1,9 @@
 """Which rank a process is, from the variables of torchrun and of srun."""
 
+import os
+import signal
+import subprocess
+
 import pytest
 
 from pipelines import processes
@@ -55,3 +59,22 @@ def test_ranks_that_cannot_know_their_machine_are_refused(environment: pytest.Mo
         processes.local_rank()
     with pytest.raises(UserError, match="LOCAL_WORLD_SIZE.*torchrun or srun"):
         processes.local_world_size()
+
+
+def test_a_command_outside_the_ranks_keeps_all_else(environment: pytest.MonkeyPatch) -> None:
+    for name in (*processes.OF_A_RANK, "HF_TOKEN", "KEPT"):
+        environment.setenv(name, "1")
+    found = processes.environment_outside_ranks("HF_TOKEN")
+    assert found["KEPT"] == "1" and not {*processes.OF_A_RANK, "HF_TOKEN"} & found.keys()
+
+
+def test_descendants_are_told_from_the_top() -> None:
+    with subprocess.Popen(["bash", "-c", "bash -c 'sleep 60 & wait' & wait"]) as top:
+        try:
+            while len(found := processes.descendants(top.pid)) < 3:
+                assert top.poll() is None
+            assert found[:2] == [top.pid, *processes.children(top.pid)] and len(set(found)) == 3
+        finally:
+            for pid in reversed(processes.descendants(top.pid)):
+                os.kill(pid, signal.SIGKILL)
+    assert processes.children(top.pid) == []

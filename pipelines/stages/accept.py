@@ -21,8 +21,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pipelines import artifacts, console, files, lineage, nvidia_smi, preflight, stopping
+import torch
+
+from pipelines import artifacts, console, files, lineage, nvidia_smi, preflight, processes, stopping
 from pipelines.config import UserError, layout
+from pipelines.model import measure
 from pipelines.model.collectives import KINDS
 from pipelines.site_settings import AcceptPart
 
@@ -78,8 +81,7 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
 
 def environment() -> dict[str, str]:
     """This process's, without what makes it the child of a stage."""
-    ours = {stopping.EXCHANGE, stopping.VERDICT, stopping.STOP_FILE, "RANK", "WORLD_SIZE", "LOCAL_RANK"}
-    return {name: value for name, value in os.environ.items() if name not in ours}
+    return processes.environment_outside_ranks(stopping.EXCHANGE, stopping.VERDICT, stopping.STOP_FILE)
 
 
 def shown(overrides: tuple[str, ...]) -> str:
@@ -254,11 +256,8 @@ def _checkpoints(stage: Path) -> list[Path]:
 def ranks_below(pid: int) -> list[int]:
     """The processes below one that have RANK in their environment, by rank."""
     found: dict[int, int] = {}
-    waiting = [pid]
-    while waiting:
-        one = waiting.pop()
+    for one in processes.descendants(pid):
         with contextlib.suppress(OSError):
-            waiting += map(int, Path(f"/proc/{one}/task/{one}/children").read_text().split())
             for entry in Path(f"/proc/{one}/environ").read_bytes().split(b"\0"):
                 if entry.startswith(b"RANK="):
                     found.setdefault(int(entry[5:]), one)
@@ -273,7 +272,7 @@ def machine(trial: Trial) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "image": os.environ.get("STILLHOUSE_IMAGE", "none"),
         "processes": trial.ranks.processes,
-        "device": processor(),
+        "device": measure.device_name(torch.device("cpu")),
         "driver": "none",
         "interconnect": interconnect(),
         **{
@@ -288,12 +287,6 @@ def machine(trial: Trial) -> dict[str, Any]:
         names = ", ".join(dict.fromkeys(gpu.name for gpu in report.gpus))
         found |= {"device": names, "driver": report.driver, "cuda": report.cuda}
     return found
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{os.cpu_count()} cores of {names[0] if names else 'a CPU'}"
 
 
 def interconnect() -> str:

@@ -75,8 +75,8 @@ def _beside(config: Config, teacher: ModelShape, student: ModelShape, ranks: Lay
     size = 2 if training.precision is Precision.bf16 else 4
     corrects = {} if config.teacher.mode is TeacherMode.take else {"teacher_training": _teacher(config, teacher, ranks)}
     return corrects | {
-        "communication": communication(teacher, student, ranks, training, follows or bool(losses)),
-        "disk": run_bytes(config, teacher, student, losses),
+        "communication": communication(teacher, student, ranks, training),
+        "disk": run_bytes(config, teacher, student),
         "activations": {
             "with_recompute": held(True),
             "without_recompute": held(False),
@@ -89,19 +89,14 @@ def _teacher(config: Config, shape: ModelShape, ranks: Layout) -> dict[str, Any]
     """Of its pretraining or correction: tokens, FLOPs, speed and hours, bytes per device."""
     settings = config.teacher
     tokens = settings.steps * settings.global_batch_size * settings.sequence_length
-    flops = planning.training_flops(shape, settings.sequence_length)
-    peak = gpus.peak_flops(config.plan.gpu)
-    assert peak is not None, config.plan.gpu
-    speed = config.plan.share_of_peak * peak / flops
-    hours = tokens / speed / 3600
+    flops = planning.Flops(teacher=0, student=planning.training_flops(shape, settings.sequence_length), attention=0)
+    predicted = planning.prediction(config.plan.gpu, flops, tokens, ranks.processes, config.plan.share_of_peak)
     return {
         "mode": settings.mode.value,
         "steps": settings.steps,
         "tokens": tokens,
-        "flops": flops * tokens,
-        "tokens_per_second_per_device": round(speed, 1),
-        "device_hours": round(hours, 2),
-        "hours": round(hours / ranks.processes, 2),
+        "flops": flops.total * tokens,
+        **{name: predicted[name] for name in ("tokens_per_second_per_device", "device_hours", "hours")},
         "bytes_per_device": training_bytes(shape, ranks, settings),
     }
 

@@ -8,8 +8,6 @@ depends on its content alone: the parts together are the corpus that one process
 """
 
 import hashlib
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any
 import numpy
 
 from pipelines.config import DataConfig, SourceConfig, SourceKind, UserError
-from pipelines.files import new_directory, read_object, write_json
+from pipelines.files import link_or_copy, new_directory, read_object, write_json
 from pipelines.text import indexed, sources
 from pipelines.text.counts import Count, SourceCounts
 from pipelines.text.encoding import Encoder
@@ -159,18 +157,11 @@ def join(files: list[File], parts: Path, encoder: Encoder, building: Path) -> tu
             if count.documents:
                 pieces[split].setdefault(whole.name, []).append((file.name, count.tokens))
                 for source in _data_set(file, parts, split):
-                    _link(source, building / split / source.name)
+                    (building / split).mkdir(parents=True, exist_ok=True)
+                    link_or_copy(source, building / split / source.name)
     return list(by_source.values()), pieces
 
 
 def _data_set(file: File, parts: Path, split: str) -> Iterator[Path]:
     prefix = file.directory(parts) / split / file.name
     yield from (indexed.bin_path(prefix), indexed.idx_path(prefix))
-
-
-def _link(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, target)

@@ -77,8 +77,6 @@ def distil(
         f"{', its layers in host memory' * settings.teacher_offload}\n"
         f"{description}  kernels of the loss: {kernels_for(ranks.device)[1]}"
     )
-    follows = planning.needs_logits(settings)
-    flops = planning.distillation_flops(teacher_shape, shape, settings.sequence_length, losses, follows_logits=follows)
     return train(
         context,
         settings,
@@ -86,7 +84,7 @@ def distil(
         description=description,
         model_config=pair_config,
         built=built,
-        flops_per_token=flops.total,
+        flops_per_token=planning.step_flops(settings, teacher_shape, shape).total,
         course=_course(settings, weights),
     )
 

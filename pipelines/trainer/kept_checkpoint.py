@@ -1,6 +1,5 @@
 """A checkpoint of a training as a Hugging Face directory, also while the training goes on and removes it."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -41,7 +40,7 @@ def convert_to_hugging_face(checkpoint: Path, output: Path, shape: ModelShape, t
 def _hold(checkpoint: Path, held: Path) -> None:
     shutil.rmtree(held, ignore_errors=True)
     try:
-        shutil.copytree(checkpoint, held, copy_function=_link_or_copy)
+        shutil.copytree(checkpoint, held, copy_function=files.link_or_copy)
         whole = files.read_object(held / checkpoints.SIZES) == checkpoints.sizes(held)
     except OSError:  # shutil.Error is one
         whole = False
@@ -50,12 +49,3 @@ def _hold(checkpoint: Path, held: Path) -> None:
             f"{checkpoint}: expected a whole checkpoint, found that the training has removed it. Choose a later step, "
             "or let it keep more with distil.keep_checkpoints."
         )
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except FileNotFoundError:
-        raise
-    except OSError:  # a file system without second names
-        shutil.copy2(source, target)

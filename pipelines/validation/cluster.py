@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from pipelines import processes, secrets
 from pipelines.artifacts import run_directory
 from pipelines.cluster_settings import ClusterConfig, StageNodesConfig
 from pipelines.config import Config, expect
@@ -20,9 +21,8 @@ NAME = re.compile(r"[A-Za-z0-9_.,@+=][A-Za-z0-9_.,@+=-]*")
 OPTION = re.compile(r"--[a-z][a-z0-9-]*(=[A-Za-z0-9_./,:@+=~&|*()\[\]-]+)?")
 TIME = re.compile(r"((?P<days>\d+)-)?(?P<first>\d+)(:(?P<second>\d+))?(:(?P<third>\d+))?")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIALS?)$", re.IGNORECASE)
 OURS = ("SLURM_", "SBATCH_", "STILLHOUSE_", "TORCHELASTIC_")
-OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "BASH_ENV", "ENV")
+OF_SHELLS = ("BASH_ENV", "ENV")  # files that a script's shell runs first
 SPARE = 60  # seconds between the end of the grace and that of the job: SLURM looks at its jobs twice a minute
 # What the scripts set themselves. SLURM takes any beginning of an option that is no other's.
 OF_SBATCH = (
@@ -130,11 +130,11 @@ def _check_environment(cluster: ClusterConfig) -> None:
     for number, variable in enumerate(cluster.environment):
         setting, name = f"cluster.environment[{number}]", variable.name
         expect(bool(VARIABLE.fullmatch(name)), f"{setting}.name", "a variable's name", repr(name), "Change it.")
-        ours = name.startswith(OURS) or name in OF_RANKS
+        ours = name.startswith(OURS) or name in (*processes.OF_A_RANK, *OF_SHELLS)
         remedy = "SLURM, torchrun or the script sets it: leave it out."
         expect(not ours, f"{setting}.name", "a variable of your own", name, remedy)
         remedy = "Scripts and configurations can be read by others: export it in your shell, which jobs inherit."
-        expect(not SECRET.search(name), f"{setting}.name", "no secret", name, remedy)
+        expect(not secrets.named_secret(name), f"{setting}.name", "no secret", name, remedy)
         remedy = "Say in a few words what it is for: it stands beside it in the scripts."
         expect(bool(variable.why.strip()), f"{setting}.why", f"the reason for {name}", "none", remedy)
 

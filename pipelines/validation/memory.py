@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 
 from pipelines import elsewhere, gpus, nvidia_smi, planning
 from pipelines.config import Config, DistilConfig, Layout, TeacherMode, TrainingConfig, UserError
-from pipelines.device_memory import bytes_per_device, training_bytes
+from pipelines.device_memory import training_bytes
 from pipelines.families import ModelShape
 from pipelines.validation.training import trainings
 
@@ -50,8 +50,7 @@ def warnings(config: Config, teacher: ModelShape, student: ModelShape) -> Iterat
 def _parts(training: TrainingConfig, ranks: Layout, teacher: ModelShape, student: ModelShape) -> dict[str, int]:
     if not isinstance(training, DistilConfig):
         return training_bytes(teacher, ranks, training)
-    losses = planning.feature_losses_of(training, teacher, student)
-    return bytes_per_device(teacher, student, ranks, training, losses, planning.needs_logits(training))
+    return planning.step_bytes(training, teacher, student, ranks)
 
 
 def _listed(parts: dict[str, int]) -> str:

@@ -135,6 +135,7 @@ def test_settings_are_checked_for_the_nodes_and_not_for_this_machine(place: Path
         (['cluster.environment=[{name: A, value: "b\nc", why: d}]'], "cluster.environment[0].value"),
         (["cluster.environment=[{name: 'A B', value: b, why: c}]"], "a variable's name"),
         (["cluster.environment=[{name: HF_TOKEN, value: b, why: c}]"], "no secret"),
+        (["cluster.environment=[{name: my_apikey_2, value: b, why: c}]"], "no secret"),
         (["cluster.environment=[{name: SLURM_CONF, value: b, why: c}]"], "a variable of your own"),
         (["cluster.python='a\nb'"], "cluster.python"),
         (["cluster.mounts=[/a]"], "none without cluster.image"),

@@ -81,7 +81,7 @@ def complaints(file: Path) -> list[str]:
             found.append(f"no label {key}")
     text = file.read_text()
     settable = re.findall(r"\b(\w+)(?:=|$)", "\n".join(of(file, "ARG") + of(file, "ENV")), re.M)
-    if secrets.found_in(text, {}) or any(secrets.NAMES.search(name.upper()) for name in settable):
+    if secrets.found_in(text, {}) or any(secrets.named_secret(name) for name in settable):
         found.append("holds a secret, or takes one as an argument, which the image would keep")
     if not any("stage=verify" in run for run in of(file, "RUN")):
         found.append("is not tried at its end")

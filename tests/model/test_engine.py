@@ -10,6 +10,7 @@ import megatron.core
 import pytest
 
 from pipelines.model import adam, cpu_runtime, engine
+from pipelines.processes import environment_outside_ranks
 
 
 def test_on_a_cpu_everything_is_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,6 +49,6 @@ def test_megatron_is_the_one_that_was_asked_for() -> None:
 
 def test_a_stage_on_ranks_says_it_once(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pipelines", "stage=verify", "parallel=tp1", "parallel.device=cpu"]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    environment = environment_outside_ranks()
     done = subprocess.run([*command, f"run.directory={tmp_path}"], capture_output=True, text=True, env=environment)
     assert done.stdout.count("engine  Megatron-Core ") == 1, done.stdout + done.stderr

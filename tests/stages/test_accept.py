@@ -13,6 +13,7 @@ import pytest
 from pipelines.artifacts import StageContext
 from pipelines.compose import compose
 from pipelines.config import UserError
+from pipelines.processes import environment_outside_ranks
 from pipelines.site_settings import AcceptPart
 from pipelines.stages import accept
 from pipelines.validation import validate
@@ -32,7 +33,7 @@ def trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> accept.Trial:
 def test_parts_of_a_trial_by_the_real_command(tmp_path: Path) -> None:
     """All of them take three minutes on idle cores: `python -m pipelines stage=accept`."""
     command = [sys.executable, "-m", "pipelines", "stage=accept", "parallel.device=cpu", f"run.directory={tmp_path}"]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    environment = environment_outside_ranks()
     shape = ["model.shape.hidden_size=64", "model.shape.intermediate_size=128", "model.shape.vocab_size=300"]
     small = [*shape, "student.hidden_size=32", "student.intermediate_size=64", *SMALL]
     parts = "accept.parts=[node,bandwidth,steps]"

@@ -1,7 +1,6 @@
 """The benchmark measures what it says, for every contender that is here, and keeps its rows."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from pipelines.compose import compose
 from pipelines.config import UserError
 from pipelines.model.head_benchmark import Measurement
 from pipelines.model.measure import Unavailable
+from pipelines.processes import environment_outside_ranks
 from pipelines.report import benchmark as table
 from pipelines.report.benchmark import HEADS
 from pipelines.validation import validate
@@ -117,7 +117,7 @@ def test_the_command_adds_rows_tells_who_is_not_here_and_writes_the_page_where_a
     command += ["run.name=any", "parallel=tp1", f"benchmark.docs={tmp_path / 'docs'}"]
     command += ["benchmark.tokens=[16,24]", "benchmark.vocabularies=[64]", "benchmark.micro_batch_sizes=[]"]
     command += ["benchmark.rounds=1", f"benchmark.contenders=[{','.join(contenders)}]"]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    environment = environment_outside_ranks()
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "not run: liger: ModuleNotFoundError" in done.stdout

@@ -58,7 +58,7 @@ def test_the_plan_tells_the_bytes_of_a_corpus_that_is_made_and_of_one_that_pruni
         settings = [f"run.directory={made.parent.parent}", f"run.name={run}", "teacher=take", "distil.steps=1"]
         settings += [f"data.{name}={value}" for name, value in FRACTIONS.items()]
         settings += ["student.hidden_size=32", "prune.sequence_length=8", f"prune.calibration_samples={samples}"]
-        return storage.run_bytes(compose(settings), SHAPE, SHAPE, [])
+        return storage.run_bytes(compose(settings), SHAPE, SHAPE)
 
     found, files = disk(made.parent.name), [*made.glob("data/*/*.bin"), *made.glob("data/*/*.idx")]
     heads = 4 * (index_header.START + 8)  # of each split, with where its last document ends

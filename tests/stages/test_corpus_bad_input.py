@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines import processes
 from pipelines.config import SourceConfig, SourceKind, UserError
 from pipelines.text import sources
 from tests.stages.corpora import contents, existing, make
@@ -109,7 +110,7 @@ def test_killed_and_started_again(tmp_path, jsonl, made):
     while not (tmp_path / "writing").exists():
         assert process.poll() is None
         time.sleep(0.05)
-    workers = [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    workers = processes.children(process.pid)
     assert len(workers) >= 2
     process.send_signal(signal.SIGKILL)
     process.wait()

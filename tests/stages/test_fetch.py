@@ -15,6 +15,7 @@ from pipelines.compose import compose
 from pipelines.config import UserError
 from pipelines.families import ModelShape, read_shape
 from pipelines.model.random_model import write_random_model
+from pipelines.processes import environment_outside_ranks
 from pipelines.safetensors_header import check_model
 from pipelines.stages import fetch as stage
 from pipelines.validation import validate
@@ -71,7 +72,7 @@ def command(hub: Hub, tmp_path: Path, token: str | None = None) -> "subprocess.C
     """The real command, in an environment with HF_HUB_OFFLINE as make sets it."""
     whole = [sys.executable, "-m", "pipelines", "stage=fetch", f"fetch.{hub.kind}s=[{hub.name}]"]
     whole += [f"fetch.directory={tmp_path / 'fetched'}", f"run.directory={tmp_path / 'runs'}"]
-    environment = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "WORLD_SIZE", "RANK")}
+    environment = environment_outside_ranks("HF_TOKEN")
     environment |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     environment |= {"HF_TOKEN": token} if token else {}
     return subprocess.run(whole, capture_output=True, text=True, env=environment, timeout=120)
@@ -284,3 +285,5 @@ def test_a_variable_that_names_a_file_or_a_switch_is_no_secret(tmp_path: Path) -
         "TOKENIZERS_PARALLELISM": "x" * 9,
     }
     assert secrets.of_environment(environment) == {"MY_TOKEN": "abcdefgh1"}
+    names = [*environment, "SITE_CREDENTIALS", "my_apikey"]
+    assert [secrets.named_secret(name) for name in names] == [False, True, True, False, True, True]

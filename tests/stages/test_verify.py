@@ -1,6 +1,5 @@
 """The verify stage passes at every layout as the code stands, and fails for each planted defect."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pipelines.processes import environment_outside_ranks
 from pipelines.stages.verify import GROUPS, cases
 from tests.ranks import RankPools
 
@@ -123,7 +123,7 @@ def test_catches(ranks: RankPools, tmp_path: Path, defect: str) -> None:
 def test_command_line_fails_above_tolerance(tmp_path: Path) -> None:
     """The real command: a table, then one message without a traceback, and an exit code that stops a script."""
     command = [sys.executable, "-m", "pipelines", "stage=verify", "parallel=tp2", f"run.directory={tmp_path}"]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    environment = environment_outside_ranks()
     ended = subprocess.run([*command, "verify.tolerance=1e-9"], capture_output=True, text=True, env=environment)
     assert ended.returncode == 2
     assert "FAILED" in ended.stdout and "within tolerance" not in ended.stdout
