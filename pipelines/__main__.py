@@ -10,6 +10,7 @@ import traceback
 
 from pipelines import artifacts, console
 from pipelines.config import Config, UserError
+from pipelines.interpreter import QuickEnd
 from pipelines.stages import PIPELINE, STAGES
 
 HELP_FLAGS = ("-h", "--help", "--hydra-help")
@@ -177,4 +178,6 @@ def _end(message: str, code: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end = QuickEnd()
+    end.code = main()
+    sys.exit(end.code)

@@ -7,7 +7,6 @@ manifest, marker); the other ranks wait for its word.
 
 import contextlib
 import ctypes
-import importlib
 import json
 import os
 import re
@@ -23,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pipelines import artifacts, console, processes, stopping
+from pipelines import artifacts, console, interpreter, processes, stopping
 from pipelines.config import Config, UserError, layout
 from pipelines.failures import of_the_machine
 from pipelines.files import disk_error
@@ -265,7 +264,7 @@ def _work(config: Config, stage: str, exchange: Exchange) -> None:
     # fp32 means fp32: NVIDIA's images and Transformer Engine multiply in TF32 unless told so before torch is loaded.
     os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
     try:
-        figures = importlib.import_module(f"pipelines.stages.{stage}").run(context)
+        figures = interpreter.load(f"pipelines.stages.{stage}").run(context)
         if attempt is not None:
             attempt.finish(figures)
     finally:

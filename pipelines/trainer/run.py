@@ -1,13 +1,12 @@
 """A training stage's settings into `fit`: what teacher and distil have in common."""
 
-import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from pipelines import artifacts, console, storage
+from pipelines import artifacts, console, interpreter, storage
 from pipelines.config import Layout, TrainingConfig, UserError
 from pipelines.files import read_object
 from pipelines.model.course import Course
@@ -21,7 +20,7 @@ def prepare(device: str) -> None:
         from pipelines.trainer import cpu_runtime
 
         cpu_runtime.install()
-    importlib.import_module("pipelines.trainer.fit")
+    interpreter.load("pipelines.trainer.fit")
 
 
 def train(
