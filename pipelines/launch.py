@@ -1,4 +1,5 @@
-"""One stage in processes of its own: torchrun where it needs ranks, a plain Python elsewhere. Imports no torch.
+"""One stage in processes of its own: torchrun where it needs ranks, a plain Python elsewhere. Imports no torch, but in
+ranks that torchrun has started on several nodes.
 
 The parent composes and validates, and stays light; the children do the work. A child that fails leaves a file in the
 exchange directory, from which the parent prints one message. Rank 0 of the children owns the stage's directory (lock,
@@ -172,6 +173,8 @@ class Exchange:
         parts = [os.environ.get(name, "") for name in names]
         if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
             parts.append(str(os.getppid()))  # one launcher for all: tells two attempts of a bare torchrun apart
+        elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            parts.append(importlib.import_module("pipelines.model.start").name())
         attempt = re.sub(r"[^\w.-]", "_", "-".join(parts))
         return cls(artifacts.run_directory(config) / "logs" / f".{stage}-{attempt}", ours=False)
 

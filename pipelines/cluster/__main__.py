@@ -32,7 +32,8 @@ def dispatch(arguments: list[str]) -> None:
     for line in chain.left_out:
         console.say(f"left out  {line}")
     if not chain.jobs:
-        return console.say(f"run {chain.name}: nothing is left to do")
+        console.say(f"run {chain.name}: nothing is left to do")
+        return
     try:
         chain.home.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -52,7 +53,6 @@ def dispatch(arguments: list[str]) -> None:
             submit(chain)
     finally:
         lock.release()
-    return None
 
 
 def refuse_second(run: str, queued: list[queue.Queued]) -> None:
@@ -72,7 +72,7 @@ def show(chain: Chain) -> None:
         console.say(f"\n{job.label}: {job.size()}, {job.nodes.time}")
         for line in options:
             console.say(f"  {line}")
-        console.say(f"  {shlex.join(queue.command(job.script, before))}  # JOB{number}".replace("'", ""))
+        console.say(f"  {shlex.join(queue.command(job.script, before))}  # JOB{number}")
         before = f"JOB{number}"
     console.say(f"\nnothing was submitted; scripts and settings are in {chain.home}")
 

@@ -2,9 +2,9 @@
 # one task per node, passes on by a file that SLURM wants the job to end, reads why the stage ended, and decides.
 
 state=$directory/state
-counter=$state/$part.restarts  # restarts in a row without a new checkpoint, and the newest one then
+counter=$state/$part.restarts  # restarts in a row without progress, and where the stage was then
 running=$state/$part.running   # there while an attempt has not ended in order
-found=                         # the newest checkpoint when the stage was started
+found=                         # its progress when the stage was started
 attempt=0                      # starts of the stage in this allocation
 asked=                         # the signal that asked us to stop
 late=                          # the signal that was sent to processes that did not stop in time
@@ -66,11 +66,12 @@ again() {  # reason: requeue this job, or continue in a new one
   rm -f "$running"
   if [ "$requeue" = true ] && [ -z "$leave_out" ]; then
     say "$1: requeueing job $SLURM_JOB_ID"
-    scontrol requeue "$SLURM_JOB_ID" ||
-      for_good 1 "the job cannot be requeued; cluster.requeue=false continues in new jobs instead"
-    trap - USR1 TERM
-    sleep 60  # SLURM ends this shell
-    exit 75
+    if scontrol requeue "$SLURM_JOB_ID"; then
+      trap - USR1 TERM
+      sleep 60  # SLURM ends this shell
+      exit 75
+    fi
+    say "SLURM does not requeue it: a new job continues, as with cluster.requeue=false"
   fi
   continue_in_new_job "$1"
 }
@@ -102,7 +103,7 @@ continue_in_new_job() {  # reason
   exit 75
 }
 
-newest_checkpoint() {  # or, of a pruning, a number that changes with what it has measured
+progress() {  # the newest checkpoint or, of a pruning, a number that changes with what it has measured
   local newest directory=${checkpoints%/checkpoints}
   newest=$(ls -1 "$checkpoints" 2>/dev/null | grep '^step-' | sort | tail -n 1)
   if [ -z "$newest" ] && [ "$stage" = prune ]; then
@@ -114,7 +115,7 @@ newest_checkpoint() {  # or, of a pruning, a number that changes with what it ha
 
 count_restart() {  # reason: one restart more, or the end
   local count=0 before='' newest
-  newest=$(newest_checkpoint)
+  newest=$(progress)
   if [ -f "$counter" ]; then read -r count before <"$counter"; fi
   [ "$newest" = "$before" ] || count=0
   [ "$count" -lt "$restarts" ] || for_good 1 "$1, after $count restarts without a new checkpoint"
@@ -174,7 +175,7 @@ start_stage() {  # in the background; its process in $step
       --rdzv-backend=c10d "--rdzv-endpoint=${address:-${hosts[0]}}:$port" "--rdzv-id=$number"
       -m pipelines "${overrides[@]}")
   fi
-  found=$(newest_checkpoint)
+  found=$(progress)
   touch "$running"
   # A task that has ended well waits for rank 0, which may still write and hash: for long. One that fails ends all.
   srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 --wait=3600 \
@@ -208,7 +209,7 @@ stopped() {  # as it was asked
     exit 75
   fi
   # A limit that is too short for anything to be saved would go on for ever.
-  if [ "$(newest_checkpoint)" = "$found" ]; then
+  if [ "$(progress)" = "$found" ]; then
     count_restart "stage $stage has stopped without anything new to save"
   else
     rm -f "$counter"

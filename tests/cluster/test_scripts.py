@@ -279,3 +279,31 @@ def test_a_script_is_clean_shell(place: Path) -> None:
 def test_a_site_is_needed_before_anything_is_checked() -> None:
     with pytest.raises(UserError, match="cluster: expected a site"):
         check(compose(["experiment=quickstart"]), ["distil"])
+
+
+def test_a_job_that_may_not_be_requeued_continues_in_a_new_one(place: Path) -> None:
+    """Where a site refuses scontrol requeue. The commands of SLURM are stand-ins, which note what they were asked."""
+    verdict = '{"code": 75, "message": "stopped as asked", "stage": "distil"}'
+    commands = {
+        "scontrol": 'case "$1 $2" in "show hostnames") echo node1 ;; requeue*) exit 1 ;;\n'
+        '"show job") echo "JobId=101 ExcNodeList=(null)" ;; esac',
+        "srun": f"echo '{verdict}' >\"$STILLHOUSE_VERDICT\"; exit 1",
+        "sbatch": "echo 102",
+        "squeue": 'echo "103|afterok:101(unfulfilled)"',
+    }
+    for name, body in commands.items():
+        stand_in = place / "bin" / name
+        stand_in.parent.mkdir(exist_ok=True)
+        stand_in.write_text(f'#!/bin/bash\necho "{name} $*" >>{place}/asked\n{body}\n')
+        stand_in.chmod(0o755)
+    chain = Chain([*LOCAL, "cluster.preflight=false"])
+    chain.write()
+    job = next(job for job in chain.jobs if job.stage == "distil")
+    slurm = {"SLURM_JOB_ID": "101", "SLURM_JOB_NODELIST": "node[1-2]"}
+    environment = os.environ | slurm | {"PATH": f"{place}/bin:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", str(job.script)], cwd=place, env=environment, capture_output=True, text=True)
+    assert done.returncode == 75, done.stdout + done.stderr
+    assert "requeueing job 101" in done.stdout and "job 102 continues" in done.stdout
+    asked = (place / "asked").read_text().splitlines()
+    assert f"sbatch --parsable {job.script}" in asked
+    assert "scontrol update JobId=103 Dependency=afterok:102" in asked, "what waited for it waits for the new one"
