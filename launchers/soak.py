@@ -19,9 +19,9 @@ distils it once without interruption, then once more while each start meets a fa
 Prints a table of what was injected and survived, the steps lost and the seconds to the first step after a restart,
 writes it to <directory>/soak.json, and returns 1 where a promise of docs/faults.md was broken: losses and weights equal
 bit by bit, no checkpoint lost that was there, the newest undamaged one continued from, at most checkpoint_interval
-steps lost (twice as many where one was damaged). The runs lie in <directory>/disk, where a file system in memory is
-mounted for the time where this user may; where not, `disk` is left out, and said so. OVERRIDES are of the distillation,
-such as parallel=dp2.
+steps lost, once more unless distil.save_asynchronous=false, once more where one was damaged. The runs lie in
+<directory>/disk, where a file system in memory is mounted for the time where this user may; where not, `disk` is left
+out, and said so. OVERRIDES are of the distillation, such as parallel=dp2.
 """
 
 import argparse
@@ -82,7 +82,7 @@ class Soak:
         self.directory, self.rounds, self.overrides = disk, rounds, list(overrides)
         self.output, self.base = disk.with_name("output"), base.resolve() if base else disk / "runs" / "base"
         self.random, self.kinds = random.Random(seed), list(kinds)
-        self.steps = max(60, PER_ROUND * rounds)
+        self.steps, self.asynchronous = max(60, PER_ROUND * rounds), "distil.save_asynchronous=false" not in overrides
         self.distil = disk / "runs" / "soaked" / "distil"
         self.metrics, self.checkpoints = self.distil / "metrics.jsonl", self.distil / "checkpoints"
         self.damaged: set[str] = set()
@@ -171,7 +171,7 @@ class Soak:
             if told[1] != expected[-1]:
                 found.broken.append(f"it continued from {told[1]}, and {expected[-1]} was whole")
             found.lost = logged - int(told[1].removeprefix("step-"))
-            bound = INTERVAL * (2 if self.damaged & set(before) else 1)
+            bound = INTERVAL * (1 + self.asynchronous + bool(self.damaged & set(before)))
             if not 0 <= found.lost <= bound:
                 found.broken.append(f"{found.lost} steps were lost, more than {bound}")
             self.damaged.clear()  # it has moved them aside

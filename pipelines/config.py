@@ -157,6 +157,8 @@ class TrainingConfig:
     checkpoint_interval: int = 50  # steps
     keep_checkpoints: int = 2  # the last ones
     keep_best: int = 0  # besides, of those saved at a step with a validation, the ones with the lowest loss there
+    # Write a checkpoint's files while the next steps are taken, from a copy of the rank's share in host memory.
+    save_asynchronous: bool = True
     log_interval: int = 1  # steps
     # Steps of a run that may be left out because the loss or the gradient is not finite, or a spike; 0: the first one
     # ends the run. Their data is consumed, weights and optimizer stay as they were.

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from enum import Enum
@@ -16,6 +17,7 @@ from pipelines import console
 from pipelines.config import UserError
 
 SMALL = 1 << 20  # bytes: below, a file is hashed at every look and needs no sidecar
+_BLOCK = 1 << 24  # bytes read at a time
 LARGE = 1 << 30  # bytes: above, hashing takes seconds and is told
 COMPLETE, MANIFEST = "complete", "manifest.json"
 _NO_ROOM = re.compile(r"(No space left on device|Disk quota exceeded|File too large)(: '[^'\n]*')?")
@@ -96,6 +98,15 @@ def sync_files(paths: Iterable[Path]) -> None:
         directories.add(path.parent)
     for directory in sorted(directories):
         sync_directory(directory)
+
+
+def crc32(path: Path) -> int:
+    """Some 3 GB/s, three times as fast as SHA-256: made for accidents, which is what damages a checkpoint."""
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            value = zlib.crc32(block, value)
+    return value
 
 
 def sync_directory(path: Path) -> None:

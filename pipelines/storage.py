@@ -5,10 +5,11 @@ and two moments, in fp32 two moments; with the distributed optimizer the fp32 we
 the ones that are kept are still there.
 """
 
+import math
 from typing import Any
 
 from pipelines import artifacts, index_header, planning, scores_origin
-from pipelines.config import Config, DistilConfig, Precision, TeacherMode, TrainingConfig
+from pipelines.config import Config, DistilConfig, Precision, TeacherMode, TrainingConfig, layout
 from pipelines.device_memory import projections_by_stage
 from pipelines.families import ModelShape
 from pipelines.files import read_object
@@ -28,10 +29,13 @@ def distillation_checkpoint_bytes(training: DistilConfig, teacher: ModelShape, s
 
 
 def run_bytes(config: Config, teacher: ModelShape, student: ModelShape) -> dict[str, Any]:
-    """{"checkpoint": of one, "checkpoints": at the most at a time, "corpus", "corpus_tokens", "models", "total"}.
+    """{"checkpoint": of one, "checkpoints": at the most at a time, "host_copy", "corpus", "corpus_tokens", "models",
+    "total"}.
 
-    corpus: of the tokens and documents it has, where it is made already, else of as many tokens as the training reads,
-    each once, or more where only then the calibration split has the sequences that pruning reads.
+    host_copy: of the distillation's, in the memory of each process's host while its files are written and the training
+    goes on; the ranks share a checkpoint evenly. It is not on the disk, and not in total. corpus: of the tokens and
+    documents it has, where it is made already, else of as many tokens as the training reads, each once, or more where
+    only then the calibration split has the sequences that pruning reads.
     """
     training, teaches = config.distil, config.teacher.mode is not TeacherMode.take
     one = distillation_checkpoint_bytes(training, teacher, student)
@@ -54,6 +58,7 @@ def run_bytes(config: Config, teacher: ModelShape, student: ModelShape) -> dict[
     return {
         "checkpoint": one,
         "checkpoints": checkpoints,
+        "host_copy": math.ceil(one / layout(config.parallel).processes) if training.save_asynchronous else 0,
         "models": models,
         "corpus": corpus,
         "corpus_tokens": tokens,

@@ -96,6 +96,8 @@ def recipe(*overrides: str) -> Config:
 def test_the_recipes_disk() -> None:
     found = plan(recipe())["disk"]
     assert found["checkpoint"] == 14 * 4_512_746_496
+    assert found["host_copy"] == found["checkpoint"] / 8, "shared evenly by all ranks"
+    assert plan(recipe("distil.save_asynchronous=false"))["disk"]["host_copy"] == 0
     assert found["corpus_tokens"] == pytest.approx(94e9 / 0.9979, rel=1e-3)
     assert found["corpus"] == 4 * found["corpus_tokens"], "128,256 ids take four bytes"
 

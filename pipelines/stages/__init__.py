@@ -41,6 +41,7 @@ FREE = frozenset(
         "checkpoint_interval",
         "keep_checkpoints",
         "keep_best",
+        "save_asynchronous",
         "skip_steps",
         "log_interval",
         "profile",

@@ -6,8 +6,9 @@ limits the fork itself fails. Megatron has since turned to threads as well (NVID
 3633). `install` is called before a checkpoint is saved; importing this module does nothing.
 """
 
+import inspect
 import queue
-from concurrent.futures import ThreadPoolExecutor
+import threading
 from typing import Any
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -15,7 +16,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 
 
 def install() -> None:
-    """Idempotent. For synchronous saves alone, which are all that there are: results stay in this process."""
+    """Idempotent. Results stay in this process."""
     FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write)
     if filesystem_async._results_queue is None:
         # Megatron's own lives in one more process for each rank.
@@ -30,14 +31,19 @@ def _write(transform_list: Any, use_msc: bool, rank: int, write_buckets: list[An
     if use_msc:
         options["use_msc"] = True
 
+    # Megatron switches Python's garbage collection off meanwhile, for its forks' sake: here a training goes on.
+    file_of = inspect.unwrap(FileSystemWriterAsync.write_preloaded_data)
+
     def write(index: int) -> None:
         counts.put(index)
-        FileSystemWriterAsync.write_preloaded_data(
-            transform_list, local_proc_idx=index, write_bucket=write_buckets[index], **options
-        )
+        file_of(transform_list, local_proc_idx=index, write_bucket=write_buckets[index], **options)
 
-    with ThreadPoolExecutor(len(write_buckets)) as threads:
-        list(threads.map(write, range(len(write_buckets))))
+    # Not a pool's, for which Python waits at its end: a process that ends in an error leaves its save behind.
+    threads = [threading.Thread(target=write, args=(index,), daemon=True) for index in range(len(write_buckets))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     found = dict(results.get_nowait() for _ in write_buckets)
     failures = [result for result in found.values() if isinstance(result, Exception)]
     global_results_queue.put(failures[0] if failures else found)

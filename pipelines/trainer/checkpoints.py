@@ -8,12 +8,11 @@ checkpoints/damaged-...    one whose files have changed since; moved aside, neve
 
 import json
 import os
-import re
 import shutil
 import time
-import zlib
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ from pipelines import console, files
 from pipelines.config import UserError
 from pipelines.model import parallel
 from pipelines.stopping import Stopped
-from pipelines.trainer.finite import refuse_non_finite
+from pipelines.trainer.background_write import Write
+from pipelines.trainer.finite import SharedError, refuse_non_finite
 from pipelines.trainer.room import refuse_without_room, trained_values
 
 CHECKPOINT = "step-{:07d}"
@@ -32,15 +32,20 @@ _PARTIAL, _DAMAGED = "partial-", "damaged-"
 SIZES, _CHECKSUMS = "sizes.json", "checksums.json"
 _RECORDS = (SIZES, _CHECKSUMS)
 _ABOUT = "about.json"
-_BLOCK = 1 << 24  # bytes read at a time
 
 
 class Checkpoints(Checkpoint):
     """Saves every `interval` steps, at the end, and where the run stops as asked, into `directory`/step-NNNNNNN, and
     keeps the last `keep` and, of those with a validation, the `best` with the lowest loss.
 
+    asynchronous: the files are written while the next steps are taken. The checkpoint gets its name, and the old ones
+    go, in the first step that finds every rank's files written, in the main thread; at the latest before the next save
+    begins. At the end, at a stop, and at an error that all ranks share, the run waits for it; the last step's is waited
+    for too. writes: whether any rank was still writing when the step that has just been taken was judged, the same on
+    every rank.
+
     bytes_per_value: of the first checkpoint, for each number that is trained. validation: the figures of the last one.
-    seconds, count: what saving has taken since this start.
+    seconds: for which saving has held up the training since this start.
 
     stops: whether the run ends with the step that has just been taken, the same on every rank. Then Stopped is raised
     once the checkpoint is whole, after the validation where one belongs to this step.
@@ -59,12 +64,20 @@ class Checkpoints(Checkpoint):
         best: int,
         steps: int,
         bytes_per_value: int,
+        asynchronous: bool,
+        writes: Callable[[], bool],
         stops: Callable[[], bool],
         validation: Callable[[], dict[str, float]],
     ) -> None:
         self.directory, self.interval, self.keep, self.best, self.steps = directory, interval, keep, best, steps
         self.bytes_per_value, self.stops, self.validation = bytes_per_value, stops, validation
-        self.seconds, self.count = 0.0, 0
+        self.asynchronous, self.writes = asynchronous, writes
+        self.seconds = 0.0
+        self._begun: _Begun | None = None
+
+    def is_writing(self) -> bool:
+        """This rank, at this moment."""
+        return self._begun is not None and self._begun.write.goes_on()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         # Lightning counts a step as completed after `on_train_batch_end`: resumed from a checkpoint that was written
@@ -83,18 +96,67 @@ class Checkpoints(Checkpoint):
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         self._save(trainer, self.validation()["loss"])
 
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        if self._begun is None:
+            return
+        if isinstance(exception, SharedError):  # of every rank, which all come here
+            try:
+                self._commit()
+            except UserError as error:
+                console.say(str(error))
+        else:
+            self._begun.write.wait()  # a thread is not to be in the middle of a file when Python ends
+
     def _save(self, trainer: Any, loss: float | None) -> None:
-        """loss: of the validation at this step, where there was one. Three barriers, one all-reduce and one all-gather
-        over all ranks beside Megatron's own collectives."""
+        """loss: of the validation at this step, where there was one. Two barriers, an all-reduce and an all-gather over
+        all ranks beside Megatron's own collectives; none in a step that neither begins nor ends a save."""
         step, stops = trainer.global_step, self.stops()
-        if step % self.interval and step != self.steps and not stops:
+        due = not step % self.interval or step == self.steps or stops
+        ended = self._begun is not None and (due or not self.writes())
+        if not due and not ended:
             return
         started = time.monotonic()
+        if ended:
+            self._commit()
+        if due:
+            waits = not self.asynchronous or step == self.steps or stops
+            self._begin(trainer, step, loss, waits)
+            if waits:
+                self._commit()
+        self.seconds += time.monotonic() - started
+        if stops and step != self.steps:
+            whole = self.directory / CHECKPOINT.format(step)
+            raise Stopped(
+                f"stopped as asked at step {step} of {self.steps}: {whole} is whole, and the same command continues "
+                "from it."
+            )
+
+    def _begin(self, trainer: Any, step: int, loss: float | None, waits: bool) -> None:
         weights = trainer.lightning_module.parameters()
-        whole = all(bool(torch.isfinite(weight).all()) for weight in weights if weight.requires_grad)
-        refuse_non_finite({"weight": whole}, step)
+        finite = all(bool(torch.isfinite(weight).all()) for weight in weights if weight.requires_grad)
+        refuse_non_finite({"weight": finite}, step)
+        partial = self.directory / (_PARTIAL + CHECKPOINT.format(step))
+        with self._room_mended():
+            parallel.on_first_rank(self._refuse_without_room)
+            trainer.save_checkpoint(partial)
+            write = Write(trainer.strategy.checkpoint_io.take(), partial, copies=not waits)
+            self._begun = _Begun(step, loss, write)
+
+    def _commit(self) -> None:
+        """Give what was begun its name, once every rank has written its files. Every rank calls it."""
+        assert self._begun is not None
+        begun, self._begun = self._begun, None
+        begun.write.wait()
+        with self._room_mended():
+            checksums = _checksums_of_all(begun.write)
+            begun.write.record()
+            parallel.on_first_rank(lambda: self._finish(begun, checksums))
+
+    @contextmanager
+    def _room_mended(self) -> Iterator[None]:
+        """An error that is a full disk's in the user's words, and the room that the save took given back."""
         try:
-            self._write(trainer, self.directory / (_PARTIAL + CHECKPOINT.format(step)), step, loss)
+            yield
         except BaseException as error:  # which torch's CheckpointException is
             if console.rank() == 0:
                 with suppress(OSError):
@@ -105,20 +167,6 @@ class Checkpoints(Checkpoint):
                     "same command again; it continues from the last checkpoint."
                 ) from error
             raise
-        self.seconds, self.count = self.seconds + time.monotonic() - started, self.count + 1
-        if stops and step != self.steps:
-            whole = self.directory / CHECKPOINT.format(step)
-            raise Stopped(
-                f"stopped as asked at step {step} of {self.steps}: {whole} is whole, and the same command continues "
-                "from it."
-            )
-
-    def _write(self, trainer: Any, partial: Path, step: int, loss: float | None) -> None:
-        parallel.on_first_rank(self._refuse_without_room)
-        trainer.save_checkpoint(partial)
-        torch.distributed.barrier()
-        checksums = _seal(partial)
-        parallel.on_first_rank(lambda: self._finish(partial, step, checksums, loss))
 
     def _clear(self) -> None:
         for left_over in self.directory.glob(_PARTIAL + "*"):
@@ -127,20 +175,43 @@ class Checkpoints(Checkpoint):
     def _refuse_without_room(self) -> None:
         """What the newest checkpoint takes, or the first one will, must fit beside those that are kept."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._clear()  # the room that a save took which was cut short
+        self._clear()  # the room that a save took which was cut short; none is being written now
         whole = whole_checkpoints(self.directory)
         refuse_without_room(self.directory, sum(sizes(whole[-1]).values()) if whole else self._expected)
 
-    def _finish(self, partial: Path, step: int, checksums: dict[str, int], loss: float | None) -> None:
-        files.write_json(partial / _ABOUT, {"step": step, "validation_loss": loss})
-        checksums[_ABOUT] = _crc32(partial / _ABOUT)
-        files.write_json(partial / _CHECKSUMS, checksums)
+    def _finish(self, begun: "_Begun", checksums: dict[str, int]) -> None:
+        """On rank 0. checksums: of what the ranks have written; the rest is Megatron's and ours, from this rank."""
+        partial = begun.write.directory
+        files.write_json(partial / _ABOUT, {"step": begun.step, "validation_loss": begun.loss})
+        rest = [name for name in sizes(partial) if name not in checksums]
+        files.sync_files(partial / name for name in rest)
+        files.write_json(partial / _CHECKSUMS, checksums | {name: _crc32(partial / name) for name in rest})
         files.write_json(partial / SIZES, sizes(partial))
-        os.replace(partial, self.directory / CHECKPOINT.format(step))
+        os.replace(partial, self.directory / CHECKPOINT.format(begun.step))
         files.sync_directory(self.directory)
         for old in surplus(whole_checkpoints(self.directory), self.keep, self.best):
             # A kill in the middle of a removal leaves nothing that looks damaged.
             shutil.rmtree(old.rename(old.with_name(_PARTIAL + old.name)))
+
+
+@dataclass
+class _Begun:
+    """A checkpoint on its way. loss: of the validation at its step, where there was one."""
+
+    step: int
+    loss: float | None
+    write: Write
+
+
+def _checksums_of_all(write: Write) -> dict[str, int]:
+    """{relative path: CRC-32} of what all ranks have written. Where one failed, every rank raises. One all-gather."""
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, (write.error, write.checksums))
+    if failed := [
+        f"rank {rank} has not written its files:\n{error}" for rank, (error, _) in enumerate(everyone) if error
+    ]:
+        raise RuntimeError("\n".join(failed))
+    return {name: value for _, part in everyone for name, value in part.items()}
 
 
 def surplus(whole: list[Path], keep: int, best: int) -> list[Path]:
@@ -226,21 +297,6 @@ def _has_its_sizes(checkpoint: Path) -> bool:
         return False
 
 
-def _seal(checkpoint: Path) -> dict[str, int]:
-    """Sync every file to disk and return {relative path: CRC-32}, the same on every rank. One all-gather.
-
-    Each rank takes the files it wrote, which its page cache still holds: Megatron names them __<rank>_<number>.distcp.
-    """
-    rank = torch.distributed.get_rank()
-    own = []
-    for name in sizes(checkpoint):
-        writer = re.match(r"__(\d+)_", Path(name).name)
-        if (int(writer[1]) if writer else 0) == rank:
-            own.append(name)
-    files.sync_files(checkpoint / name for name in own)
-    return _gathered({name: _crc32(checkpoint / name) for name in own})
-
-
 def changed(checkpoint: Path) -> list[str]:
     """Names of files whose CRC-32 is not the recorded one, the same on every rank. One all-gather.
 
@@ -266,15 +322,10 @@ def _gathered(own: dict[str, int]) -> dict[str, int]:
 
 
 def _crc32(path: Path) -> int:
-    """Some 3 GB/s, three times as fast as SHA-256: made for accidents, which is what damages a checkpoint."""
-    value = 0
     try:
-        with open(path, "rb") as file:
-            while block := file.read(_BLOCK):
-                value = zlib.crc32(block, value)
+        return files.crc32(path)
     except OSError as error:
         raise UserError(
             f"{path}: expected a file of the checkpoint that can be read, found: {error}. Mend the disk; or rename the "
             "checkpoint to begin with damaged-, and the same command continues from the one before."
         ) from None
-    return value

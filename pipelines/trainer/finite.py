@@ -7,6 +7,10 @@ import torch
 from pipelines.config import UserError
 
 
+class SharedError(UserError):
+    """Raised by every rank in the same step, with the same message."""
+
+
 def on_any_rank(flags: Mapping[str, bool]) -> set[str]:
     """The names whose flag is set on one rank or more, the same on every rank.
 
@@ -18,7 +22,7 @@ def on_any_rank(flags: Mapping[str, bool]) -> set[str]:
 
 
 def refuse_non_finite(finite: Mapping[str, bool], step: int) -> None:
-    """finite: {what: whether it is on this rank}. Raises the same UserError on every rank where one rank's is not.
+    """finite: {what: whether it is on this rank}. Raises the same SharedError on every rank where one rank's is not.
 
     The collective of `on_any_rank`.
     """
@@ -26,9 +30,9 @@ def refuse_non_finite(finite: Mapping[str, bool], step: int) -> None:
 
 
 def refuse(found: Iterable[str], step: int) -> None:
-    """found: what is not finite, the same on every rank. Raises UserError where that is anything."""
+    """found: what is not finite, the same on every rank. Raises SharedError where that is anything."""
     if names := sorted(found):
-        raise UserError(
+        raise SharedError(
             f"training: expected finite numbers, found a {' and a '.join(names)} that is not at step {step}. No "
             "checkpoint was written after it. Start the stage again with a lower learning rate and overwrite=true."
         )

@@ -24,6 +24,7 @@ from nemo.lightning.pytorch.plugins import MegatronDataSampler, MegatronMixedPre
 from pipelines import console, gpus, planning, processes
 from pipelines.model import adam, parallel
 from pipelines.trainer import checkpoint_writer, checkpoints
+from pipelines.trainer.background_write import HeldBack
 from pipelines.trainer.callbacks import Metrics
 from pipelines.trainer.data_index import DataIndex
 from pipelines.trainer.guard import Guard
@@ -57,6 +58,7 @@ class Schedule:
     keep_checkpoints: int
     log_interval: int
     keep_best: int = 0
+    save_asynchronous: bool = False
     skip_steps: int = 0
     spike: float | None = None
     profile: bool = False
@@ -135,10 +137,12 @@ def fit(
         best=schedule.keep_best,
         steps=schedule.steps,
         bytes_per_value=bytes_per_value,
+        asynchronous=schedule.save_asynchronous,
+        writes=lambda: guard.writes,
         stops=lambda: guard.stops,
         validation=lambda: metrics.last_validation,
     )
-    guard = Guard(description, most=schedule.skip_steps, spike=schedule.spike)
+    guard = Guard(description, most=schedule.skip_steps, spike=schedule.spike, is_writing=saving.is_writing)
     metrics = Metrics(
         directory,
         Trackers(directory, description, tracking),
@@ -229,7 +233,7 @@ def _trainer(schedule: Schedule, config: TransformerConfig, device: str, callbac
             # Megatron's check ends one process with an assertion; ours is in callbacks.Metrics.
             check_for_nan_in_grad=False,
         ),
-        ckpt_async_save=False,
+        ckpt_async_save=False,  # ours: trainer/background_write.py
         ckpt_optim_fully_reshardable=True,
         # NeMo's progress printer makes a collective on rank 0 alone: the run hangs at the next checkpoint.
         replace_progress_bar=False,
@@ -258,6 +262,7 @@ def _trainer(schedule: Schedule, config: TransformerConfig, device: str, callbac
     )
     trainer.fit_loop.epoch_loop = TrainingLoop(trainer, trainer.min_steps, trainer.max_steps)
     # After construction: NeMo's Trainer makes deep copies of its arguments.
+    trainer.strategy.checkpoint_io = HeldBack(trainer.strategy.checkpoint_io)
     trainer.callbacks.extend(callbacks)
     return trainer
 

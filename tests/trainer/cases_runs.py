@@ -1,9 +1,13 @@
 """Run in ranks: short distillations through NeMo's trainer, at any layout, some of which go wrong on purpose."""
 
+import errno
 import os
 import signal
+import threading
+import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +29,17 @@ def trained(
     fault: str = "",
     at: int = 0,
     faults: Sequence[tuple[str, int]] = (),
+    late: bool = False,
+    stuck: int = 0,
+    full: int = 0,
     **settings: Any,
 ) -> dict[str, Any]:
     """A run in directory/name, continued where it has a checkpoint. fault: a function below, at a step; faults: more.
+    late, stuck, full: see `_writes`.
 
     What it left: message (of a UserError or a stop, else empty), figures, costs, finite (the weights), states ({step: a
-    hash of this rank's weights and of what its optimizer keeps, after it}), rows, checkpoints (names); forks: how often
-    this rank was forked.
+    hash of this rank's weights and of what its optimizer keeps, after it}), writing (the steps at whose end this rank
+    wrote a checkpoint's files), rows, checkpoints (names); forks: how often this rank was forked.
     """
     from pipelines.model import parallel
 
@@ -70,7 +78,10 @@ def trained(
     forks = len(_forks)
     try:
         callbacks = [states, *(_fault(*one) for one in [*faults, *([(fault, at)] if fault else [])])]
-        _, figures, costs = fit_shortly(root / name, corpus, config, built, callbacks, precision=precision, **settings)
+        with _writes(states, late, stuck, full):
+            _, figures, costs = fit_shortly(
+                root / name, corpus, config, built, callbacks, precision=precision, **settings
+            )
     except (UserError, Stopped, stopping.Stopped) as error:
         message = str(error)
     stopping._received = False
@@ -86,6 +97,7 @@ def trained(
         "costs": costs,
         "finite": finite,
         "states": states.found,
+        "writing": states.writing,
         "forks": len(_forks) - forks,
         "rows": metrics.read_text().splitlines() if metrics.exists() else [],
         "checkpoints": sorted(path.name for path in checkpoints.iterdir()) if checkpoints.exists() else [],
@@ -116,8 +128,13 @@ def _states() -> Any:
 
     class States(Callback):
         found: dict[int, int] = {}
+        writing: list[int] = []
+        step = 0
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            if any(thread.name == "checkpoint" for thread in threading.enumerate()):
+                self.writing.append(trainer.global_step)
+            self.step = trainer.global_step
             held = [p for p in pl_module.parameters() if p.requires_grad]
             whole = trainer.optimizers[0].mcore_optimizer
             for part in getattr(whole, "chained_optimizers", [whole]):
@@ -128,6 +145,37 @@ def _states() -> Any:
             self.found[trainer.global_step] = hashed
 
     return States()
+
+
+@contextmanager
+def _writes(states: Any, late: bool, stuck: int, full: int) -> Iterator[None]:
+    """Where `late`, a checkpoint's files are begun after one more step, or some seconds where there is none; those of
+    step `stuck` never. Those of step `full` fail on the second rank, as on a full disk."""
+    from unittest import mock
+
+    import torch
+
+    from pipelines.trainer import background_write, checkpoints
+
+    ours = background_write.files.sync_files
+
+    def sync_files(paths: Any) -> None:
+        if full and checkpoints.CHECKPOINT.format(full) in str(paths) and torch.distributed.get_rank() == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        ours(paths)
+
+    def run(write: Any) -> None:
+        step, began = checkpoints.step_of(write.directory), time.monotonic()
+        while step == stuck or (late and states.step <= step and time.monotonic() < began + 3):
+            time.sleep(0.01)
+        written(write)
+
+    written = background_write.Write._run
+    with (
+        mock.patch.object(background_write.Write, "_run", run),
+        mock.patch.object(background_write.files, "sync_files", sync_files),
+    ):
+        yield
 
 
 def _fault(name: str, at: int) -> Any:

@@ -37,7 +37,8 @@ def test_what_a_save_left_that_was_cut_short_takes_no_room(tmp_path: Path, monke
     seen: list[list[Path]] = []
     monkeypatch.setattr(checkpoints, "refuse_without_room", lambda directory, _: seen.append(list(directory.iterdir())))
     sizes = {"interval": 1, "keep": 1, "best": 0, "steps": 1, "bytes_per_value": 1}
-    saving = checkpoints.Checkpoints(tmp_path, **sizes, stops=lambda: False, validation=dict)
+    at_once = {"asynchronous": False, "writes": lambda: False}
+    saving = checkpoints.Checkpoints(tmp_path, **sizes, stops=lambda: False, validation=dict, **at_once)
     saving._expected = 1
     saving._refuse_without_room()
     assert seen == [[]]
