@@ -49,6 +49,7 @@ class StagesConfig:
     report: StageNodesConfig = field(default_factory=StageNodesConfig)
     verify: StageNodesConfig = field(default_factory=StageNodesConfig)
     benchmark: StageNodesConfig = field(default_factory=StageNodesConfig)
+    accept: StageNodesConfig = field(default_factory=StageNodesConfig)
 
 
 @dataclass

@@ -45,7 +45,7 @@ class Chain:
             *(o for o in asked if not re.match(r"\+*(stage=|cluster[.=]|run\.directory=)", o)),
             f"run.directory={_hydra(str(Path(submitted.run.directory).absolute()))}",
         ]
-        self.largest = max((self._processes(name) for name in names if STAGES[name].ranks), default=1)
+        self.largest = max((self._processes(name) for name in names if STAGES[name].takes_all_nodes), default=1)
         self.warnings = self._validate(names)
         self.jobs: list[Job] = []
         self.configs: list[Config] = []
@@ -60,23 +60,23 @@ class Chain:
 
     def _overrides(self, part: Part) -> list[str]:
         """What `python -m pipelines` gets on the nodes, whose number decides that of the processes."""
-        if STAGES[part.stage].ranks:
+        if STAGES[part.stage].takes_all_nodes:
             layout = [f"parallel.processes={self._processes(part.stage)}"]
         else:  # it has no ranks, and needs no GPU that the layout would ask for
             layout = [f"parallel.processes={self.largest}", "parallel.device=cpu"]
         return [*self.asked, *part.overrides, *layout, f"stage={part.stage}"]
 
     def _nodes(self, stage: str) -> Nodes:
-        processes = self._processes(stage) if STAGES[stage].ranks else self.largest
+        processes = self._processes(stage) if STAGES[stage].takes_all_nodes else self.largest
         gpus = cluster_checks.of_stage(self.cluster, stage).gpus_per_node or 0
         return Nodes(processes, gpus, self.cluster.image is not None)
 
     def _validate(self, names: list[str]) -> list[str]:
         """The stages that share a number of processes together, those without ranks beside each of them."""
         found: dict[str, None] = {}
-        ranked = [name for name in names if STAGES[name].ranks]
+        ranked = [name for name in names if STAGES[name].takes_all_nodes]
         for nodes, first in {self._nodes(name): name for name in reversed(ranked or names)}.items():
-            alike = [name for name in names if not STAGES[name].ranks or self._nodes(name) == nodes]
+            alike = [name for name in names if not STAGES[name].takes_all_nodes or self._nodes(name) == nodes]
             with checked_for(nodes):
                 found |= dict.fromkeys(validate(compose(self._overrides(Part(first))), alike))
         return list(found)
@@ -93,7 +93,9 @@ class Chain:
         nodes = cluster_checks.of_stage(self.cluster, part.stage)
         directory = artifacts.stage_directory(config, part.stage)
         self.configs.append(config)
-        self.jobs.append(Job(self.name, label, part.stage, stage.ranks, nodes, tuple(overrides), directory, self.home))
+        self.jobs.append(
+            Job(self.name, label, part.stage, stage.takes_all_nodes, nodes, tuple(overrides), directory, self.home)
+        )
 
     def _finished(self, config: Config, part: Part) -> str:
         """Where a stage's result lies that is whole; empty where there is none, or where an earlier job may change what

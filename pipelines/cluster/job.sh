@@ -173,7 +173,7 @@ start_stage() {  # in the background; its process in $step
     command=(bash -c 'exec "$0" -m torch.distributed.run --rdzv-conf="is_host=$((SLURM_NODEID == 0))" "$@"' "$python"
       "--nnodes=$nodes" "--nproc-per-node=$processes" --max-restarts=0
       --rdzv-backend=c10d "--rdzv-endpoint=${address:-${hosts[0]}}:$port" "--rdzv-id=$number"
-      -m pipelines "${overrides[@]}")
+      -m "$module" "${overrides[@]}")
   fi
   found=$(progress)
   touch "$running"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.cluster_settings import ClusterConfig, GpuRequest, StageNodesConfig
+from pipelines.stages import STAGES
 from pipelines.validation.cluster import split_mount
 
 BODY = Path(__file__).with_name("job.sh")
@@ -105,6 +106,7 @@ def sbatch_options(job: Job, cluster: ClusterConfig) -> list[str]:
 
 
 def variables(job: Job, cluster: ClusterConfig) -> dict[str, str]:
+    alone = STAGES[job.stage].per_machine
     python = cluster.python or ("python" if cluster.image else sys.executable)
     return {
         "run": job.run,
@@ -116,7 +118,8 @@ def variables(job: Job, cluster: ClusterConfig) -> dict[str, str]:
         "checkpoints": str(job.stage_directory / "checkpoints"),
         "ranks": _word(job.ranks),
         "nodes": str(job.nodes.nodes),
-        "processes": str(job.nodes.processes_per_node),
+        "processes": "1" if alone else str(job.nodes.processes_per_node),  # that torchrun starts on each node
+        "module": "pipelines.model.machines" if alone else "pipelines",
         "gpus": str(job.nodes.gpus_per_node),
         "python": python,
         "requeue": _word(cluster.requeue),

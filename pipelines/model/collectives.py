@@ -15,6 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from pipelines import processes
 from pipelines.model import measure
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "send_recv")
@@ -91,19 +92,26 @@ def _expect(kind: str, found: torch.Tensor, expected: torch.Tensor | float) -> N
 
 def main(arguments: list[str]) -> None:
     """Arguments: cuda or cpu, this process's number, how many there are, a file to meet at, kinds, bytes (both with
-    commas). Prints a JSON list of Bandwidth. Over the processes of one machine.
+    commas). Prints a JSON list of Bandwidth. Over the processes of one machine; without the
+    second to the fourth argument over all that torchrun has started.
     """
-    device_type, rank, ranks, meeting, kinds, sizes = arguments
+    device_type, *place, kinds, sizes = arguments
+    if place:
+        rank, ranks, meeting = place[0], place[1], f"file://{place[2]}"
+        local = int(rank)
+    else:
+        rank, ranks, meeting = str(processes.rank()), str(processes.world_size()), "env://"
+        local = processes.local_rank()
     if device_type == "cuda":
-        torch.cuda.set_device(int(rank))
+        torch.cuda.set_device(local)
     dist.init_process_group(
         "nccl" if device_type == "cuda" else "gloo",
-        init_method=f"file://{meeting}",
+        init_method=meeting,
         rank=int(rank),
         world_size=int(ranks),
         timeout=timedelta(seconds=60),
     )
-    device = torch.device("cpu") if device_type == "cpu" else torch.device("cuda", int(rank))
+    device = torch.device("cpu") if device_type == "cpu" else torch.device("cuda", local)
     found = [bandwidth(kind, int(size), device) for kind in kinds.split(",") for size in sizes.split(",")]
     if int(rank) == 0:
         print(json.dumps([asdict(one) for one in found]))

@@ -18,6 +18,7 @@ class Stage:
         those of FREE, which change the speed, the log or how far a run goes, and not the result.
     kept: writes a directory with a manifest and a `complete` marker, and is not run twice.
     derived: only shows what other stages wrote; made anew where that has changed, without asking for overwrite.
+    per_machine: without ranks of its own, one process on each of several machines (model/machines.py).
     of_machine: belongs to no run, but to the machine: its directory is <run.directory>/<name>/, whatever run.name says.
     """
 
@@ -30,6 +31,12 @@ class Stage:
     kept: bool = True
     derived: bool = False
     of_machine: bool = False
+    per_machine: bool = False
+
+    @property
+    def takes_all_nodes(self) -> bool:
+        """Of a job on a cluster; the others run on one node without its GPUs."""
+        return self.ranks or self.per_machine
 
 
 FREE = frozenset(
@@ -128,6 +135,7 @@ _TABLE = (
         ranks=False,
         kept=False,
         of_machine=True,
+        per_machine=True,
     ),
     Stage("verify", "prove values and gradients of the sharded step on this machine", ranks=True, kept=False),
     Stage(

@@ -4,62 +4,94 @@ Every part runs in processes of its own, as it would in earnest: the node's own 
 its processes allow, with the real communication library and, where it is there, Transformer Engine; the bandwidth of
 the collectives; whole steps of model= and student= with random weights; a small run that is trained, killed with
 SIGKILL, continued, and compared with one that was left alone; its export. Writes accept.json, and one row for
-docs/MEASURED.md with everything that identifies the machine. For one machine: several have their own launchers.
+docs/MEASURED.md with everything that identifies the machine. Of several machines (model/machines.py) this stage runs on
+the first; every command that needs ranks is started on all of them.
 """
 
-import contextlib
-import datetime
 import json
-import os
+import math
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from pipelines import artifacts, console, files, lineage, nvidia_smi, preflight, processes, stopping
+from pipelines import artifacts, console, files, preflight, stopping
 from pipelines.config import UserError, layout
-from pipelines.model import measure
+from pipelines.model import identity
 from pipelines.model.collectives import KINDS
+from pipelines.model.machines import Answer, Machines
 from pipelines.site_settings import AcceptPart
+from pipelines.stages import STAGES
 
-PATIENCE = 900.0  # seconds for the collectives, and for the first checkpoint of the run that is killed
+PATIENCE = 900.0  # seconds for the collectives of one machine
 FILE = "accept.json"
 
 
 class Trial:
-    """One acceptance: where it works, what it found."""
+    """One acceptance: where it works, on which machines, what it found."""
 
-    def __init__(self, context: artifacts.StageContext) -> None:
-        self.config, self.directory = context.config, context.directory
-        self.ranks = layout(context.config.parallel)
+    def __init__(self, context: artifacts.StageContext, machines: Machines | None = None) -> None:
+        self.config, self.directory = context.config, context.directory.absolute()
+        self.machines = machines or Machines()
+        here = layout(context.config.parallel)
+        several = here.processes if context.config.parallel.processes else here.processes * self.machines.size
+        self.ranks = replace(here, processes=several)
+        self.each = several // self.machines.size  # processes on each machine
         self.found: dict[str, Any] = {}
 
-    def command(self, *overrides: str) -> list[str]:
-        """`python -m pipelines` on this machine's device, with runs in a directory of the trial's own."""
+    def arguments(self, *overrides: str) -> list[str]:
+        """Of Python, for `python -m pipelines` on these machines' devices, with runs in a directory of the trial's."""
         own = [f"run.directory={self.directory / 'runs'}", f"parallel.device={self.ranks.device}"]
-        return [sys.executable, "-m", "pipelines", *overrides, *own]
+        return ["-m", "pipelines", *overrides, *own, f"parallel.processes={self.ranks.processes}"]
 
     def run(self, *overrides: str) -> str:
-        """What a command printed. Raises UserError with its message where it failed."""
-        done = subprocess.run(self.command(*overrides), env=environment(), capture_output=True, text=True)
-        if done.returncode:
+        """What a command printed. On several machines each stage is started as a job of SLURM does it: with ranks by
+        torchrun on all of them, without on the first. Raises UserError with its message where it failed."""
+        if self.machines.size == 1:
+            return self._checked(overrides, self.machines.run([self.arguments(*overrides)]), None)
+        return "".join(self._stage(stage, *overrides) for stage in _stages(overrides))
+
+    def _stage(self, stage: str, *overrides: str) -> str:
+        own = (*(o for o in overrides if not o.startswith("stage=")), f"stage={stage}")
+        if not STAGES[stage].ranks:
+            return self._checked(own, Machines().run([self.arguments(*own)]), None)
+        answers, verdict = self.on_all(self.arguments(*own))
+        return self._checked(own, answers, verdict)
+
+    def on_all(self, arguments: list[str], kill_after: Path | None = None) -> tuple[list[Answer], Path]:
+        """torchrun with as many ranks as there are, on every machine; and where a rank left the reason of a failure."""
+        several, verdict = self.machines, self.directory / f"verdict-{time.time_ns()}.json"
+        port = several.free_port()
+        start = ["-m", "torch.distributed.run", f"--nnodes={several.size}", f"--nproc-per-node={self.each}"]
+        start += [f"--master-addr={several.address}", f"--master-port={port}", f"--rdzv-id={verdict.stem}"]
+        start += ["--max-restarts=0"]
+        each = [[*start, f"--node-rank={machine}", *arguments] for machine in range(several.size)]
+        return several.run(each, {stopping.VERDICT: str(verdict), "HF_HUB_OFFLINE": "1"}, kill_after), verdict
+
+    def _checked(self, overrides: tuple[str, ...], answers: list[Answer], verdict: Path | None) -> str:
+        failed = [answer for answer in answers if answer.code]
+        if failed:
+            one = next((answer for answer in failed if answer.first), failed[0])
+            told = files.read_object(verdict)["message"] if verdict and verdict.is_file() else one.err
             raise UserError(
-                f"accept: expected `{shown(overrides)}` to end well, found exit code {done.returncode}:\n"
-                f"{done.stderr.strip()[-3000:]}"
+                f"accept: expected `{shown(overrides)}` to end well, found exit code {one.code}:\n"
+                f"{told.strip()[-3000:]}"
             )
-        return done.stdout
+        return "".join(answer.out for answer in answers)
+
+
+def _stages(overrides: tuple[str, ...]) -> list[str]:
+    named = next(o for o in overrides if o.startswith("stage=")).removeprefix("stage=")
+    return named.strip("[]").split(",")
 
 
 def run(context: artifacts.StageContext) -> dict[str, Any]:
     """Raises UserError with the first part that fails; what was found so far stands in accept.json."""
-    trial, started = Trial(context), time.monotonic()
+    trial, started = Trial(context, Machines.joined()), time.monotonic()
     shutil.rmtree(trial.directory / "runs", ignore_errors=True)  # what an earlier trial found says nothing of today
     trial.found["machine"] = machine(trial)
     for part, work in PARTS.items():
@@ -79,11 +111,6 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
     return trial.found
 
 
-def environment() -> dict[str, str]:
-    """This process's, without what makes it the child of a stage."""
-    return processes.environment_outside_ranks(stopping.EXCHANGE, stopping.VERDICT, stopping.STOP_FILE)
-
-
 def shown(overrides: tuple[str, ...]) -> str:
     return " ".join(["python -m pipelines", *overrides])
 
@@ -92,18 +119,21 @@ def shown(overrides: tuple[str, ...]) -> str:
 
 
 def node(trial: Trial) -> dict[str, Any]:
-    gpus = trial.ranks.processes if trial.ranks.device == "cuda" else 0
-    arguments = ["--json", "--directory", str(trial.directory), *(["--gpus", str(gpus)] if gpus else [])]
-    command = [sys.executable, "-m", "pipelines.preflight", *arguments]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    answer: dict[str, Any] = json.loads(done.stdout) if done.stdout else {"checks": [], "fit": False}
-    bad = [f"{c['name']}: expected {c['expected']}, found {c['found']}" for c in answer["checks"] if not c["good"]]
-    if not answer["fit"]:
-        told = "\n  ".join(bad) or done.stderr[-2000:]
-        raise UserError(f"accept: expected a node that is fit, found:\n  {told}\nSee docs/site.md.")
-    for check in answer["checks"]:
-        console.say(f"accept    {check['name']}: {check['found']}")
-    return answer
+    """The check of each machine by itself; of several the answers by their hosts."""
+    gpus = trial.each if trial.ranks.device == "cuda" else 0
+    arguments = ["-m", "pipelines.preflight", "--json", "--directory", str(trial.directory)]
+    arguments += ["--gpus", str(gpus)] if gpus else []
+    found, answers = [], trial.machines.run([arguments] * trial.machines.size)
+    for done in sorted(answers, key=lambda answer: not (answer.code and answer.first)):
+        answer: dict[str, Any] = json.loads(done.out) if done.out else {"checks": [], "fit": False, "host": "?"}
+        bad = [f"{c['name']}: expected {c['expected']}, found {c['found']}" for c in answer["checks"] if not c["good"]]
+        if not answer["fit"]:
+            told = "\n  ".join(bad) or done.err[-2000:]
+            raise UserError(f"accept: expected {answer['host']} to be fit, found:\n  {told}\nSee docs/site.md.")
+        for check in answer["checks"]:
+            console.say(f"accept    {answer['host']}  {check['name']}: {check['found']}")
+        found.append(answer)
+    return {"fit": True, "machines": found}
 
 
 def layouts(processes: int) -> Iterator[tuple[int, int]]:
@@ -142,10 +172,19 @@ def bandwidth(trial: Trial) -> list[dict[str, Any]]:
         console.say("accept    one process: no collectives")
         return []
     sizes = trial.config.accept.bandwidth_bytes
+    if trial.machines.size > 1:
+        arguments = [trial.ranks.device, ",".join(KINDS), ",".join(map(str, sizes))]
+        answers, _ = trial.on_all(["-m", "pipelines.model.collectives", *arguments])
+        failed = next((answer for answer in answers if answer.code and answer.first), None)
+        return _told(failed.err.strip()[-2000:] if failed else json.loads(answers[0].out))
     with tempfile.TemporaryDirectory(prefix="stillhouse-") as place:
         found = preflight.exchanged(
             trial.ranks.device, trial.ranks.processes, Path(place), list(KINDS), sizes, PATIENCE
         )
+    return _told(found)
+
+
+def _told(found: list[dict[str, Any]] | str) -> list[dict[str, Any]]:
     if isinstance(found, str):
         raise UserError(f"accept: expected right results of every collective, found: {found}. See docs/site.md.")
     for one in found:
@@ -187,7 +226,8 @@ def steps(trial: Trial) -> dict[str, Any]:
 
 def resume(trial: Trial) -> dict[str, Any]:
     """A run left alone, and one whose rank is killed after a checkpoint and that is started again: the same losses."""
-    small = ("experiment=acceptance", f"parallel.processes={trial.ranks.processes}")
+    # Eight heads to divide; what is left of the processes are replicas, so that machines hold whole ones.
+    small = ("experiment=acceptance", f"parallel.tensor={math.gcd(trial.each, 8)}")
     trial.run(*small, "run.name=whole", "stage=[corpus,teacher,prune,distil,export]")
     whole, killed = trial.directory / "runs" / "whole", trial.directory / "runs" / "killed"
     overrides = (
@@ -230,76 +270,51 @@ def losses(stage: Path) -> dict[int, float]:
 
 
 def _kill_after_a_checkpoint(trial: Trial, overrides: tuple[str, ...], stage: Path) -> int:
-    """Start, wait for a checkpoint, SIGKILL one rank, wait for the end. The step of the newest checkpoint's row."""
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(trial.command(*overrides), env=environment(), stdout=errors, stderr=errors)
-        deadline = time.monotonic() + PATIENCE
-        while not _checkpoints(stage):
-            if process.poll() is not None or time.monotonic() > deadline:
-                process.kill()
-                errors.seek(0)
-                raise UserError(f"accept: expected a checkpoint to kill after, found none:\n{errors.read()[-3000:]}")
-            time.sleep(0.02)
-        for rank in ranks_below(process.pid)[-1:]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(rank, signal.SIGKILL)
-        if process.wait() == 0:
-            raise UserError("accept: expected a killed run to fail, found that it had ended. Start it again.")
+    """Start, SIGKILL the last rank once there is a checkpoint, wait for the end. The step of the newest row."""
+    arguments, place = trial.arguments(*overrides), stage / "checkpoints"
+    if trial.machines.size == 1:
+        answers = trial.machines.run([arguments], kill_after=place)
+    else:
+        answers, _ = trial.on_all(arguments, kill_after=place)
+    if not any(answer.killed for answer in answers):
+        said = next((answer for answer in answers if answer.first and answer.code), answers[0]).err
+        raise UserError(f"accept: expected a checkpoint to kill after, found none:\n{said[-3000:]}")
+    if not all(answer.code for answer in answers):
+        raise UserError("accept: expected a killed run to fail, found that it had ended. Start it again.")
     return max(losses(stage), default=0)
-
-
-def _checkpoints(stage: Path) -> list[Path]:
-    """Whole ones: a checkpoint has this name once it is written."""
-    return list((stage / "checkpoints").glob("step-*"))
-
-
-def ranks_below(pid: int) -> list[int]:
-    """The processes below one that have RANK in their environment, by rank."""
-    found: dict[int, int] = {}
-    for one in processes.descendants(pid):
-        with contextlib.suppress(OSError):
-            for entry in Path(f"/proc/{one}/environ").read_bytes().split(b"\0"):
-                if entry.startswith(b"RANK="):
-                    found.setdefault(int(entry[5:]), one)
-    return [found[rank] for rank in sorted(found)]
 
 
 # What identifies the machine
 
 
 def machine(trial: Trial) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "image": os.environ.get("STILLHOUSE_IMAGE", "none"),
-        "processes": trial.ranks.processes,
-        "device": measure.device_name(torch.device("cpu")),
-        "driver": "none",
-        "interconnect": interconnect(),
-        **{
-            name: value for name, value in lineage.describe(trial.config).items() if name in ("git", "versions", "host")
-        },
+    """What identifies the machines; what differs between them stands side by side. Raises UserError where they do not
+    run the same code, or do not see the same run directory."""
+    found = [identity.identity(trial.ranks.device)]
+    if trial.machines.size > 1:
+        found = _of_several(trial)
+    for name in ("git", "versions", "image"):
+        if any(one[name] != found[0][name] for one in found):
+            told = "; ".join(f"{one[name]} on {one['host']}" for one in found)
+            raise UserError(f"accept: expected the same {name} on every machine, found {told}. Start the same image.")
+    beside = {
+        name: "; ".join(dict.fromkeys(one[name] for one in found))
+        for name in ("device", "driver", "cuda", "interconnect")
+        if name in found[0]
     }
-    if trial.ranks.device == "cuda":
-        try:
-            report = nvidia_smi.read()
-        except nvidia_smi.Unanswered as reason:
-            raise UserError(f"accept: expected nvidia-smi to tell the GPUs, found {reason}.") from None
-        names = ", ".join(dict.fromkeys(gpu.name for gpu in report.gpus))
-        found |= {"device": names, "driver": report.driver, "cuda": report.cuda}
-    return found
+    hosts = {"machines": trial.machines.size, "hosts": [one["host"] for one in found]}
+    return found[0] | beside | hosts | {"processes": trial.ranks.processes}
 
 
-def interconnect() -> str:
-    """NVLink by nvidia-smi's matrix, and the adapters of InfiniBand with their rates; none where there is neither."""
-    found = []
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        command = ["nvidia-smi", "topo", "-m"]
-        matrix = subprocess.run(command, capture_output=True, text=True, timeout=nvidia_smi.TIMEOUT).stdout
-        links = sorted({word for word in matrix.split() if word.startswith("NV") and word[2:].isdigit()})
-        found += [f"NVLink {', '.join(links)}"] if links else []
-    for rate in sorted(preflight.INFINIBAND.glob("*/ports/*/rate")):
-        found.append(f"{rate.parts[-4]} {rate.read_text().strip()}")
-    return "; ".join(found) or "none"
+def _of_several(trial: Trial) -> list[dict[str, Any]]:
+    """Each asked by a process of its own, which looks for a file that the first has written."""
+    with tempfile.NamedTemporaryFile(dir=trial.directory, prefix=".seen-") as seen:
+        arguments = ["-m", "pipelines.model.identity", trial.ranks.device, seen.name]
+        answers = trial.machines.run([arguments] * trial.machines.size)
+    failed = next((answer for answer in answers if answer.code and answer.first), None)
+    if failed:
+        raise UserError(failed.err.strip()[-2000:])
+    return [json.loads(answer.out) for answer in answers]
 
 
 HEADER = (
@@ -324,7 +339,7 @@ def row(found: dict[str, Any]) -> str:
         here["date"],
         commit[:12] + "-dirty" * commit.endswith("-dirty"),
         here["image"],
-        f"{here['processes']} x {here['device']}" if here["driver"] != "none" else here["device"],
+        _devices(here),
         here["driver"],
         told,
         here["interconnect"],
@@ -335,3 +350,11 @@ def row(found: dict[str, Any]) -> str:
         f"{resumed['export_difference']:.1e}" if resumed else "-",
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def _devices(here: dict[str, Any]) -> str:
+    """8 x NVIDIA H100; 2 machines, 16 x NVIDIA H100; 2 machines, each 64 cores of a CPU"""
+    several = here.get("machines", 1) > 1
+    each = f"{'each ' if several else ''}{here['device']}"
+    told = f"{here['processes']} x {here['device']}" if here["driver"] != "none" else each
+    return f"{here['machines']} machines, {told}" if several else told

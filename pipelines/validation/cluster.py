@@ -57,7 +57,7 @@ def check(config: Config, stages: Collection[str]) -> None:
 def of_stage(cluster: ClusterConfig, stage: str) -> StageNodesConfig:
     """The settings of one stage, filled with those for all. Without ranks: one process on one node."""
     own: StageNodesConfig = getattr(cluster.stages, stage)
-    alone = not STAGES[stage].ranks
+    alone = not STAGES[stage].takes_all_nodes
     gpus = cluster.gpus_per_node if own.gpus_per_node is None else own.gpus_per_node
     processes = own.processes_per_node or cluster.processes_per_node or gpus or 2
     if own.gpus_per_node is not None and own.processes_per_node is None:
@@ -161,7 +161,7 @@ def _check_nodes(cluster: ClusterConfig, stages: Collection[str]) -> None:
         own = getattr(cluster.stages, stage)
         for name in ("nodes", "processes_per_node"):
             found, expected = getattr(own, name), "1: it has no ranks"
-            good = STAGES[stage].ranks or found in (None, 1)
+            good = STAGES[stage].takes_all_nodes or found in (None, 1)
             expect(good, f"cluster.stages.{stage}.{name}", expected, found, "Leave it out.")
 
 

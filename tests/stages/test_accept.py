@@ -13,6 +13,7 @@ import pytest
 from pipelines.artifacts import StageContext
 from pipelines.compose import compose
 from pipelines.config import UserError
+from pipelines.model import identity
 from pipelines.processes import environment_outside_ranks
 from pipelines.site_settings import AcceptPart
 from pipelines.stages import accept
@@ -108,7 +109,7 @@ def test_a_killed_run_must_end_with_the_losses_of_one_left_alone(
     script = trial.directory / "training.py"
     script.write_text(TRAINING)
     stage = str(runs / "killed" / "distil")
-    monkeypatch.setattr(trial, "command", lambda *_: [sys.executable, str(script), stage, str(change)])
+    monkeypatch.setattr(trial, "arguments", lambda *_: [str(script), stage, str(change)])
     monkeypatch.setattr(accept.Trial, "run", _run_but_whole)
     if change:
         with pytest.raises(UserError, match="left alone, found them .* apart"):
@@ -122,7 +123,9 @@ def _run_but_whole(trial: accept.Trial, *overrides: str) -> str:
     """The run that is left alone is there already."""
     if "run.name=whole" in overrides:
         return ""
-    return subprocess.run(trial.command(*overrides), capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        [sys.executable, *trial.arguments(*overrides)], capture_output=True, text=True, check=True
+    ).stdout
 
 
 def found_of(**parts: Any) -> dict[str, Any]:
@@ -162,11 +165,11 @@ def test_the_interconnect_is_read_from_the_machine(tmp_path: Path, monkeypatch: 
     port.mkdir(parents=True)
     (port / "rate").write_text("400 Gb/sec (4X NDR)\n")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(accept.preflight, "INFINIBAND", tmp_path / "infiniband")
-    assert accept.interconnect() == "NVLink NV18; mlx5_0 400 Gb/sec (4X NDR)"
-    monkeypatch.setattr(accept.preflight, "INFINIBAND", tmp_path / "none")
+    monkeypatch.setattr(identity.preflight, "INFINIBAND", tmp_path / "infiniband")
+    assert identity.interconnect() == "NVLink NV18; mlx5_0 400 Gb/sec (4X NDR)"
+    monkeypatch.setattr(identity.preflight, "INFINIBAND", tmp_path / "none")
     monkeypatch.setenv("PATH", "/nowhere")
-    assert accept.interconnect() == "none"
+    assert identity.interconnect() == "none"
 
 
 @pytest.mark.parametrize(
