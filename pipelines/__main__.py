@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 
-from pipelines import artifacts, console
+from pipelines import artifacts, console, gates
 from pipelines.config import Config, UserError
 from pipelines.interpreter import QuickEnd
 from pipelines.stages import PIPELINE, STAGES
@@ -72,7 +72,8 @@ def not_needed(config: Config, stage: str) -> str:
 
 
 def run(config: Config, stage: str, overrides: list[str]) -> None:
-    """One stage from the parent's side: skip, continue or start it. Raises UserError and launch.StageFailed."""
+    """One stage from the parent's side: skip, continue or start it, then judge its gates. Raises UserError and
+    launch.StageFailed."""
     from pipelines import launch
 
     directory = artifacts.stage_directory(config, stage)
@@ -86,12 +87,15 @@ def run(config: Config, stage: str, overrides: list[str]) -> None:
                 if config.overwrite
                 else ""
             )
-            return console.say(f"{stage}: finished already in {directory}{again}")
+            console.say(f"{stage}: finished already in {directory}{again}")
+            return gates.check(config, stage)
         if state is artifacts.State.unfinished:
             console.say(f"{stage}: continuing in {directory}")
     started = time.monotonic()
     launch.run_stage(config, stage, overrides)
     console.say(f"{stage}  {time.monotonic() - started:.1f} s  {directory}")
+    if STAGES[stage].kept:
+        gates.check(config, stage)
 
 
 def dispatch(arguments: list[str]) -> None:

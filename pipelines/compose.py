@@ -9,7 +9,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from pipelines import cluster_settings, prune_settings
+from pipelines import cluster_settings, evaluation_settings, prune_settings
 from pipelines import config as configuration
 from pipelines.config import Config, UserError
 
@@ -206,7 +206,7 @@ def _full_key(text: str) -> str:
 
 def _unknown(key: str, kind: str = "") -> str:
     names = known_keys() + [group for group in GROUPS if group not in known_keys()]
-    homes = (configuration, prune_settings, cluster_settings)
+    homes = (configuration, prune_settings, cluster_settings, evaluation_settings)
     inner = next((found for home in homes if (found := getattr(home, kind, None)) is not None), None)
     if inner is not None and inner is not Config and "." not in key:  # an entry of a list has no path of its own
         siblings = [entry.name for entry in fields(inner)]
@@ -245,6 +245,8 @@ def _type_of(key: str) -> str:
         return " or ".join(kind.__members__)
     if kind == list[configuration.SourceConfig]:
         return f"a list of sources, as in '{key}=[{{path: text.jsonl}}, {{path: more.parquet, weight: 2}}]'"
+    if kind == list[evaluation_settings.GateConfig]:
+        return f"a list of gates, as in '{key}=[{{figure: student.kl, below: 0.2}}]'"
     words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
     name = kind.__name__ if isinstance(kind, type) and "[" not in str(kind) else str(kind)
     if name.removesuffix(" | None") in words:

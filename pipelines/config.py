@@ -25,7 +25,7 @@ from pipelines.choices import (
     Tracker,
 )
 from pipelines.cluster_settings import ClusterConfig
-from pipelines.evaluation_settings import EvaluateConfig
+from pipelines.evaluation_settings import EvaluateConfig, GateConfig
 from pipelines.export_settings import ExportConfig
 from pipelines.prune_settings import IterateConfig, PruneConfig
 from pipelines.signals import AttentionLossConfig, HiddenLossConfig, SchedulesConfig, TaidConfig
@@ -261,6 +261,7 @@ class Config:
     iterate: IterateConfig = field(default_factory=IterateConfig)
     distil: DistilConfig = field(default_factory=DistilConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    gates: list[GateConfig] = field(default_factory=list)  # of no stage: another bound asks for no overwrite
     export: ExportConfig = field(default_factory=ExportConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)

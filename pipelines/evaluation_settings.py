@@ -4,6 +4,22 @@ from dataclasses import dataclass
 
 from pipelines.choices import Precision
 
+MODELS = ("teacher", "pruned", "student")
+MODEL_FIGURES = (  # of each model in results.json, besides what the parts of evaluate add
+    *("loss", "perplexity", "bits_per_byte", "kl", "agreement", "overlap", "calibration_error", "kl_by_entropy"),
+    *("by_token_class", "parameters", "non_embedding_parameters", "tokens_per_second"),
+)
+
+
+@dataclass
+class GateConfig:
+    """A bound that a figure must keep, or the stage that finds it ends with exit code 2 (pipelines/gates.py)."""
+
+    figure: str = ""  # MODEL.FIGURE of results.json, MODEL.tasks.TASK, MODEL.domains.NAME.FIGURE, or export.FIGURE
+    of: str | None = None  # a model: the figure is divided by the same one of that model
+    above: float | None = None  # one of the two, in the figure's unit; not reached by the bound itself
+    below: float | None = None
+
 
 @dataclass
 class EvaluateConfig:

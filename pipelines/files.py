@@ -25,6 +25,7 @@ BOOKKEEPING = (
     COMPLETE,
     MANIFEST,
     "config.yaml",
+    "gates.json",
     "lock",
     "checkpoints",
     "tensorboard",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from pipelines import artifacts
+from pipelines import artifacts, gates
 from pipelines.__main__ import not_needed, stage_names
 from pipelines.cluster.script import Job, render
 from pipelines.compose import compose, to_yaml
@@ -99,7 +99,7 @@ class Chain:
 
     def _finished(self, config: Config, part: Part) -> str:
         """Where a stage's result lies that is whole; empty where there is none, or where an earlier job may change what
-        it was made from. Raises UserError where settings have changed without overwrite."""
+        it was made from. Raises UserError where settings have changed without overwrite, or one of its gates fails."""
         stage = STAGES[part.stage]
         if not stage.kept:
             return ""
@@ -107,6 +107,7 @@ class Chain:
             artifacts.refuse_changed_settings(config, stage)
             if self.jobs or artifacts.examine(config, stage).state is not artifacts.State.finished:
                 return ""
+        gates.check(config, part.stage)  # a chain must not get past them by being submitted again
         return f"finished already in {artifacts.stage_directory(config, part.stage)}"
 
     def write(self) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from pipelines import artifacts
+from pipelines import artifacts, gates
 from pipelines.config import Config, UserError
 
 MODELS = ("teacher", "pruned", "student")
@@ -120,6 +120,8 @@ def read_run(config: Config) -> RunRecord:
         if not metrics[stage].rows:
             missing[stage] = _why_no_metrics(stage, what, complete[stage], stage in given)
     evaluation = read_json(directory / "evaluate" / "results.json")
+    if evaluation and (judged := gates.read(directory)):
+        evaluation |= {"gates": judged}
     if not evaluation:
         missing["evaluate"] = "no table: the evaluate stage has not run."
     kept = read_json(directory / "prune" / "kept.json")

@@ -126,6 +126,7 @@ _TABLE = (
         "results.json, plots, one HTML page",
         ranks=False,
         may_read=("corpus", "teacher_run", "pruning", "distillation", "evaluation", "exported", "steps"),
+        settings=("gates",),
         derived=True,
     ),
     Stage("plan", "parameters, FLOPs and bytes per device, before anything is started", ranks=False, kept=False),

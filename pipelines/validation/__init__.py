@@ -20,6 +20,7 @@ from pipelines.validation import (
     effects,
     export,
     frozen_teacher,
+    gates,
     layouts,
     memory,
     numbers,
@@ -45,6 +46,7 @@ def validate(config: Config, stages: Collection[str]) -> list[str]:
     before the first."""
     numbers.check(config)
     site.check_secrets(config)
+    gates.check(config)
     if not config.iterate.students:
         return _validate(config, stages)
     steps.check(config, stages)

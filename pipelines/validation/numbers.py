@@ -66,6 +66,7 @@ RANGES: dict[str, Range] = {
     "shard_bytes": ONE_OR_MORE,
     "preflight_seconds": ONE_OR_MORE,
     "bandwidth_bytes": ONE_OR_MORE,
+    **dict.fromkeys(("above", "below"), Range(-math.inf)),  # of figures of any sign
     "seed": SEED,
 }
 

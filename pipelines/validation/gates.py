@@ -1,0 +1,40 @@
+"""Gates: that each is one, and names a figure that there can be."""
+
+import difflib
+from dataclasses import fields
+
+from pipelines.config import Config, expect
+from pipelines.evaluation_settings import MODEL_FIGURES, MODELS, EvaluateConfig
+from pipelines.gates import EXPORT
+
+FORM = "Write {figure: student.kl, below: 0.2}, or {figure: student.loss, of: teacher, below: 1.05}."
+
+
+def check(config: Config) -> None:
+    """Raises UserError for the first gate that could not be judged whatever is measured."""
+    figures = [*MODEL_FIGURES, *(entry.name for entry in fields(EvaluateConfig))]
+    for place, gate in enumerate(config.gates):
+        setting = f"gates[{place}]"
+        start, *rest = gate.figure.split(".")
+        owners = [*MODELS, EXPORT]
+        remedy = _did_you_mean(start, owners) or FORM
+        expect(start in owners, f"{setting}.figure", f"a figure of {', '.join(owners)}", repr(gate.figure), remedy)
+        expect(bool(rest and all(rest)), f"{setting}.figure", f"{start}.NAME", repr(gate.figure), FORM)
+        bounds = [name for name in ("above", "below") if getattr(gate, name) is not None]
+        found = " and ".join(bounds) or "neither"
+        expect(
+            len(bounds) == 1, setting, "one of above and below", found, "Write a gate for each. " * len(bounds) + FORM
+        )
+        if start == EXPORT:
+            expect(gate.of is None, f"{setting}.of", "none for a figure of export", gate.of, "Leave it out.")
+            continue
+        remedy = _did_you_mean(rest[0], figures) or f"There are {', '.join(MODEL_FIGURES)}, and the parts of evaluate."
+        expect(rest[0] in figures, f"{setting}.figure", f"a figure of {start}", repr(gate.figure), remedy)
+        if gate.of is not None:
+            others = [model for model in MODELS if model != start]
+            expect(gate.of in others, f"{setting}.of", " or ".join(others), gate.of, "Name the model to compare with.")
+
+
+def _did_you_mean(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"Did you mean {close[0]}?" if close else ""

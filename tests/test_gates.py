@@ -1,0 +1,120 @@
+"""Gates: found in what was measured, judged, and an end with exit code 2, without measuring again."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines import gates
+from pipelines.compose import compose
+from pipelines.config import UserError
+from pipelines.evaluation_settings import GateConfig
+from pipelines.validation import validate
+from tests.stages import small_run
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS: dict[str, Any] = {
+    "models": {"teacher": {"loss": 2.0, "kl": 0.0, "perplexity": None}, "student": {"loss": 2.1, "kl": 0.1}},
+    "tasks": {
+        "models": {"teacher": {"arc_easy": {"value": 0.8}}, "student": {"arc_easy": {"value": 0.6}}},
+        "missing": {"mmlu": "student: out of memory"},
+    },
+    "domains": {"law": {"models": {"student": {"loss": 3.0}, "teacher": {"loss": 2.5}}}},
+    "missing": {"pruned": "no model in prune/hf; stage=prune has not finished.", "domains.news": "news.txt is empty."},
+}
+
+
+@pytest.mark.parametrize(
+    ("gate", "value", "passed"),
+    [
+        (GateConfig("student.kl", below=0.2), 0.1, True),
+        (GateConfig("student.kl", below=0.1), 0.1, False),
+        (GateConfig("student.loss", of="teacher", below=1.06), 1.05, True),
+        (GateConfig("student.loss", of="teacher", above=1.06), 1.05, False),
+        (GateConfig("student.tasks.arc_easy", of="teacher", above=0.7), 0.75, True),
+        (GateConfig("student.domains.law.loss", below=3.5), 3.0, True),
+        (GateConfig("student.domains.law.loss", of="teacher", below=1.1), 1.2, False),
+    ],
+)
+def test_a_figure_is_found_and_held_to_its_bound(gate: GateConfig, value: float, passed: bool) -> None:
+    (found,) = gates.judge([gate], RESULTS)
+    side = "above" if gate.above is not None else "below"
+    assert found["value"] == pytest.approx(value) and found["passed"] is passed
+    assert found["bound"] == found[side] == getattr(gate, side) and f"expected {side}" in found["why"]
+
+
+@pytest.mark.parametrize(
+    ("figure", "of", "reason"),
+    [
+        ("pruned.kl", None, "stage=prune has not finished"),
+        ("student.domains.news.loss", None, "not measured: news.txt is empty"),
+        ("student.tasks.mmlu", None, "not measured: student: out of memory"),
+        ("student.tasks.arc_esay", None, "Did you mean arc_easy?"),
+        ("student.domains.law.kl", None, "There are loss."),
+        ("student.generation.diversity", None, "there is no generation in student.generation.diversity"),
+        ("student.kl", "teacher", "the teacher's is 0"),
+        ("teacher.perplexity", None, "was not measured"),
+        ("student.tasks", None, "is no number. Name one of arc_easy behind it"),
+    ],
+)
+def test_a_gap_is_a_gate_that_failed(figure: str, of: str | None, reason: str) -> None:
+    (found,) = gates.judge([GateConfig(figure, of, below=1.0)], RESULTS)
+    assert found["value"] is None and found["passed"] is False
+    assert reason in found["why"] and found["why"].startswith(figure)
+
+
+def test_figures_of_export_are_of_its_own_files(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({"figures": {"relative_difference": 1e-6}}))
+    (tmp_path / "quantized.json").write_text(json.dumps({"int8": {"loss": 2.2}}))
+    found = gates.measured(tmp_path, "export")
+    names = ("export.relative_difference", "export.quantized.int8.loss")
+    assert [gates.find(found, name) for name in names] == [1e-6, 2.2]
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        ("{figure: student.kl}", "expected one of above and below, found neither"),
+        ("{figure: student.kl, above: 0, below: 1}", "found above and below. Write a gate for each"),
+        ("{figure: studnet.kl, below: 1}", "Did you mean student?"),
+        ("{figure: student.lss, below: 1}", "Did you mean loss?"),
+        ("{figure: student, below: 1}", "expected student.NAME"),
+        ("{figure: student.loss, of: student, below: 1}", "expected teacher or pruned, found student"),
+        ("{figure: export.bytes, of: teacher, below: 1}", "none for a figure of export"),
+        ("{figure: student.kl, below: inf}", "found inf. Give a finite number"),
+        ("{figur: student.kl, below: 1}", "Did you mean figure?"),
+    ],
+)
+def test_a_gate_that_cannot_be_is_refused_at_once(gate: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        validate(compose(["experiment=quickstart", f"gates=[{gate}]"]), ["plan"])
+    assert message in str(error.value) and ("gates" in str(error.value) or "figur" in str(error.value))
+
+
+@pytest.mark.slow
+def test_a_failed_gate_ends_with_exit_code_2_and_another_bound_measures_nothing_again(tmp_path: Path) -> None:
+    root = small_run.write_small_run(tmp_path / "runs")
+    settings = [f"run.directory={root}", "run.name=small", "evaluate.sequence_length=16", "evaluate.batches=2"]
+    settings += ["evaluate.micro_batch_size=5", "stage=evaluate"]
+
+    def run(gate: str, *launcher: str) -> tuple[int, str, list[str]]:
+        command = [sys.executable, *launcher, "-m", "pipelines", *settings, "parallel=tp1", f"gates=[{gate}]"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout, done.stderr.splitlines()
+
+    code, out, errors = run("{figure: student.kl, below: 1e-9}")
+    assert code == 2 and "gate FAILED: student.kl is" in out and " s  " in out
+    assert errors[-1].startswith("evaluate: 1 of 1 gates failed: student.kl is ") and "1e-09" in errors[-1]
+    written = (root / "small/evaluate/results.json").read_text(), (root / "small/evaluate/complete").read_text()
+    assert json.loads((root / "small/evaluate/gates.json").read_text())[0]["passed"] is False
+    code, out, errors = run("{figure: student.kl, below: 100}")
+    assert code == 0 and "finished already" in out and "gate passed: student.kl is" in out
+    assert gates.read(root / "small")[0]["passed"] is True
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=1", "--standalone", "--local-addr=127.0.0.1")
+    code, _, errors = run("{figure: student.loss, of: teacher, above: 1e9}", *torchrun)
+    assert code and any(line.startswith("evaluate: 1 of 1 gates failed: student.loss / teacher's") for line in errors)
+    assert run("")[0] == 0 and not (root / "small/evaluate/gates.json").exists()
+    assert written == tuple((root / f"small/evaluate/{name}").read_text() for name in ("results.json", "complete"))
