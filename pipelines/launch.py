@@ -8,6 +8,7 @@ manifest, marker); the other ranks wait for its word.
 
 import contextlib
 import ctypes
+import importlib
 import json
 import os
 import re
