@@ -175,7 +175,7 @@ class Exchange:
         if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
             parts.append(str(os.getppid()))  # one launcher for all: tells two attempts of a bare torchrun apart
         elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            parts.append(importlib.import_module("pipelines.model.start").name())
+            parts.append(interpreter.load("pipelines.model.start").name())
         attempt = re.sub(r"[^\w.-]", "_", "-".join(parts))
         return cls(artifacts.run_directory(config) / "logs" / f".{stage}-{attempt}", ours=False)
 
