@@ -8,7 +8,6 @@ manifest, marker); the other ranks wait for its word.
 
 import contextlib
 import ctypes
-import importlib
 import json
 import os
 import re
