@@ -48,9 +48,14 @@ TRACKERS = [
 # out: nvidia-modelopt and quanto write no INT8 that this transformers opens, torchao and bitsandbytes save INT8 weights
 # as pickles or for GPUs. 0.12.2 to 0.14.0 write the same files; 0.15 has another interface to its compressors.
 QUANTIZE = ["compressed-tensors==0.13.0"]
+TASKS = [
+    # Not among the requirements: only the scores of tasks need it, and it brings twenty packages.
+    "lm-eval[hf]==0.4.13",
+]
 TEST = [
     *TRACKERS,
     *QUANTIZE,
+    *TASKS,
     "pytest==9.2.0",
     "pytest-xdist==3.8.0",  # test files side by side: most of the time of one process goes by waiting
     "ruff==0.17.6",
@@ -75,6 +80,6 @@ setup(
         "pipelines.cluster": ["*.sh"],
     },
     install_requires=REQUIREMENTS,
-    extras_require={"trackers": TRACKERS, "quantize": QUANTIZE, "test": TEST, "dev": TEST},
+    extras_require={"trackers": TRACKERS, "quantize": QUANTIZE, "tasks": TASKS, "test": TEST, "dev": TEST},
     entry_points={"console_scripts": ["stillhouse = pipelines.__main__:main"]},
 )

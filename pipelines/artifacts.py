@@ -20,6 +20,7 @@ from typing import Any
 
 from pipelines import lineage
 from pipelines.config import Config, TeacherMode, UserError, distils_candidates
+from pipelines.evaluation_settings import is_task_file
 from pipelines.files import (
     COMPLETE,
     MANIFEST,
@@ -120,6 +121,7 @@ INPUTS: dict[str, Callable[[Config], list[Path]]] = {
     "evaluation": lambda config: [stage_directory(config, "evaluate")],
     "scores": lambda config: [Path(config.prune.scores)] if config.prune.scores else [],
     "task": lambda config: [Path(config.prune.task)] if config.prune.task else [],
+    "task_files": lambda config: [Path(name) for name in config.evaluate.tasks.names if is_task_file(name)],
     "exported": lambda config: [stage_directory(config, "export")],
     "steps": lambda config: [place / stage for place in earlier_steps(config) for stage in ("prune", "distil")],
 }

@@ -73,7 +73,10 @@ def _register() -> None:
     OmegaConf.register_new_resolver("one_minus", lambda a: round(1 - a, 12), replace=True)  # conf/signals
 
 
-MAPPINGS = ("model.shape.rope_scaling",)  # settings that hold names and values of their own
+MAPPINGS = (  # settings that hold names and values of their own
+    "model.shape.rope_scaling",
+    *("evaluate.tasks.shots", "evaluate.tasks.metrics", "evaluate.tasks.published"),
+)
 ALIASES = {"dry_run": "plan.dry_run"}
 PATHS = (
     *("run.directory", "model.path", "student.path", "data.corpus", "data.tokenizer"),
@@ -90,9 +93,7 @@ def _mapping(override: str) -> dict[str, Any] | None:
         raise UserError(_not_an_override(override))
     value = OverridesParser.create().parse_override(override).value()
     if not (value is None or isinstance(value, dict)):
-        raise UserError(
-            f"{override}: expected names and values, as in '{key}={{rope_type: linear, factor: 2}}', or null."
-        )
+        raise UserError(f"{override}: expected names and values, as in '{key}={{one: 1, two: 2}}', or null.")
     return value and {str(name): entry for name, entry in value.items()}
 
 

@@ -1,9 +1,10 @@
 """The settings of the evaluation. Types, units and meaning; values live in conf/*.yaml. Imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pipelines.choices import Precision
 
+TASK_FILES = (".yaml", ".yml", ".jsonl")
 MODELS = ("teacher", "pruned", "student")
 MODEL_FIGURES = (  # of each model in results.json, besides what the parts of evaluate add
     *("loss", "perplexity", "bits_per_byte", "kl", "agreement", "overlap", "calibration_error", "kl_by_entropy"),
@@ -21,6 +22,35 @@ class GateConfig:
     below: float | None = None
 
 
+def is_task_file(name: str) -> bool:
+    """Whether one of evaluate.tasks.names is a path: of a task file, or of a directory of them."""
+    return "/" in name or name.endswith(TASK_FILES)
+
+
+@dataclass
+class TasksConfig:
+    """lm-evaluation-harness on the models' Hugging Face directories; the ranks share the pairs of model and task.
+
+    Of names: a task or group of the harness; corpus_choice and corpus_cloze, which are made from held-out text
+    (evaluation/task_files.py); a path: a task's .yaml, a directory of them, or a .jsonl of questions (questions.py). A
+    path goes by the file's name without its ending in shots, metrics and published.
+    """
+
+    names: list[str] = field(default_factory=list)  # empty: no tasks
+    shots: dict[str, int] = field(default_factory=dict)  # examples before each question; others: the task's own number
+    # Which of a task's metrics counts, as the harness names it, such as "exact_match,strict-match"; others: acc_norm
+    # where the task has it, else acc, else its first.
+    metrics: dict[str, str] = field(default_factory=dict)
+    # {model: {task: value}} to hold beside what is found, in the metric's unit: shares from 0 to 1.
+    published: dict[str, dict[str, float]] = field(default_factory=dict)
+    limit: int | None = None  # the first so many questions of each task; None: all
+    questions: int = 100  # in each set that is made from held-out text
+    micro_batch_size: int = 16  # requests that a rank's model reads at a time
+    precision: Precision | None = None  # of the models; None: evaluate.precision
+    # Layers spread over all devices of a machine, one rank of it at work: for models larger than one device.
+    parallelize: bool = False
+
+
 @dataclass
 class EvaluateConfig:
     """The models' quality on a held-out split of the corpus comes first and always; every other part has its own group
@@ -32,3 +62,4 @@ class EvaluateConfig:
     batches: int | None = None  # micro batches per data-parallel rank; None: the whole split
     precision: Precision | None = None  # of the models; None: distil.precision
     document_mask: bool | None = None  # as in training; None: distil.document_mask
+    tasks: TasksConfig = field(default_factory=TasksConfig)

@@ -91,12 +91,12 @@ def score(questions: Sequence[Question], likelihoods: Sequence[float]) -> TaskSc
     return TaskScore(right / len(questions), normalised / len(questions), log_probability / len(questions))
 
 
-def read_questions(path: str | Path) -> list[Question]:
-    """Every question of the file. Raises UserError, with the line, for what is not one."""
+def read_questions(path: str | Path, setting: str = "prune.task") -> list[Question]:
+    """Every question of the file that `setting` names. Raises UserError, with the line, for what is not one."""
     path = Path(path)
     if not path.is_file():
         found = "a directory" if path.is_dir() else "nothing"
-        raise UserError(f"prune.task={path}: expected a JSONL file of questions, found {found}. Check the path.")
+        raise UserError(f"{setting}={path}: expected a JSONL file of questions, found {found}. Check the path.")
     questions = []
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -106,7 +106,7 @@ def read_questions(path: str | Path) -> list[Question]:
     except UnicodeDecodeError:
         raise UserError(f"{path}: expected JSONL in UTF-8, found other bytes. Convert it.") from None
     if not questions:
-        raise UserError(f"{path}: expected a question per line, found none. Give another file with prune.task.")
+        raise UserError(f"{path}: expected a question per line, found none. Give another file with {setting}.")
     return questions
 
 

@@ -32,8 +32,8 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
     ),
     "pruning": ({"torch", "megatron", "safetensors", "numpy"}, {"core", "model", "trainer", "text", "pruning"}),
     "evaluation": (
-        {"torch", "megatron", "safetensors", "numpy", "transformers", "lm_eval"},
-        {"core", "model", "text", "evaluation"},
+        {"torch", "megatron", "safetensors", "numpy", "transformers", "lm_eval", "datasets"},
+        {"core", "model", "text", "serving", "evaluation"},
     ),
     "serving": (
         {"torch", "megatron", "safetensors", "transformers", "compressed_tensors"},

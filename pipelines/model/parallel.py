@@ -108,6 +108,33 @@ def on_first_rank(action: Callable[[], T]) -> T:
     return word["result"]
 
 
+def on_every_rank(action: Callable[[], T]) -> list[T]:
+    """Run on every rank, each at its own work, however long it takes. Every rank gets what all returned, by rank.
+
+    Results pass as JSON. As in on_first_rank, and for the same reason, the ranks wait for each other in no collective.
+    Every rank calls it; one barrier over all ranks at the end. Where it fails on one rank it fails on every rank:
+    UserError as UserError, all else as RuntimeError on the others.
+    """
+    store: Any = torch.distributed.distributed_c10d._get_default_store()
+    key = f"on_every_rank-{next(_turns)}"
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    try:
+        store.set(f"{key}-{rank}", json.dumps({"result": action()}))
+    except BaseException as error:
+        store.set(f"{key}-{rank}", json.dumps({"error": str(error), "user": isinstance(error, UserError)}))
+        raise
+    found = []
+    for other in range(world):
+        while not store.check([f"{key}-{other}"]):
+            time.sleep(0.05)
+        word = json.loads(store.get(f"{key}-{other}"))
+        if "error" in word:
+            raise UserError(word["error"]) if word["user"] else RuntimeError(f"rank {other}: {word['error']}")
+        found.append(word["result"])
+    torch.distributed.barrier()
+    return found
+
+
 def stop_where_asked(kept: str) -> None:
     """Raises Stopped on every rank where the first one was asked to stop. kept: the file from which the stage goes on.
 

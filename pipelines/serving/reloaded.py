@@ -1,6 +1,7 @@
 """A directory as transformers opens it, held to our sharded model of the same weights."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -40,14 +41,14 @@ def reference_logits(
     return batch["tokens"], logits.float().cpu()
 
 
-def reload(directory: Path) -> PreTrainedModel:
-    """Open a directory with transformers, fp32 on the CPU.
+def reload(directory: Path, dtype: torch.dtype = torch.float32, **placement: Any) -> PreTrainedModel:
+    """Open a directory with transformers, on the CPU unless `placement` (of from_pretrained) says otherwise.
 
     Raises UserError where transformers cannot open it, or where weights are missing or left over.
     """
     try:
         model, notes = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            directory, dtype=dtype, local_files_only=True, output_loading_info=True, **placement
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(f"{directory}: expected a directory that transformers opens, found: {error}") from None

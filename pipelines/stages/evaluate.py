@@ -7,9 +7,12 @@ entropy, see core/telemetry.py), "by_token_class": {class: {"share", "loss", "kl
 text/token_classes.py, those that the split has), "by_position": [{"from", "to", "loss", "kl"}] (places in the sequence
 from 0, `to` left out), "reliability": [{"confidence", "accuracy", "share"}] (15 bins of the same width; null in one
 without tokens), "intervals": {figure: [low, high]} (95 %, documents drawn anew), "tokens_per_second"}},
-"differences": [{"figure", "model", "other", "difference", "low", "high", "larger_than_noise"}], "missing": {model or
-part: reason}}. Each part lies in parts/ as soon as it is measured (evaluation/parts.py). All models are resident
-together: as inference weights they take less than distilling the student took.
+"differences": [{"figure", "model", "other", "difference", "low", "high", "larger_than_noise"}],
+"tasks", with evaluate.tasks: {"harness", "models": {model: {task: {"metric", "value", "stderr", "shots", "samples",
+"all": {metric: value}}}}, "published": {model: {task: value}} where they are given, "differences": [{"task", "model",
+"other", "difference", "low", "high", "larger_than_noise"}]}, "missing": {model or part: reason}}. Each part lies in
+parts/ as soon as it is measured (evaluation/parts.py). The models of "quality" are resident together: as inference
+weights they take less than distilling the student took.
 """
 
 import time
@@ -22,6 +25,7 @@ from megatron.core.models.gpt import GPTModel
 
 from pipelines import artifacts, console, files
 from pipelines.config import Config, Layout, UserError, document_mask, layout, without_context
+from pipelines.evaluation import tasks
 from pipelines.evaluation.comparison import compared, figures
 from pipelines.evaluation.parts import Parts
 from pipelines.families import ModelShape, read_shape
@@ -57,6 +61,14 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
     settings = {key: value for key, value in context.settings().items() if key.count(".") == 1}  # those of no part
     results = parts.measure("quality", settings, lambda: _quality(config, ranks, directories, shapes), needed=True)
     assert results is not None
+    models = tasks.Models(directories, corpus, _tasks_precision(config), ranks.device)
+    if config.evaluate.tasks.names:
+        found = parts.measure(
+            "tasks",
+            _settings_of(context, "tasks") | tasks.settings_of(config) | {"precision": models.precision},
+            lambda: tasks.measure(config, models, parts.pieces("tasks"), context.directory),
+        )
+        results |= {"tasks": found} if found else {}
     results |= {"missing": missing | parts.missing}
     if torch.distributed.get_rank() == 0:
         files.write_json(context.directory / "results.json", results)
@@ -137,6 +149,14 @@ def _check(corpus: Path, directories: dict[str, Path], shapes: dict[str, ModelSh
 
 def _precision(config: Config) -> str:
     return str((config.evaluate.precision or config.distil.precision).value)
+
+
+def _settings_of(context: artifacts.StageContext, part: str) -> dict[str, Any]:
+    return {name: value for name, value in context.settings().items() if name.startswith(f"evaluate.{part}.")}
+
+
+def _tasks_precision(config: Config) -> str:
+    return str(config.evaluate.tasks.precision.value) if config.evaluate.tasks.precision else _precision(config)
 
 
 def _load(config: Config, ranks: Layout, shape: ModelShape, directory: Path) -> GPTModel:

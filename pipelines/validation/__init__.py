@@ -30,6 +30,7 @@ from pipelines.validation import (
     signals,
     site,
     steps,
+    tasks,
     training,
 )
 
@@ -101,6 +102,7 @@ def _validate(config: Config, stages: Collection[str]) -> list[str]:
     documents.check(config, used, ranks)
     directories.check_weights(config, stages)
     scores.check(config, stages, teacher)
+    tasks.check(config, stages)
     return [
         *directories.warnings(config, stages),
         *effects.warnings(config, ranks, stages, teacher, student),

@@ -67,6 +67,7 @@ RANGES: dict[str, Range] = {
     "preflight_seconds": ONE_OR_MORE,
     "bandwidth_bytes": ONE_OR_MORE,
     **dict.fromkeys(("above", "below"), Range(-math.inf)),  # of figures of any sign
+    **dict.fromkeys(("limit", "questions"), ONE_OR_MORE),
     "seed": SEED,
 }
 

@@ -19,7 +19,7 @@ WORDS = ("def", "return", "self", "value", "naïve", "über", "数", "for", "in"
 
 
 def configure(root: Path, **settings: Any) -> Config:
-    """settings: "evaluate__batches" and the like on top of small sizes."""
+    """settings: "evaluate__batches", "evaluate__tasks__names" and the like on top of small sizes."""
     config = Config()
     config.run.directory, config.run.name = str(root), "small"
     config.parallel.processes, config.parallel.tensor = None, 1
@@ -29,9 +29,12 @@ def configure(root: Path, **settings: Any) -> Config:
     config.evaluate.sequence_length, config.evaluate.micro_batch_size = 16, 5
     config.export.new_tokens = 5
     for name, value in settings.items():
-        group, key = name.split("__")
-        assert hasattr(getattr(config, group), key)
-        setattr(getattr(config, group), key, value)
+        *groups, key = name.split("__")
+        place: Any = config
+        for group in groups:
+            place = getattr(place, group)
+        assert hasattr(place, key)
+        setattr(place, key, value)
     return config
 
 

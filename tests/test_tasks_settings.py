@@ -1,0 +1,42 @@
+"""Mistakes in the tasks of an evaluation, told before anything is built."""
+
+from pathlib import Path
+
+import pytest
+
+from pipelines.compose import compose
+from pipelines.config import UserError
+from pipelines.validation import tasks
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (
+            ["names=[none/task.yaml]"],
+            "expected a task file, a directory of them or a .jsonl of questions in none/task.yaml",
+        ),
+        (["names=[winogrande,winogrande]"], "expected every task once, found winogrande more often"),
+        (["names=[mmlu]", "shots={mlmu: 5}"], r"evaluate.tasks.shots: expected tasks of .* \(mmlu\), found 'mlmu'"),
+        (["names=[mmlu]", "shots={mmlu: -1}"], "evaluate.tasks.shots.mmlu: expected 0 or more, found -1"),
+        (["names=[mmlu]", "metrics={arc: acc}"], "evaluate.tasks.metrics: expected tasks of"),
+        (["names=[mmlu]", "published={student: {arc: 1}}"], "evaluate.tasks.published.student: expected tasks of"),
+        (["names=[mmlu]", "published={pupil: {mmlu: 1}}"], "expected teacher, pruned, student, found 'pupil'"),
+    ],
+)
+def test_a_mistake_is_told_with_its_setting(settings: list[str], expected: str) -> None:
+    config = compose([f"evaluate.tasks.{setting}" for setting in settings])
+    tasks.check(config, ["prune"])  # of no concern to other stages
+    with pytest.raises(UserError, match=expected):
+        tasks.check(config, ["evaluate"])
+
+
+def test_files_go_by_their_names(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for name in ("one.yaml", "mine/two.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    names = f"evaluate.tasks.names=[{tmp_path}/one.yaml,{tmp_path}/mine,mmlu]"
+    tasks.check(compose([names, "evaluate.tasks.shots={one: 1, two: 2, mmlu: 5}"]), ["evaluate"])
+    (tmp_path / "odd.txt").write_text("")
+    with pytest.raises(UserError, match=r"expected a .yaml or .jsonl, found .*odd.txt"):
+        tasks.check(compose([f"evaluate.tasks.names=[{tmp_path}/odd.txt]"]), ["evaluate"])
