@@ -75,7 +75,7 @@ setup(
     packages=[*find_packages(include=["pipelines", "pipelines.*"]), "pipelines.conf"],
     package_dir={"pipelines.conf": "conf"},
     package_data={
-        "pipelines.conf": ["*.yaml", "*/*.yaml"],
+        "pipelines.conf": ["*.yaml", "*/*.yaml", "*/*/*.yaml"],
         "pipelines.report": ["*.jinja", "*.css"],
         "pipelines.cluster": ["*.sh"],
     },

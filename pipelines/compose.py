@@ -23,7 +23,9 @@ def conf_directory() -> Path:
 
 
 def group_options(group: str) -> list[str]:
-    return sorted(path.stem for path in (conf_directory() / group).glob("*.yaml"))
+    """Their names; those of a folder below with it, as ablations/kd."""
+    directory = conf_directory() / group
+    return sorted(str(path.relative_to(directory).with_suffix("")) for path in directory.rglob("*.yaml"))
 
 
 def compose(overrides: list[str]) -> Config:

@@ -84,7 +84,8 @@ class PruneConfig:
     importance: Importance = Importance.activation  # of channels, neurons, heads and KV groups
     sequence_aggregation: Aggregation = Aggregation.mean  # over a sample's tokens
     sample_aggregation: Aggregation = Aggregation.l2  # over the samples
-    random_seed: int = 1234  # of importance=random and depth_method=random
+    random_seed: int = 1234  # of importance=random, depth_method=random and random_weights
+    random_weights: bool = False  # a control: a student of the wanted shape with nothing of the teacher's weights
     depth_method: DepthMethod = DepthMethod.block_influence
     depth_measure: Measure = Measure.loss  # of depth_method=loss, contiguous and greedy
     depth_samples: int | None = None  # sequences that each removal is measured on; None: calibration_samples

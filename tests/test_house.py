@@ -177,7 +177,7 @@ def test_every_experiment_composes_validates_and_says_what_it_is(name: str) -> N
     config = compose([f"experiment={name}"])
     given = [setting for setting in (config.model.path, config.student.path) if setting]  # of another run
     assert len(validate(config, ["plan"])) <= len(given)
-    assert config.run.name == name
+    assert config.run.name == name.replace("/", "_")
     header = dict(
         re.findall(r"^# (\w+): +(\S.*)$", (conf_directory() / "experiment" / f"{name}.yaml").read_text(), re.M)
     )

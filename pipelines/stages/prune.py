@@ -14,12 +14,15 @@ from pipelines.config import layout, searches, without_context
 from pipelines.core.selection import Kept
 from pipelines.families import ModelShape, read_shape
 from pipelines.model import parallel
+from pipelines.model.random_model import write_random_model
+from pipelines.model.safetensors_stream import Tensors
 from pipelines.model.slicing import slice_checkpoint, sliced_shape
 from pipelines.pruning.choice import checked_target, choose
 from pipelines.pruning.depth import LayerChoice
 from pipelines.pruning.loaded_teacher import LoadedTeacher
 from pipelines.pruning.scores import obtain
 from pipelines.pruning.search import Search
+from pipelines.text.tokenizer_files import has_tokenizer
 
 QUICKLY_WRITTEN = 100_000_000  # parameters: below, writing takes a second or two and shows no bar
 
@@ -67,11 +70,17 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
 
 
 def _write(context: artifacts.StageContext, directory: Path, teacher: ModelShape, kept: Kept, sliced: bool) -> None:
-    """kept.json, and hf/ unless the search has sliced it."""
+    """kept.json, and hf/ unless the search has sliced it. With prune.random_weights hf/ has the shape alone."""
     student = sliced_shape(teacher, kept)
     content = {**asdict(kept), "teacher": teacher.to_hugging_face(), "student": student.to_hugging_face()}
     files.write_atomic(context.directory / "kept.json", json.dumps(content) + "\n")
     if sliced:
+        return
+    if context.config.prune.random_weights:
+        seed = context.config.prune.random_seed
+        dtype = str(Tensors(directory).dtype(next(iter(teacher.tensors())))).removeprefix("torch.")
+        tokenizer = directory if has_tokenizer(directory) else None
+        write_random_model(context.directory / "hf", student, seed, dtype, tokenizer=tokenizer)
         return
     if student.parameters() < QUICKLY_WRITTEN:
         slice_checkpoint(directory, context.directory / "hf", teacher, kept)

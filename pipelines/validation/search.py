@@ -23,6 +23,8 @@ def check(config: Config, ranks: Layout, teacher: ModelShape) -> list[Candidate]
     """The candidates, the largest first. Raises UserError."""
     search = config.prune.search
     by_task = search.by is Measure.task
+    remedy = "A search measures the teacher's weights: give the shape by student.*, or leave prune.random_weights out."
+    expect(not config.prune.random_weights, "prune.random_weights", "false with prune.target", "true", remedy)
     expect(
         not by_task or bool(config.prune.task), "prune.search.by", "loss without prune.task", "task", "Set prune.task."
     )

@@ -19,6 +19,8 @@ def check(config: Config, stages: Collection[str]) -> None:
     limits = {name: value for name, value in vars(config.prune.target).items() if value is not None}
     remedy = "Give each of iterate.students its parameters or ratio."
     expect(not limits, "prune.target", "none beside iterate.students", ", ".join(limits), remedy)
+    remedy = "It is the control of one student: leave it or iterate.students out."
+    expect(not config.prune.random_weights, "prune.random_weights", "false with iterate.students", "true", remedy)
     several, protect = len(config.iterate.students) > 1, config.prune.protect
     expected = "nothing beside several iterate.students, each of which is numbered anew"
     remedy = "Protect in runs of one step, each with model.path at the student before."

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from pipelines.choices import Aggregation, DepthMethod
+from pipelines.choices import Aggregation, DepthMethod, Importance
 from pipelines.core.selection import Kept
 from pipelines.families import ModelShape, read_shape
 from pipelines.model.slicing import sliced_shape
@@ -281,3 +281,18 @@ def test_a_disk_failure_on_the_first_rank_ends_every_rank_with_its_message(ranks
     assert "missing 9 of" in messages[0]
     assert messages[0] == messages[1]
     assert not (tmp_path / "run" / "prune" / "hf").exists()
+
+
+def test_a_random_start_has_the_shape_and_nothing_of_the_teacher(ranks, tmp_path, paths):
+    given = {"student.hidden_size": 8, "student.num_hidden_layers": 2, "prune.random_weights": True}
+    given |= {"prune.importance": Importance.random, "prune.depth_method": DepthMethod.random}
+    weights = {}
+    for name, more in (("first", {}), ("again", {}), ("other", {"prune.random_seed": 7})):
+        ranks(1, RUN, directory=str(tmp_path / name), settings=given | more, **paths)
+        (file,) = (tmp_path / name / "prune" / "hf").glob("*.safetensors")
+        weights[name] = load_file(file)
+    assert read_shape(tmp_path / "first" / "prune" / "hf") == SHAPE.replace(hidden_size=8, num_hidden_layers=2)
+    norms, key = "model.norm.weight", "model.embed_tokens.weight"
+    assert (weights["first"][norms] == 1).all() and weights["first"][key].std() < 0.05
+    assert (weights["first"][key] == weights["again"][key]).all()
+    assert not (weights["first"][key] == weights["other"][key]).any()

@@ -1,4 +1,4 @@
-"""The table and the plot of launchers/pruning_study.py, from what its runs left on disk. No torch."""
+"""The tables and the plot of a study (launchers/study.py), from what its runs left on disk. No torch."""
 
 import json
 import statistics
@@ -10,9 +10,6 @@ from typing import Any
 
 from pipelines.files import write_atomic
 from pipelines.report import plots
-
-PAGE, PLOT = "pruning.md", "students"
-START, END = "<!-- figures -->", "<!-- /figures -->"  # what lies outside of these in the page is written by hand
 
 Comparison = tuple[str, str, str]  # what is asked, the arm expected to be better, the other
 
@@ -57,20 +54,21 @@ def read(directory: Path, titles: Mapping[str, str], seeds: Sequence[int]) -> St
     return Study(teacher, arms, tuple(seeds))
 
 
-def write(study: Study, comparisons: Sequence[Comparison], docs: Path) -> None:
-    """The figures of docs/PAGE and docs/PLOT.png; what is written around the figures stays."""
-    docs.mkdir(parents=True, exist_ok=True)
+def write(study: Study, comparisons: Sequence[Comparison], page: Path, plot: str, block: str = "figures") -> None:
+    """The figures of the page between <!-- block --> and <!-- /block -->, and plot.png beside it; all else stays."""
+    page.parent.mkdir(parents=True, exist_ok=True)
     losses = {f"{arm.title}\n{arm.parameters:,}": arm.student for arm in study.arms.values()}
-    plots.repeated(losses, ("teacher", study.teacher["loss"]), "test loss, nats/token", PLOT, docs)
-    page = docs / PAGE
-    before, _, rest = (page.read_text() if page.exists() else f"# Choices of pruning\n\n{START}\n{END}\n").partition(
-        START
-    )
-    after = rest.partition(END)[2]
-    write_atomic(page, f"{before}{START}\n{figures(study, comparisons)}\n{END}{after}")
+    plots.repeated(losses, ("teacher", study.teacher["loss"]), "test loss, nats/token", plot, page.parent)
+    start, end = f"<!-- {block} -->", f"<!-- /{block} -->"
+    text = page.read_text() if page.exists() else "# Results\n"
+    if start not in text:
+        text = f"{text}\n{start}\n{end}\n"
+    before, _, rest = text.partition(start)
+    after = rest.partition(end)[2]
+    write_atomic(page, f"{before}{start}\n{figures(study, comparisons, plot)}\n{end}{after}")
 
 
-def figures(study: Study, comparisons: Sequence[Comparison]) -> str:
+def figures(study: Study, comparisons: Sequence[Comparison], plot: str) -> str:
     """Both tables in Markdown."""
     whole, loss = study.teacher["parameters"], study.teacher["loss"]
     lines = [
@@ -87,7 +85,7 @@ def figures(study: Study, comparisons: Sequence[Comparison]) -> str:
     for question, better, other in comparisons:
         if better in study.arms and other in study.arms:
             lines.append(_compared(question, study.arms[better], study.arms[other]))
-    return "\n".join(lines + ["", f"![losses by student and seed]({PLOT}.png)"])
+    return "\n".join(lines + ["", f"![losses by student and seed]({plot}.png)"])
 
 
 def _compared(question: str, better: Arm, other: Arm) -> str:
