@@ -49,6 +49,7 @@ def test_arms_differ_in_what_they_are_named_after(tmp_path: Path) -> None:
         losses.add((start, str(config.distil)))
         kept = (config.distil.steps, config.distil.global_batch_size, config.distil.learning_rate)
         assert kept == (160, 16, 2.0e-3), "equal tokens, at the same rate"
+        assert not config.gates and not config.evaluate.tasks.names, "losses alone; no arm may end the study"
     assert len(losses) == len(study.arms)
 
 
