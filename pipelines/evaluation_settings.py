@@ -52,6 +52,17 @@ class TasksConfig:
 
 
 @dataclass
+class EfficiencyConfig:
+    """What the models cost to use: every batch size with every prompt length, on rank 0's device."""
+
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 8])  # sequences continued together; empty: not measured
+    prompt_tokens: list[int] = field(default_factory=lambda: [128])  # read before the first new one, per sequence
+    new_tokens: int = 32  # written after them, per sequence
+    rounds: int = 5  # of timed requests of each kind per model
+    threads: int | None = None  # of the CPU; None: as many as the rank has (OMP_NUM_THREADS)
+
+
+@dataclass
 class EvaluateConfig:
     """The models' quality on a held-out split of the corpus comes first and always; every other part has its own group
     here, and is a gap with a reason where it cannot be measured."""
@@ -63,3 +74,4 @@ class EvaluateConfig:
     precision: Precision | None = None  # of the models; None: distil.precision
     document_mask: bool | None = None  # as in training; None: distil.document_mask
     tasks: TasksConfig = field(default_factory=TasksConfig)
+    efficiency: EfficiencyConfig = field(default_factory=EfficiencyConfig)

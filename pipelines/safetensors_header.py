@@ -169,6 +169,11 @@ def model_files(directory: Path, weight_map: dict[str, str]) -> list[Path]:
     return files
 
 
+def weight_bytes(directory: Path) -> int:
+    """Of the safetensors files that make up a directory's model."""
+    return sum(file.stat().st_size for file in model_files(directory, read_index(directory)))
+
+
 def read_header(file: Path) -> dict[str, Entry]:
     """The tensors of one file. Raises UserError unless header and file size agree to the byte."""
     size = file.stat().st_size

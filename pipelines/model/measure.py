@@ -54,10 +54,16 @@ def seconds_in_turns(
 
 
 def peak_bytes(work: Callable[[], Result], device: torch.device) -> tuple[int, Result]:
+    """`peak_bytes_here` of the rank where it is largest, on every rank, and this rank's result: one all-reduce of one
+    number."""
+    peak, result = peak_bytes_here(work, device)
+    return int(greatest(peak, device)), result
+
+
+def peak_bytes_here(work: Callable[[], Result], device: torch.device) -> tuple[int, Result]:
     """The most bytes of tensors that `work()` holds at a time beyond those that were there before it, and its result.
 
-    On a GPU by the caching allocator's own count; on a CPU from the profiler's record of every allocation. The
-    largest rank's number, on every rank: one all-reduce of one number.
+    On a GPU by the caching allocator's own count; on a CPU from the profiler's record of every allocation.
     """
     if device.type == "cuda":
         synchronize(device)
@@ -65,7 +71,7 @@ def peak_bytes(work: Callable[[], Result], device: torch.device) -> tuple[int, R
         before = torch.cuda.memory_allocated(device)
         result = work()
         synchronize(device)
-        return int(greatest(torch.cuda.max_memory_allocated(device) - before, device)), result
+        return torch.cuda.max_memory_allocated(device) - before, result
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = work()
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
@@ -74,7 +80,7 @@ def peak_bytes(work: Callable[[], Result], device: torch.device) -> tuple[int, R
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
-    return int(greatest(peak, device)), result
+    return peak, result
 
 
 def matrix_ceiling(dtype: torch.dtype, device: torch.device) -> float:

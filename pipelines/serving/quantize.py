@@ -19,7 +19,7 @@ from pipelines.config import UserError
 from pipelines.families import EMBEDDING, HEAD, ModelShape
 from pipelines.files import read_object
 from pipelines.model.safetensors_stream import Announced, Tensors, Writer
-from pipelines.safetensors_header import expect_tensors, model_files, read_index
+from pipelines.safetensors_header import expect_tensors
 
 LIBRARY = "compressed-tensors"
 GROUPS = (128, 64, 32)  # inputs per scale of INT4, the first that divides: what vLLM's kernels take
@@ -148,11 +148,6 @@ class Dequantized(Tensors):
         if name not in self._linear:
             return super().slice(name, dim, start, stop)
         return self[name].narrow(dim, start, stop - start)
-
-
-def weight_bytes(directory: Path) -> int:
-    """Of the safetensors files that make up a directory's model."""
-    return sum(file.stat().st_size for file in model_files(directory, read_index(directory)))
 
 
 def _announced(name: str, size: tuple[int, int], how: Scheme, dtype: torch.dtype) -> Announced:

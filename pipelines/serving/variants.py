@@ -35,6 +35,7 @@ from pipelines.model.windows import (
     mean_token_bytes,
     split_prefixes,
 )
+from pipelines.safetensors_header import weight_bytes
 from pipelines.serving import quantize, reloaded
 from pipelines.text.token_classes import read_token_classes
 
@@ -99,7 +100,7 @@ def _variant(
     return (
         {"library": f"{quantize.LIBRARY} {metadata.version(quantize.LIBRARY)}", "directory": str(target)}
         | {"bits": how.bits, "group": how.group, "relative_difference": opened["relative_difference"]}
-        | {"bytes": quantize.weight_bytes(target), "parameters": shape.parameters()}
+        | {"bytes": weight_bytes(target), "parameters": shape.parameters()}
         | scores.of(tensors, shape, of, target.name)
     )
 
@@ -127,7 +128,7 @@ class _Scores:
         self.tokens, self.text_bytes = self._found[STUDENT].tokens, self._found[STUDENT].text_bytes or 0.0
         intervals, _, self.documents = compared(self._found)
         self.before = {
-            name: {"bytes": quantize.weight_bytes(directory), "parameters": shapes[name].parameters()}
+            name: {"bytes": weight_bytes(directory), "parameters": shapes[name].parameters()}
             | _told(self._found[name])
             | {"intervals": intervals[name]}
             for name, directory in directories.items()

@@ -7,12 +7,16 @@ entropy, see core/telemetry.py), "by_token_class": {class: {"share", "loss", "kl
 text/token_classes.py, those that the split has), "by_position": [{"from", "to", "loss", "kl"}] (places in the sequence
 from 0, `to` left out), "reliability": [{"confidence", "accuracy", "share"}] (15 bins of the same width; null in one
 without tokens), "intervals": {figure: [low, high]} (95 %, documents drawn anew), "tokens_per_second"}},
-"differences": [{"figure", "model", "other", "difference", "low", "high", "larger_than_noise"}],
-"tasks", with evaluate.tasks: {"harness", "models": {model: {task: {"metric", "value", "stderr", "shots", "samples",
-"all": {metric: value}}}}, "published": {model: {task: value}} where they are given, "differences": [{"task", "model",
-"other", "difference", "low", "high", "larger_than_noise"}]}, "missing": {model or part: reason}}. Each part lies in
-parts/ as soon as it is measured (evaluation/parts.py). The models of "quality" are resident together: as inference
-weights they take less than distilling the student took.
+"differences": [{"figure", "model", "other", "difference", "low", "high", "larger_than_noise"}], "tasks", with
+evaluate.tasks: {"harness", "models": {model: {task: {"metric", "value", "stderr", "shots", "samples", "all": {metric:
+value}}}}, "published": {model: {task: value}} where they are given, "differences": [{"task", "model", "other",
+"difference", "low", "high", "larger_than_noise"}]}, "efficiency", with evaluate.efficiency: {"device", "threads",
+"dtype", "form", "rounds", "rows": [{"model", "batch", "prompt_tokens", "new_tokens", "time_to_first_token_ms",
+"prefill_tokens_per_second", "decode_tokens_per_second", "latency_ms": {"p50", "p90", "p99"} (between tokens), "ratio":
+{the same, to the teacher's}}], "models": {model: {"bytes_on_disk" (of the weights), "peak_bytes" (weights and what the
+largest request holds), "parameters"}}}, "missing": {model or part: reason}}. Each part lies in parts/ as soon as it is
+measured (evaluation/parts.py). The models of "quality" are resident together: as inference weights they take less than
+distilling the student took.
 """
 
 import time
@@ -25,7 +29,7 @@ from megatron.core.models.gpt import GPTModel
 
 from pipelines import artifacts, console, files
 from pipelines.config import Config, Layout, UserError, document_mask, layout, without_context
-from pipelines.evaluation import tasks
+from pipelines.evaluation import efficiency, tasks
 from pipelines.evaluation.comparison import compared, figures
 from pipelines.evaluation.parts import Parts
 from pipelines.families import ModelShape, read_shape
@@ -61,6 +65,15 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
     settings = {key: value for key, value in context.settings().items() if key.count(".") == 1}  # those of no part
     results = parts.measure("quality", settings, lambda: _quality(config, ranks, directories, shapes), needed=True)
     assert results is not None
+    if config.evaluate.efficiency.batch_sizes:
+        found = parts.measure(
+            "efficiency",
+            _settings_of(context, "efficiency") | {"precision": _precision(config), "device": ranks.device},
+            lambda: parallel.on_first_rank(
+                lambda: efficiency.of_models(config, directories, _precision(config), ranks.device)
+            ),
+        )
+        results |= {"efficiency": found} if found else {}
     models = tasks.Models(directories, corpus, _tasks_precision(config), ranks.device)
     if config.evaluate.tasks.names:
         found = parts.measure(

@@ -18,6 +18,7 @@ from pipelines.validation import (
     directories,
     documents,
     effects,
+    efficiency,
     export,
     frozen_teacher,
     gates,
@@ -71,6 +72,7 @@ def _validate(config: Config, stages: Collection[str]) -> list[str]:
     directories.check_given(config, stages)
     directories.check_kept(config, stages)
     export.check(config, stages)
+    efficiency.check(config, stages)
     data.check_sources(config, stages)
     teacher, where = planning.teacher_shape(config), config.model.path or "model.shape"
     if "teacher" not in stages and RANKED & set(stages):

@@ -63,7 +63,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("hidden", "indices", "random_seed", "distil_tokens"), NOT_NEGATIVE),
     **dict.fromkeys(("nodes", "processes_per_node", "warning_seconds", "grace_seconds"), ONE_OR_MORE),
     **dict.fromkeys(("gpus_per_node", "restarts"), NOT_NEGATIVE),
-    "shard_bytes": ONE_OR_MORE,
+    **dict.fromkeys(("shard_bytes", "batch_sizes", "prompt_tokens", "threads"), ONE_OR_MORE),
     "preflight_seconds": ONE_OR_MORE,
     "bandwidth_bytes": ONE_OR_MORE,
     **dict.fromkeys(("above", "below"), Range(-math.inf)),  # of figures of any sign

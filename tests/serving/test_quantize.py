@@ -14,6 +14,7 @@ from pipelines.config import UserError
 from pipelines.families import ModelShape, read_shape
 from pipelines.model.random_model import write_random_model
 from pipelines.model.safetensors_stream import Tensors
+from pipelines.safetensors_header import weight_bytes
 from pipelines.serving import quantize
 
 SHAPE = ModelShape(301, 64, 96, 2, 4, 2, 16)  # 32 divides every layer's inputs, 64 does not
@@ -116,7 +117,7 @@ def test_the_size_is_that_of_the_bits(source: Path, tmp_path: Path, method: str)
     rest = read_shape(source).parameters() - weights
     data = weights * BITS[method] // 8 + scales * item + rest * item
     shapes = 0 if method == "fp8" else 16 * len(linear)
-    assert 0 < quantize.weight_bytes(target) - data - shapes < 10_000  # the header
+    assert 0 < weight_bytes(target) - data - shapes < 10_000  # the header
 
 
 def test_it_is_cut_into_files_with_an_index(source: Path, tmp_path: Path) -> None:

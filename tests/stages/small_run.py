@@ -27,6 +27,7 @@ def configure(root: Path, **settings: Any) -> Config:
     config.data.workers, config.data.tokenizer_vocab_size = 1, VOCABULARY
     config.data.validation_fraction = config.data.calibration_fraction = config.data.test_fraction = 0.2
     config.evaluate.sequence_length, config.evaluate.micro_batch_size = 16, 5
+    config.evaluate.efficiency.batch_sizes = []
     config.export.new_tokens = 5
     for name, value in settings.items():
         *groups, key = name.split("__")

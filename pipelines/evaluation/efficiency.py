@@ -1,0 +1,223 @@
+"""What the models cost to use, in the form they leave in: Hugging Face directories, opened by transformers.
+
+Every request is a batch of prompts of held-out text, read at once and continued greedily, one token of each sequence at
+a time, with a cache of keys and values. The models take turns, request by request, so that whatever else the machine
+does meets all alike. The median counts: of the requests' first tokens, and of the times between one token and the next.
+One process, on one device.
+"""
+
+import gc
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from pipelines import artifacts, console
+from pipelines.config import Config, UserError
+from pipelines.model import measure, parallel
+from pipelines.model.quality import TEACHER
+from pipelines.model.windows import Windows, split_prefixes
+from pipelines.safetensors_header import weight_bytes
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FIGURES = ("time_to_first_token_ms", "prefill_tokens_per_second", "decode_tokens_per_second")
+PERCENTILES = (50, 90, 99)
+
+
+@dataclass(frozen=True)
+class Request:
+    """batch: sequences that are continued together. prompt_tokens: of each before, new_tokens: of each after."""
+
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds until the first token of every sequence is known, and between one token and the next."""
+
+    first: float
+    between: tuple[float, ...]
+
+
+def of_models(config: Config, directories: Mapping[str, Path], precision: str, device: str) -> dict[str, Any]:
+    """`compare` of what evaluate.efficiency names, on prompts of the evaluated split. On rank 0, with its device to
+    itself as far as this stage is concerned."""
+    settings = config.evaluate.efficiency
+    prefixes = split_prefixes(artifacts.corpus_directory(config), config.evaluate.split)
+    requests = [
+        Request(batch, length, settings.new_tokens)
+        for length in settings.prompt_tokens
+        for batch in settings.batch_sizes
+    ]
+    _free()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(settings.threads or threads)
+    try:
+        with console.progress("efficiency", len(requests) * (1 + settings.rounds), "turns") as bar:
+            return compare(
+                directories,
+                lambda batch, length: _prompts(Windows(prefixes, length), batch),
+                requests,
+                precision=precision,
+                device=parallel.torch_device(device),
+                rounds=settings.rounds,
+                advance=bar.advance,
+            )
+    finally:
+        torch.set_num_threads(threads)
+
+
+def compare(
+    directories: Mapping[str, Path],
+    prompts: Callable[[int, int], Tensor],
+    requests: Sequence[Request],
+    *,
+    precision: str,
+    device: torch.device,
+    rounds: int,
+    advance: Callable[[], object] = lambda: None,
+) -> dict[str, Any]:
+    """What results.json has as "efficiency".
+
+    directories: by name. prompts(batch, length): ids (batch, length) int64. precision: "fp32" or "bf16". rounds: of
+    timed requests per model, after one that does not count. advance: called after each turn of all models. No
+    collective. Raises UserError where a model does not open or does not fit into the device's memory.
+    """
+    models = {name: _opened(directory, precision, device) for name, directory in directories.items()}
+    rows: list[dict[str, Any]] = []
+    try:
+        _check_lengths(models, requests)
+        for request in requests:
+            times: dict[str, list[Times]] = {name: [] for name in models}
+            ids = prompts(request.batch, request.prompt_tokens).to(device)
+            for turn in range(1 + rounds):
+                for name, model in models.items():
+                    found = answer(model, ids, request.new_tokens)
+                    if turn:
+                        times[name].append(found)
+                advance()
+            rows += _with_ratios([row(name, request, seen) for name, seen in times.items()])
+        largest = max(requests, key=lambda each: each.batch * (each.prompt_tokens + each.new_tokens))
+        ids = prompts(largest.batch, largest.prompt_tokens).to(device)
+        sizes = {
+            name: {
+                "bytes_on_disk": weight_bytes(directories[name]),
+                "peak_bytes": _peak_bytes(model, ids, largest.new_tokens, device),
+                "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            }
+            for name, model in models.items()
+        }
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"evaluate.efficiency: expected {', '.join(models)} to fit into one device together with a batch of "
+            f"{max(each.batch for each in requests)}, found its memory too small. Lower "
+            "evaluate.efficiency.batch_sizes, or set it to [] to leave this out."
+        ) from None
+    finally:
+        models.clear()
+        _free()
+    return {
+        "device": measure.device_name(device),
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "dtype": precision,
+        "form": f"transformers {transformers.__version__}",
+        "rounds": rounds,
+        "rows": rows,
+        "models": sizes,
+    }
+
+
+@torch.no_grad()
+def answer(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> Times:
+    """Read prompt (batch, length) and continue each sequence greedily by new_tokens, end of text or not."""
+    device, marks = prompt.device, []
+    measure.synchronize(device)
+    start, ids, cache = perf_counter(), prompt, None
+    for _ in range(new_tokens):
+        found = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        ids, cache = found.logits[:, -1].argmax(-1, keepdim=True), found.past_key_values
+        measure.synchronize(device)
+        marks.append(perf_counter())
+    between = tuple(later - earlier for earlier, later in zip(marks, marks[1:], strict=False))
+    return Times(marks[0] - start, between)
+
+
+def row(name: str, request: Request, times: Sequence[Times]) -> dict[str, Any]:
+    """One model's figures at one kind of request. latency_ms: between one token and the next, over all requests."""
+    first = statistics.median(each.first for each in times)
+    between = torch.tensor([step for each in times for step in each.between], dtype=torch.float64)
+    return {
+        "model": name,
+        "batch": request.batch,
+        "prompt_tokens": request.prompt_tokens,
+        "new_tokens": request.new_tokens,
+        "time_to_first_token_ms": 1e3 * first,
+        "prefill_tokens_per_second": request.batch * request.prompt_tokens / first,
+        "decode_tokens_per_second": request.batch / between.median().item(),
+        "latency_ms": {f"p{share}": 1e3 * torch.quantile(between, share / 100).item() for share in PERCENTILES},
+    }
+
+
+def _with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of one kind of request, each also with its figures as shares of the teacher's."""
+    (teacher,) = (each for each in rows if each["model"] == TEACHER)
+    return [
+        each
+        | {
+            "ratio": {name: each[name] / teacher[name] for name in FIGURES}
+            | {"latency_ms": {name: value / teacher["latency_ms"][name] for name, value in each["latency_ms"].items()}}
+        }
+        for each in rows
+    ]
+
+
+def _opened(directory: Path, precision: str, device: torch.device) -> PreTrainedModel:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=DTYPES[precision], local_files_only=True)
+        return model.eval().to(device)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"evaluate.efficiency: expected {directory} to fit into one device beside the other models, found its "
+            "memory too small. Set evaluate.efficiency.batch_sizes=[] to leave this out."
+        ) from None
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"{directory}: expected a directory that transformers opens, found: {error}") from None
+
+
+def _check_lengths(models: Mapping[str, PreTrainedModel], requests: Sequence[Request]) -> None:
+    longest = max(each.prompt_tokens + each.new_tokens for each in requests)
+    for name, model in models.items():
+        limit = model.config.max_position_embeddings
+        if longest > limit:
+            raise UserError(
+                f"evaluate.efficiency: expected prompt_tokens and new_tokens within the {limit} positions of the "
+                f"{name}, found {longest}. Lower one of them."
+            )
+
+
+def _prompts(windows: Windows, batch: int) -> Tensor:
+    """(batch, length) ids of held-out text, the same again where there is less of it."""
+    return torch.stack([windows[number % len(windows)][:-1] for number in range(batch)])
+
+
+def _free() -> None:
+    """What models that are gone have held on the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _peak_bytes(model: PreTrainedModel, ids: Tensor, new_tokens: int, device: torch.device) -> int:
+    """The most that a request holds at a time, weights included."""
+    beyond, _ = measure.peak_bytes_here(lambda: answer(model, ids, new_tokens), device)
+    tensors = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}  # a tied head once
+    return beyond + sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
