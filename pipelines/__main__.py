@@ -127,10 +127,11 @@ def dispatch(arguments: list[str]) -> None:
                 sys.exit(code)
         return None
     for number, (part, own) in enumerate(parts):
-        if part.stage == "plan":
-            from pipelines.stages import plan
+        if part.stage in ("plan", "decide"):  # they answer in a second, in this process
+            from importlib import import_module
 
-            plan.run(artifacts.StageContext(own, part.stage, artifacts.stage_directory(own, part.stage)))
+            stage = import_module(f"pipelines.stages.{part.stage}")
+            stage.run(artifacts.StageContext(own, part.stage, artifacts.stage_directory(own, part.stage)))
         else:
             if number:  # with what the stages before it have made; of a run in steps the next one alone can be checked
                 left = [part.stage] if config.iterate.students else [other.stage for other, _ in parts[number:]]

@@ -34,6 +34,7 @@ from pipelines.files import (
     write_json,
 )
 from pipelines.lock import Lock
+from pipelines.report_settings import compared_files, compares, comparison_directory
 from pipelines.stages import FREE, STAGES, Stage
 
 __all__ = ["file_hash", "fingerprint", "new_directory", "write_atomic", "write_json"]  # the rest is defined here
@@ -66,11 +67,14 @@ def run_directory(config: Config) -> Path:
 def stage_directory(config: Config, stage: str) -> Path:
     if stage == "export" and config.export.step:
         return run_directory(config) / f"export-step-{config.export.step:07d}"
+    if compares(config, stage):
+        return comparison_directory(config)
     return (Path(config.run.directory) if STAGES[stage].of_machine else run_directory(config)) / stage
 
 
 def log_file(config: Config, stage: str) -> Path:
-    home = stage_directory(config, stage) if STAGES[stage].of_machine else run_directory(config)
+    apart = STAGES[stage].of_machine or compares(config, stage)
+    home = stage_directory(config, stage) if apart else run_directory(config)
     return home / "logs" / f"{stage}.log"
 
 
@@ -123,6 +127,7 @@ INPUTS: dict[str, Callable[[Config], list[Path]]] = {
     "task": lambda config: [Path(config.prune.task)] if config.prune.task else [],
     "task_files": lambda config: [Path(name) for name in config.evaluate.tasks.names if is_task_file(name)],
     "exported": lambda config: [stage_directory(config, "export")],
+    "runs": compared_files,
     "steps": lambda config: [place / stage for place in earlier_steps(config) for stage in ("prune", "distil")],
 }
 
@@ -195,10 +200,11 @@ def inputs(config: Config, stage: Stage) -> dict[str, dict[str, Any]]:
     Raises UserError where something that it must read is not there or was not finished.
     """
     found: dict[str, dict[str, Any]] = {}
-    for name in stage.reads + stage.may_read:
+    for name in ("runs",) if compares(config, stage.name) else stage.reads + stage.may_read:
         paths = INPUTS[name](config)
         for number, path in enumerate(paths):
-            files = {} if name in stage.may_read and not path.exists() else fingerprint(path, sidecar_directory(config))
+            absent = name not in stage.reads and not path.exists()
+            files = {} if absent else fingerprint(path, sidecar_directory(config))
             if name in stage.reads:
                 _require(config, stage, name, path, bool(files))
             if files:

@@ -28,6 +28,7 @@ from pipelines.cluster_settings import ClusterConfig
 from pipelines.evaluation_settings import EvaluateConfig, GateConfig
 from pipelines.export_settings import ExportConfig
 from pipelines.prune_settings import IterateConfig, PruneConfig
+from pipelines.report_settings import DecideConfig, ReportConfig
 from pipelines.signals import AttentionLossConfig, HiddenLossConfig, SchedulesConfig, TaidConfig
 from pipelines.site_settings import AcceptConfig, FetchConfig
 
@@ -250,7 +251,7 @@ class PlanConfig:
 class Config:
     stage: Any = "plan"  # a name, a list of names, or "all": corpus to report
     overwrite: bool = False  # start a stage again whose settings or inputs changed; its checkpoints are moved aside
-    format: Format = Format.text  # of what plan prints
+    format: Format = Format.text  # of what plan and decide print
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
@@ -263,6 +264,8 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     gates: list[GateConfig] = field(default_factory=list)  # of no stage: another bound asks for no overwrite
     export: ExportConfig = field(default_factory=ExportConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+    decide: DecideConfig = field(default_factory=DecideConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)

@@ -13,6 +13,7 @@ from pipelines import config as configuration
 from pipelines import planning
 from pipelines.compose import compose, known_keys
 from pipelines.config import Config, ParallelConfig, UserError, layout
+from pipelines.evaluation_settings import GateConfig
 from pipelines.prune_settings import OfLayerConfig
 from pipelines.validation import numbers, validate
 from pipelines.validation.layouts import check_processes
@@ -340,7 +341,7 @@ def test_every_number_of_the_schema_has_a_range() -> None:
         return names
 
     listed = (configuration.SourceConfig, configuration.HiddenLossConfig, configuration.AttentionLossConfig)
-    entries = (*listed, OfLayerConfig)
+    entries = (*listed, OfLayerConfig, GateConfig)
     assert leaves(Config).union(*map(leaves, entries)) == numbers.RANGES.keys()
     source = Path(numbers.__file__).read_text().partition("RANGES: ")[2].partition("\n}")[0]
     names = [name for line in source.splitlines() for name in re.findall(r'"(\w+)"', line)]

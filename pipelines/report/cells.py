@@ -62,14 +62,19 @@ def row(title: str, cells: Sequence[dict[str, Any]], note: str = "", *, ours: bo
 
 
 def table(
-    caption: str, head: Sequence[str | tuple[str, str]], rows: Sequence[dict[str, Any]], first: str = ""
+    caption: str,
+    head: Sequence[str | tuple[str, str]],
+    rows: Sequence[dict[str, Any]],
+    first: str = "",
+    *,
+    whole: bool = False,
 ) -> dict[str, Any] | None:
     """caption: for who hears the page. head: titles, or titles with units, of the columns behind the first. None
-    without rows. Columns in which no row has anything are left out."""
+    without rows. Columns in which no row has anything are left out, unless whole."""
     if not rows:
         return None
     titles = [entry if isinstance(entry, tuple) else (entry, "") for entry in head]
-    kept = [n for n in range(len(titles)) if any(entry["cells"][n]["text"] != NONE for entry in rows)]
+    kept = [n for n in range(len(titles)) if whole or any(entry["cells"][n]["text"] != NONE for entry in rows)]
     return {
         "caption": caption,
         "first": first,

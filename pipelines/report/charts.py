@@ -104,12 +104,12 @@ def variants(
                 _variant(axes, x, row, KINDS[kind][3] if number == 0 else None)
         if arrows:
             _arrows(axes, points)
-        _names(axes, [(x, row) for x, row in points if row["kind"] not in ("candidate",)])
+        _names(axes, [(x, row) for x, row in points if row["kind"] != "candidate" and row.get("label", row["name"])])
         axes.set(xlabel=xlabel, ylabel="loss, nats/token")
         axes.margins(0.16)
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(6))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
         figure.legend(loc="outside upper right", ncols=3, columnspacing=1.2, handletextpad=0.2)
         return save(figure, name, directory)
 
@@ -146,8 +146,8 @@ def _names(axes: Axes, points: Sequence[tuple[float, dict[str, Any]]]) -> None:
         for x, row in sorted(mine, key=lambda point: point[1]["loss"]):
             level = max(level + step, row["loss"])
             given = {"fontsize": 8.5, "color": KINDS[row["kind"]][0], "va": "center", "textcoords": "offset points"}
-            given |= {"xytext": (-8, 0), "ha": "right"} if side == "right" else {"xytext": (8, 0), "ha": "left"}
-            axes.annotate(row["name"], (x, level), **given)
+            given |= {"xytext": (-7, 5), "ha": "right"} if side == "right" else {"xytext": (7, 5), "ha": "left"}
+            axes.annotate(row.get("label", row["name"]), (x, level), **given)
 
 
 def overlaid(
@@ -161,6 +161,6 @@ def overlaid(
             axes.plot(*zip(*points, strict=True), color=colour, **look, markersize=3.6, label=label)
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.set_xlim(left=0)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
         figure.legend(loc="outside upper right", ncols=3, columnspacing=1.4)
         return save(figure, name, directory)

@@ -3,6 +3,7 @@
 Answers from what lies on disk. No torch, no drawing.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,18 +28,30 @@ class Limits:
 
     def broken_by(self, row: Row) -> list[str]:
         """In words, what a row does not keep or does not tell."""
-        found = []
-        for limit, key, keeps, form in (
-            (self.bytes, "bytes", lambda value, limit: value <= limit, cells.bytes_in_words),
-            (self.loss_below, "loss", lambda value, limit: value < limit, "{:.4f}".format),
-            (self.tokens_per_second, "tokens_per_second", lambda value, limit: value >= limit, _speed),
+        return [
+            f"{TITLES[key]} {'not known' if row[key] is None else SHOWN[key](row[key])}"
+            for key, excess in self._excess(row).items()
+            if excess >= 0
+        ]
+
+    def distance(self, row: Row) -> float:
+        """How far a row is from keeping them: the sum of logarithms of factors; infinite where one is unknown."""
+        return sum(max(excess, 0.0) for excess in self._excess(row).values())
+
+    def _excess(self, row: Row) -> dict[str, float]:
+        """By key of a row, the logarithm of the factor by which it misses a limit; below 0 where it keeps it."""
+        found = {}
+        for key, limit, sign in (
+            ("bytes", self.bytes, 1),
+            ("loss", self.loss_below, 1),
+            ("tokens_per_second", self.tokens_per_second, -1),
         ):
             if limit is None:
                 continue
-            if row[key] is None:
-                found.append(f"{TITLES[key]} not known")
-            elif not keeps(row[key], limit):
-                found.append(f"{TITLES[key]} {form(row[key])}")
+            value = row[key]
+            found[key] = math.inf if value is None else sign * math.log(max(value, 1e-12) / limit)
+            if value == limit and key != "loss":  # a loss must lie below, the others may be as they were asked for
+                found[key] = -math.inf
         return found
 
     def in_words(self) -> str:
@@ -48,11 +61,12 @@ class Limits:
         return " and ".join(words)
 
 
-TITLES = {"bytes": "size", "loss": "loss", "tokens_per_second": "speed"}
-
-
 def _speed(value: float) -> str:
     return f"{value:,.0f} tokens/s" if value >= 100 else f"{value:.3g} tokens/s"
+
+
+TITLES = {"bytes": "size", "loss": "loss", "tokens_per_second": "speed"}
+SHOWN = {"bytes": cells.bytes_in_words, "loss": "{:.4f}".format, "tokens_per_second": _speed}
 
 
 @dataclass(frozen=True)
@@ -66,19 +80,23 @@ class Decision:
 
 
 def decide(rows: Sequence[Row], limits: Limits, differences: dict[str, Any] | None = None) -> Decision:
-    """rows: of variants.rows, of one run or several of one teacher; those measured on other text are left out.
-    differences: {run: "differences" of its results.json}."""
+    """rows: of variants.rows, of one run or several of one teacher, which counts once; those measured on other text are
+    left out. differences: {run: "differences" of its results.json}."""
     compared = [dict(row) for row in rows if row["measured"] == variants.TEST]
-    several = len({row["run"] for row in compared}) > 1
+    teachers = [row for row in compared if row["kind"] == "teacher"]
+    compared = [row for row in compared if not any(row is other for other in teachers[1:])]
+    several = len({row["run"] for row in rows}) > 1
     speed = _common_speed(compared)
     for row in compared:
-        row["title"] = f"{row['run']}: {row['name']}" if several else row["name"]
+        apart = several and row["kind"] != "teacher"
+        row["title"] = f"{row['name']} of {row['run']}" if apart else row["name"]
+        row["label"] = label(row, several=several)
         row["breaks"] = limits.broken_by(row)
     _front(compared, "bytes", lambda row: row["bytes"], "front_size")
     _front(compared, "speed", lambda row: -row["tokens_per_second"] if row["speed"] == speed else None, "front_speed")
 
     def beyond(one: Row, other: Row) -> bool | None:
-        return variants.beyond_noise(one, other, (differences or {}).get(one["run"]))
+        return variants.beyond_noise(one, other, differences or {})
 
     # Without a limit the teacher is what the others are held against, and would always be as good as itself.
     open_to = [row for row in compared if not row["breaks"] and (limits.given or row["kind"] != "teacher")]
@@ -93,6 +111,14 @@ def decide(rows: Sequence[Row], limits: Limits, differences: dict[str, Any] | No
     teacher = next((row for row in compared if row["kind"] == "teacher"), None)
     known = len(open_to) > 1 and any(beyond(row, best) is not None for row in open_to if row is not best)
     return Decision(compared, index, _words(chosen, best, near, open_to, limits, teacher, known, beyond))
+
+
+def label(row: Row, *, several: bool) -> str:
+    """What stands beside its mark in a plot. Of several runs the run stands for its student; what was only pruned is
+    told by its mark and the arrow."""
+    if not several or row["kind"] == "teacher":
+        return str(row["name"])
+    return {"student": row["run"], "pruned": ""}.get(row["kind"], f"{row['name']} of {row['run']}")
 
 
 def _size(row: Row) -> float:
@@ -144,9 +170,13 @@ def _words(
     else:
         reason = (
             f"{of} it is the smallest whose loss, {chosen['loss']:.4f} nats/token, is within noise of the lowest, "
-            f"{best['loss']:.4f} of {best['title']}"
+            f"{best['loss']:.4f} of {_the(best)}"
         )
-    return f"Take {chosen['title']}: {reason}.{_against(chosen, teacher, beyond)}"
+    return f"Take {_the(chosen)}: {reason}.{_against(chosen, teacher, beyond)}"
+
+
+def _the(row: Row) -> str:
+    return f"the {row['title']}" if row["kind"] in ("teacher", "student") else f"the {row['kind']} {row['title']}"
 
 
 def _against(chosen: Row, teacher: Row | None, beyond: Any) -> str:
@@ -171,17 +201,16 @@ def _nothing(rows: list[Row], limits: Limits) -> str:
         return "Nothing to decide on: no variant has been evaluated. Run stage=evaluate."
     if not limits.given:
         return "Nothing to decide on: only the teacher has been evaluated."
-    known = [row for row in rows if not any(word.endswith("not known") for word in row["breaks"])]
-    nearest = min(known or rows, key=lambda row: (len(row["breaks"]), row["loss"]))
+    nearest = min(rows, key=limits.distance)
     return (
-        f"No variant keeps {limits.in_words()}. The nearest is {nearest['title']}: {', '.join(nearest['breaks'])}. "
+        f"No variant keeps {limits.in_words()}. The nearest is {_the(nearest)}: {', '.join(nearest['breaks'])}. "
         "Ask for less, or prune to another size, distil longer or quantize."
     )
 
 
 def of_run(record: RunRecord, results: dict[str, Any], limits: Limits) -> Decision:
     """The decision between the variants of one run."""
-    return decide(variants.rows(record, results), limits, {record.name: results["differences"]})
+    return decide(variants.rows(record, results), limits, {record.name: variants.differences(results)})
 
 
 def table(decision: Decision) -> dict[str, Any] | None:
@@ -192,7 +221,7 @@ def table(decision: Decision) -> dict[str, Any] | None:
     for row in sorted(decision.rows, key=_size):
         speed = cells.figure(row["tokens_per_second"], "{:,.0f}")
         speed["note"] = row["speed"] or "" if several_speeds else ""
-        limit = "keeps the limits" if not row["breaks"] else "no: " + ", ".join(row["breaks"])
+        limit = "kept" if not row["breaks"] else "no: " + ", ".join(row["breaks"])
         shown = [
             cells.cell(cells.bytes_in_words(row["bytes"])),
             cells.figure(row["parameters"], "{:,.0f}"),
@@ -207,7 +236,7 @@ def table(decision: Decision) -> dict[str, Any] | None:
         rows.append(cells.row(row["title"], shown, note=note, ours=row is chosen))
     head = ["size", "parameters", ("loss", "nats/token"), "to the recommended", ("KL", "to teacher")]
     speed_of = _common_speed(decision.rows)
-    head += [("tokens/s", speed_of or ""), ("on the front", "nothing is better and cheaper"), "limits"]
+    head += [("tokens/s", speed_of or ""), "on the front", "limits"]
     return cells.table("Variants by size, quality and speed", head, rows, "Variant")
 
 

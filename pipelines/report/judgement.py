@@ -24,16 +24,13 @@ def gates_in_words(gates: list[dict[str, Any]]) -> str:
 def _failed(gate: dict[str, Any]) -> str:
     side, bound = bound_of(gate)
     if not cells.is_number(gate.get("value")):
-        return f"{gate['figure']}, which was not measured"
+        return str(gate.get("why") or f"{gate['figure']}, which was not measured")
     return f"{gate['figure']} is {_short(gate['value'])}, expected {side} {_short(bound)}"
 
 
 def bound_of(gate: dict[str, Any]) -> tuple[str, Any]:
     """("above" or "below", the bound)."""
-    for side in ("above", "below"):
-        if cells.is_number(gate.get(side)):
-            return side, gate[side]
-    return str(gate.get("side") or ("above" if gate.get("above") else "below")), gate.get("bound")
+    return ("above" if "above" in gate else "below"), gate["bound"]
 
 
 def gates(found: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -43,9 +40,14 @@ def gates(found: list[dict[str, Any]]) -> dict[str, Any] | None:
         verdict = cells.cell("\N{CHECK MARK} passed" if gate.get("passed") else "\N{BALLOT X} failed")
         expected = cells.cell(f"{side} {_short(bound)}")
         shown = cells.cell(_short(gate.get("value")))
-        rows.append(cells.row(str(gate["figure"]), [verdict, shown, expected], note=str(gate.get("why") or "")))
+        rows.append(cells.row(str(gate["figure"]), [verdict, shown, expected], note=_gap(gate)))
         rows[-1]["failed"] = not gate.get("passed")
     return cells.table("The gates of this experiment", ("", "measured", "expected"), rows, "Gate")
+
+
+def _gap(gate: dict[str, Any]) -> str:
+    """Why a gate has no figure."""
+    return "" if cells.is_number(gate.get("value")) else str(gate.get("why") or "")
 
 
 def drift(found: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -42,7 +42,7 @@ def render(record: RunRecord, results: dict[str, Any], configuration: str, plot_
             scale=_scale(models),
             pending=summary.pending_in_words(results["pending"]),
             highlights=_highlights(results),
-            evaluated=_evaluated(results),
+            evaluated=evaluated_in_words(results),
             chain=_chain(results),
             absent_models=_absent_models(record, models),
             identity=record.manifests["distil"].get("figures", {}).get("loss", ""),
@@ -105,7 +105,8 @@ def _highlights(results: dict[str, Any]) -> list[dict[str, str]]:
     return [{"title": title, "value": value} for title, value in items]
 
 
-def _evaluated(results: dict[str, Any]) -> str:
+def evaluated_in_words(results: dict[str, Any]) -> str:
+    """On what the figures were measured."""
     if not results["models"]:
         return ""
     split, tokens, bytes_ = results["split"], results["tokens"], results["bytes"]

@@ -3,16 +3,19 @@
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from pipelines import artifacts, gates
-from pipelines.config import Config, UserError
+from pipelines.config import Config, TeacherMode, UserError
+from pipelines.prune_settings import StepConfig
+from pipelines.report_settings import run_of
 
 MODELS = ("teacher", "pruned", "student")
 # In metrics.jsonl: what a clock decides, or the processes' memory. All else is the same in a run that continues.
@@ -149,6 +152,22 @@ def read_run(config: Config) -> RunRecord:
         steps=_steps(config),
         missing=missing,
     )
+
+
+def read_named_run(config: Config, name: str) -> RunRecord:
+    """A run of report.runs, by the configuration that it was made with."""
+    directory = run_of(config, name)
+    own = Config()
+    own.run.directory, own.run.name = str(directory.parent), directory.name
+    stage = next((s for s in reversed(STAGES) if (directory / s / "config.yaml").is_file()), None)
+    tree = yaml.safe_load((directory / stage / "config.yaml").read_text()) if stage else {}
+    # What says where a run's parts lie; the rest may come from another version of the schema.
+    own.data.corpus = (tree.get("data") or {}).get("corpus")
+    own.model.path = (tree.get("model") or {}).get("path")
+    own.student.path = (tree.get("student") or {}).get("path")
+    own.teacher.mode = TeacherMode((tree.get("teacher") or {}).get("mode", TeacherMode.take.value))
+    own.iterate.students = [StepConfig() for _ in (tree.get("iterate") or {}).get("students") or []]
+    return replace(read_run(own), name=name if name.count("/") else directory.name)
 
 
 def _steps(config: Config) -> tuple[dict[str, dict[str, Any]], ...]:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.report import plots
+from pipelines.report.variants import candidates
 
 # (heading, unit, format) of the columns behind the candidate's name.
 COLUMNS = (
@@ -15,26 +16,6 @@ COLUMNS = (
     ("Task", "score", "{:.1%}"),
     ("Speed", "tokens/s", "{:,.0f}"),
 )
-
-
-def candidates(search: dict[str, Any]) -> list[dict[str, Any]]:
-    """Those that the last search of search.json compared in the order of what is known of them, the winner first:
-    name, won, followed, parameters, predicted, measured, validation, distilled (losses, nats/token), task,
-    tokens_per_second; None where not known."""
-    found, known = [], search.get("candidates", {})
-    for name in (name for name in search.get("measured", []) if name in known):
-        entry = known[name]
-        distilled = (entry.get("distilled") or {}).get("ce")
-        row = {key: entry.get(key) for key in ("parameters", "predicted", "measured", "validation", "task")}
-        row |= {"distilled": distilled, "tokens_per_second": entry.get("tokens_per_second")}
-        followed = distilled is not None or row["validation"] is not None
-        found.append({"name": name, "won": name == search.get("winner"), "followed": followed} | row)
-
-    def order(row: dict[str, Any]) -> tuple[bool, bool, float]:
-        after = row["validation"] if row["distilled"] is None else row["distilled"]
-        return not row["won"], not row["followed"], row["measured"] if after is None else after
-
-    return sorted(found, key=order)
 
 
 def section(search: dict[str, Any], teacher_parameters: int | None, directory: Path) -> dict[str, Any] | None:

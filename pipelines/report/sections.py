@@ -94,35 +94,26 @@ def _settings_in_words(settings: Any) -> str:
 
 
 def quantized(results: dict[str, Any]) -> dict[str, Any] | None:
-    """The quantized forms of the student beside it."""
-    student = results["models"].get("student", {})
+    """The forms with fewer bits, each against the model that it was made of."""
     rows = []
     for entry in results["quantized"].get("variants", []):
-        shown = [
-            cells.cell(str(entry.get("method") or cells.NONE)),
-            cells.cell(cells.bytes_in_words(entry.get("bytes"))),
-        ]
+        of = str(entry.get("of") or "student")
         if entry.get("refused"):
-            shown += [cells.cell(cells.NONE)] * 5
-            rows.append(cells.row(str(entry["name"]), shown, note=str(entry["refused"])))
+            empty = [cells.cell(cells.NONE)] * 6
+            rows.append(cells.row(str(entry["name"]), [cells.cell(of), *empty], note=str(entry["refused"])))
             continue
-        shown += [cells.figure(entry.get("loss"), interval=(entry.get("intervals") or {}).get("loss"))]
-        change = None
-        if cells.is_number(entry.get("loss")) and cells.is_number(student.get("loss")):
-            change = entry["loss"] - student["loss"]
-        shown += [cells.figure(change, "{:+.4f}")]
-        shown += [cells.figure(entry.get(key)) for key in ("kl", "kl_to_student")]
-        shown += [cells.figure(entry.get("agreement"), "{:.1%}")]
+        change = cells.find(entry.get("differences"), figure="loss", model=entry["name"], other=of)
+        shown = [
+            cells.cell(of),
+            cells.cell(cells.bytes_in_words(entry.get("bytes"))),
+            cells.figure(entry.get("loss"), interval=(entry.get("intervals") or {}).get("loss")),
+            cells.difference(change),
+            *(cells.figure(entry.get(key)) for key in ("kl", "kl_to_student")),
+            cells.figure(entry.get("agreement"), "{:.1%}"),
+        ]
         rows.append(cells.row(str(entry["name"]), shown, note=str(entry.get("library") or "")))
-    head = [
-        "method",
-        "size",
-        ("loss", "nats/token"),
-        "loss, to the student",
-        ("KL", "to teacher"),
-        ("KL", "to student"),
-    ]
-    return cells.table("Quantized forms of the student", [*head, "agreement"], rows, "Form")
+    head = ["made of", "size", ("loss", "nats/token"), ("loss", "against it"), ("KL", "to teacher")]
+    return cells.table("Quantized forms", [*head, ("KL", "to the student"), "agreement"], rows, "Form")
 
 
 def gaps(results: dict[str, Any]) -> list[dict[str, str]]:

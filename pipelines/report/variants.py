@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from pipelines.report import cells, search
+from pipelines.report import cells
 from pipelines.report.record import MODELS, RunRecord
 
 TEST, ELSEWHERE = "test", "elsewhere"  # where a loss was measured: on the evaluated split, or on other text
@@ -59,7 +59,7 @@ def _decode(efficiency: dict[str, Any], model: str) -> float | None:
 
 def _quantized(record: RunRecord, entry: dict[str, Any]) -> dict[str, Any]:
     speed = entry.get("decode_tokens_per_second")
-    known = {key: entry.get(key) for key in ("bytes", "loss", "kl", "agreement")}
+    known = {key: entry.get(key) for key in ("parameters", "bytes", "loss", "kl", "agreement")}
     interval = (entry.get("intervals") or {}).get("loss")
     return _row(
         record, str(entry["name"]), "quantized", **known, interval=interval, tokens_per_second=speed,
@@ -77,11 +77,31 @@ def _steps(record: RunRecord, results: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _candidates(record: RunRecord) -> list[dict[str, Any]]:
     made = []
-    for row in search.candidates(record.search):
+    for row in candidates(record.search):
         after = row["validation"] if row["distilled"] is None else row["distilled"]
         loss = row["measured"] if after is None else after
         made.append(_row(record, row["name"], "candidate", parameters=row["parameters"], loss=loss, measured=ELSEWHERE))
     return made
+
+
+def candidates(search: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those that the last search of search.json compared in the order of what is known of them, the winner first:
+    name, won, followed, parameters, predicted, measured, validation, distilled (losses, nats/token), task,
+    tokens_per_second; None where not known."""
+    found, known = [], search.get("candidates", {})
+    for name in (name for name in search.get("measured", []) if name in known):
+        entry = known[name]
+        distilled = (entry.get("distilled") or {}).get("ce")
+        row = {key: entry.get(key) for key in ("parameters", "predicted", "measured", "validation", "task")}
+        row |= {"distilled": distilled, "tokens_per_second": entry.get("tokens_per_second")}
+        followed = distilled is not None or row["validation"] is not None
+        found.append({"name": name, "won": name == search.get("winner"), "followed": followed} | row)
+
+    def order(row: dict[str, Any]) -> tuple[bool, bool, float]:
+        after = row["validation"] if row["distilled"] is None else row["distilled"]
+        return not row["won"], not row["followed"], row["measured"] if after is None else after
+
+    return sorted(found, key=order)
 
 
 def weight_bytes(directory: Path) -> int | None:
@@ -90,15 +110,24 @@ def weight_bytes(directory: Path) -> int | None:
     return sum(sizes) or None
 
 
-def beyond_noise(one: dict[str, Any], other: dict[str, Any], differences: Any = ()) -> bool | None:
+def differences(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The paired differences of a run: of its models, and of each quantized form from what it was made of."""
+    of_forms = [entry for form in results["quantized"].get("variants", []) for entry in form.get("differences") or []]
+    return [*results["differences"], *of_forms]
+
+
+def beyond_noise(one: dict[str, Any], other: dict[str, Any], differences: dict[str, Any]) -> bool | None:
     """Whether two rows' losses differ by more than noise; None where that is not known.
 
-    By the paired difference where one was measured. Else where they lie further apart than both intervals' halves
-    together, as the root of the sum of their squares; on the same text that asks too much rather than too little.
+    differences: {run: "differences" of its results.json}. By the paired difference where one was measured. Else where
+    they lie further apart than both intervals' halves together, as the root of the sum of their squares; on the same
+    text that asks too much rather than too little.
     """
-    if one["run"] == other["run"]:
+    # The teacher is every run's.
+    run = other["run"] if one["kind"] == "teacher" else one["run"]
+    if one["run"] == other["run"] or "teacher" in (one["kind"], other["kind"]):
         for first, second in ((one, other), (other, one)):
-            entry = cells.find(differences, figure="loss", model=first["name"], other=second["name"])
+            entry = cells.find(differences.get(run), figure="loss", model=first["name"], other=second["name"])
             if entry:
                 return bool(entry.get("larger_than_noise"))
     if not one["interval"] or not other["interval"]:

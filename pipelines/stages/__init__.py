@@ -126,9 +126,10 @@ _TABLE = (
         "results.json, plots, one HTML page",
         ranks=False,
         may_read=("corpus", "teacher_run", "pruning", "distillation", "evaluation", "exported", "steps"),
-        settings=("gates",),
+        settings=("report", "gates"),
         derived=True,
     ),
+    Stage("decide", "which variant to take: size, quality and speed, within limits", ranks=False, kept=False),
     Stage("plan", "parameters, FLOPs and bytes per device, before anything is started", ranks=False, kept=False),
     Stage(
         "accept",

@@ -16,13 +16,15 @@ from rich.table import Table
 
 from pipelines import artifacts, console, files
 from pipelines.config import Config, UserError
-from pipelines.report import card, page, summary
+from pipelines.report import card, compare, page, runs, summary
 from pipelines.report.record import MODELS, read_run
 
 
 def run(context: artifacts.StageContext) -> dict[str, Any]:
     """Write <directory>/{index.html,results.json,MODEL_CARD.md,plots/*.png} and print the closing table."""
     config, directory = context.config, context.directory
+    if config.report.runs:
+        return compared(context)
     record = read_run(config)
     if not any(record.complete.values()) and not record.teacher_metrics.rows and not record.distil_metrics.rows:
         raise UserError(
@@ -41,6 +43,20 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
     print_closing(results, directory / "index.html", artifacts.stage_directory(config, "export") / "hf")
     figures = ("parameters_kept", "pruning_gap_closed", "student_minus_teacher")
     return {"verdict": results["verdict"]} | {name: results[name] for name in figures}
+
+
+def compared(context: artifacts.StageContext) -> dict[str, Any]:
+    """Several runs on one page: <directory>/{index.html,results.json,plots/*.png}."""
+    directory, records = context.directory, runs.read(context.config)
+    results = compare.results(records)
+    with files.new_directory(directory / "plots") as plots:
+        html = compare.render(records, results, plots)
+    files.write_json(directory / "results.json", results)
+    files.write_atomic(directory / "index.html", html)
+    console.say(compare.verdict(results))
+    console.say(results["decision"]["why"])
+    console.say(f"report          {directory / 'index.html'}")
+    return {"recommended": results["decision"]["recommended"]}
 
 
 def configuration_text(config: Config) -> str:

@@ -25,6 +25,7 @@ from pipelines.validation import (
     layouts,
     memory,
     numbers,
+    report,
     scores,
     search,
     shapes,
@@ -66,6 +67,7 @@ def validate(config: Config, stages: Collection[str]) -> list[str]:
 
 def _validate(config: Config, stages: Collection[str]) -> list[str]:
     ranks = layout(config.parallel)
+    report.check(config, stages)
     site.check(config, stages)
     site.check_acceptance(config, stages)
     directories.check_run(config, stages)

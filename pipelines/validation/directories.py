@@ -32,7 +32,7 @@ def check_run(config: Config, stages: Collection[str]) -> None:
 def check_given(config: Config, stages: Collection[str]) -> None:
     """Directories that the configuration names. Without any stage that reads them they may be missing."""
     path = config.model.path
-    works = [name for name in stages if name not in ("plan", "verify", "fetch", "accept")]
+    works = [name for name in stages if name not in ("plan", "verify", "fetch", "accept", "decide")]
     pretrains = config.teacher.mode is TeacherMode.pretrain
     if path and works:
         _expect_directory("model.path", path)

@@ -23,8 +23,15 @@ def warnings(
     if "plan" in stages:
         yield from _planned(config)
         yield from memory.warnings(config, teacher, student)
-    if config.format is Format.json and "plan" not in stages:
-        yield "format=json has no effect without stage=plan"
+    if config.format is Format.json and not {"plan", "decide"} & set(stages):
+        yield "format=json has no effect without stage=plan or stage=decide"
+    if config.report.runs and not {"report", "decide"} & set(stages):
+        yield "report.runs has no effect without stage=report or stage=decide"
+    if config.report.name and ("report" not in stages or not config.report.runs):
+        yield "report.name has no effect without stage=report and report.runs"
+    for name, value in vars(config.decide).items():
+        if value is not None and "decide" not in stages:
+            yield f"decide.{name} has no effect without stage=decide"
     for name in ("dry_run", "layouts"):
         if getattr(config.plan, name) and "plan" not in stages:
             yield f"plan.{name}=true has no effect without stage=plan"

@@ -68,6 +68,7 @@ RANGES: dict[str, Range] = {
     "bandwidth_bytes": ONE_OR_MORE,
     **dict.fromkeys(("above", "below"), Range(-math.inf)),  # of figures of any sign
     **dict.fromkeys(("limit", "questions"), ONE_OR_MORE),
+    **dict.fromkeys(("bytes", "loss_below"), POSITIVE),
     "seed": SEED,
 }
 

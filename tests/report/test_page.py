@@ -41,7 +41,10 @@ def test_the_verdict_names_the_gate_that_failed_and_what_to_take(whole: Made) ->
     text = words(whole[0])
     above = text.partition("Parameters kept")[0]
     assert "1 of 2 gates passed. Failed: student.kl is 0.041, expected below 0.03." in above
-    assert "Take int8: of the variants it is the smallest whose loss, 2.9340 nats/token, is within noise of" in above
+    assert (
+        "Take the quantized int8: of the variants it is the smallest whose loss, 2.9340 nats/token, is within noise of"
+        in above
+    )
     assert "It has 18% of the teacher's bytes" in above and "No vllm: not installed here." in text
     assert whole[1]["decision"]["recommended"] == {"run": "quickstart", "name": "int8"}
 
@@ -69,8 +72,9 @@ def test_the_verdict_names_the_gate_that_failed_and_what_to_take(whole: Made) ->
         "Measured on cpu, 2 threads, fp32, transformers.",
         "batch 8, 64 + 32 tokens 98.8 0.59× 5,100 1.70×",
         "13.2 MB 0.57×",
-        "weight only, groups of 32 2.6 MB 3.2100",
-        "needs a GPU",  # why a form was refused
+        "int4 compressed-tensors 0.9 student 2.6 MB 3.2100",
+        "+0.2800 +0.2700 to +0.2900 larger than noise",
+        "expected inputs that 32 divides, found 20.",  # why a form was refused
         "Hollow marks were measured on other text",
     ],
 )
@@ -137,12 +141,15 @@ def test_parts_that_were_not_measured_take_no_room(tmp_path: Path) -> None:
 
 
 def test_gates_in_words() -> None:
-    one = {"figure": "student.loss", "bound": 3.0, "side": "below", "value": 2.9, "passed": True}
-    missing = {"figure": "tasks.mmlu", "above": 0.9, "value": None, "passed": False}
+    one = {"figure": "student.loss", "bound": 3.0, "below": 3.0, "value": 2.9, "passed": True, "why": ""}
+    missing = {"figure": "student.tasks.mmlu", "bound": 0.9, "above": 0.9, "value": None, "passed": False}
+    missing |= {"why": "student.tasks.mmlu above 0.9: not measured: no harness"}
     assert judgement.gates_in_words([]) == ""
     assert judgement.gates_in_words([one]) == "Its gate passed."
     assert judgement.gates_in_words([one, one]) == "All 2 gates passed."
-    assert judgement.gates_in_words([missing]) == "None of 1 gates passed. Failed: tasks.mmlu, which was not measured."
+    assert judgement.gates_in_words([missing]) == (
+        "None of 1 gates passed. Failed: student.tasks.mmlu above 0.9: not measured: no harness."
+    )
     rows = judgement.gates([one, missing])
     assert rows and [row["failed"] for row in rows["rows"]] == [False, True]
     assert rows["rows"][1]["cells"][2]["text"] == "above 0.9"
