@@ -109,7 +109,8 @@ def kept_checkpoint(config: Config) -> Path:
 
 
 INPUTS: dict[str, Callable[[Config], list[Path]]] = {
-    "sources": lambda config: [p for s in config.data.sources if s.path for p in _source_paths(s.path)],
+    "sources": lambda config: [p for s in config.data.sources if s.path for p in source_paths(s.path)],
+    "domain_files": lambda config: [p for d in config.evaluate.domains if d.path for p in source_paths(d.path)],
     "tokenizer": lambda config: _tokenizer_files(config.data.tokenizer or config.model.path),
     "model": lambda config: [Path(config.model.path)] if config.model.path else [],
     "corpus": lambda config: [corpus_directory(config)],
@@ -137,7 +138,7 @@ def earlier_steps(config: Config) -> list[Path]:
     return [run_directory(config) / f"step{number}" for number in range(1, len(config.iterate.students))]
 
 
-def _source_paths(path: str) -> list[Path]:
+def source_paths(path: str) -> list[Path]:
     """What a source's path names: itself, the files of a pattern, or the prefix of a Megatron data set's two files."""
     if path.endswith((".bin", ".idx")):
         return [Path(path).with_suffix("")]

@@ -23,6 +23,14 @@ class SourceKind(Enum):
     datasets = "datasets"  # a directory written by datasets' save_to_disk
     megatron = "megatron"  # an existing .bin/.idx prefix
     standard_library = "standard_library"  # the running Python's own
+    package_descriptions = "package_descriptions"  # of the installed Python packages: prose
+
+
+class DomainKind(Enum):
+    """How a domain's text relates to what the models are for."""
+
+    own = "own"
+    other = "other"  # out of distribution: what forgetting shows on
 
 
 class Importance(Enum):

@@ -104,7 +104,7 @@ def _expand_home(override: str) -> str:
     key, equals, value = override.partition("=")
     if key in PATHS and value.startswith("~"):
         return f"{key}={os.path.expanduser(value)}"
-    if key == "data.sources":
+    if key in ("data.sources", "evaluate.domains"):
         value = re.sub(r"(\bpath: *)(~[^,}\s]*)", lambda found: found[1] + os.path.expanduser(found[2]), value)
     return key + equals + value
 
@@ -121,6 +121,8 @@ def _home_expanded(config: Config) -> Config:
     config.cluster.mounts = [os.path.expanduser(mount) for mount in config.cluster.mounts]
     for source in config.data.sources:
         source.path = _expanded(source.path)
+    for domain in config.evaluate.domains:
+        domain.path = _expanded(domain.path)
     return config
 
 
@@ -250,6 +252,8 @@ def _type_of(key: str) -> str:
         return f"a list of sources, as in '{key}=[{{path: text.jsonl}}, {{path: more.parquet, weight: 2}}]'"
     if kind == list[evaluation_settings.GateConfig]:
         return f"a list of gates, as in '{key}=[{{figure: student.kl, below: 0.2}}]'"
+    if kind == list[evaluation_settings.DomainConfig]:
+        return f"a list of domains, as in '{key}=[{{name: law, path: law.jsonl}}, {{name: news, path: news.txt}}]'"
     words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
     name = kind.__name__ if isinstance(kind, type) and "[" not in str(kind) else str(kind)
     if name.removesuffix(" | None") in words:

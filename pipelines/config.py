@@ -109,7 +109,7 @@ class ParallelConfig:
 
 @dataclass
 class SourceConfig:
-    path: str | None = None  # None only for standard_library
+    path: str | None = None  # None only for standard_library and package_descriptions
     kind: SourceKind = SourceKind.auto
     weight: float = 1.0  # share of the training samples that come from it, relative to the other sources
     text_key: str = "text"  # of jsonl, parquet, datasets

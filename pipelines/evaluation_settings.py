@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from pipelines.choices import Precision
+from pipelines.choices import DomainKind, Precision, SourceKind
 
 TASK_FILES = (".yaml", ".yml", ".jsonl")
 MODELS = ("teacher", "pruned", "student")
@@ -63,6 +63,19 @@ class EfficiencyConfig:
 
 
 @dataclass
+class DomainConfig:
+    """Text of one kind, read by the corpus's tokenizer."""
+
+    name: str = ""  # in the results: letters, digits, - and _
+    path: str | None = None  # as data.sources take it; None only for the sources that have none
+    kind: DomainKind = DomainKind.own
+    source: SourceKind = SourceKind.auto
+    text_key: str = "text"  # of jsonl, parquet, datasets
+    document_bytes: int | None = None  # cut text files at blank lines into documents of about this size
+    tokens: int = 100_000  # at most so many, from the beginning
+
+
+@dataclass
 class EvaluateConfig:
     """The models' quality on a held-out split of the corpus comes first and always; every other part has its own group
     here, and is a gap with a reason where it cannot be measured."""
@@ -75,3 +88,6 @@ class EvaluateConfig:
     document_mask: bool | None = None  # as in training; None: distil.document_mask
     tasks: TasksConfig = field(default_factory=TasksConfig)
     efficiency: EfficiencyConfig = field(default_factory=EfficiencyConfig)
+    domains: list[DomainConfig] = field(default_factory=list)  # measured beside the split, each by itself
+    # Sequence lengths, in tokens, at which the split's documents that are long enough are read besides.
+    long_context: list[int] = field(default_factory=list)

@@ -158,6 +158,37 @@ class Windows:
         return batch if self.end_of_document is None else separated(batch, self.end_of_document)
 
 
+class LongDocuments(Windows):
+    """One window for each document that has more than sequence_length tokens: its beginning."""
+
+    def __init__(self, prefixes: Sequence[Path], sequence_length: int) -> None:
+        super().__init__(prefixes, sequence_length)
+        starts = numpy.concatenate([[0], self._document_ends[:-1]])
+        lengths = self._document_ends - starts
+        self._long = starts[lengths > sequence_length]
+        if not len(self._long):
+            raise UserError(
+                f"expected documents of more than {sequence_length} tokens, found none: the longest has "
+                f"{int(lengths.max())}. Name a shorter length, or a split with longer documents."
+            )
+
+    def __len__(self) -> int:
+        return len(self._long)
+
+    def __getitem__(self, window: int) -> torch.Tensor:
+        start = int(self._long[window])
+        return torch.from_numpy(self._read(start, start + self.sequence_length + 1))
+
+    def mask(self, window: int) -> torch.Tensor:
+        return torch.ones(self.sequence_length)
+
+    def documents(self, window: int) -> torch.Tensor:
+        return torch.full((self.sequence_length,), window)
+
+    def documents_of(self, chosen: Sequence[int]) -> numpy.ndarray[Any, Any]:
+        return numpy.asarray(chosen, numpy.int64)
+
+
 def batches(
     windows: Windows,
     micro_batch_size: int,

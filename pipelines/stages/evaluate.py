@@ -14,29 +14,28 @@ value}}}}, "published": {model: {task: value}} where they are given, "difference
 "dtype", "form", "rounds", "rows": [{"model", "batch", "prompt_tokens", "new_tokens", "time_to_first_token_ms",
 "prefill_tokens_per_second", "decode_tokens_per_second", "latency_ms": {"p50", "p90", "p99"} (between tokens), "ratio":
 {the same, to the teacher's}}], "models": {model: {"bytes_on_disk" (of the weights), "peak_bytes" (weights and what the
-largest request holds), "parameters"}}}, "missing": {model or part: reason}}. Each part lies in parts/ as soon as it is
+largest request holds), "parameters"}}}, "domains", with evaluate.domains: {name: {"path",
+"kind": "own" | "other", "tokens", "bytes", "documents", "models": {model: {"loss", "bits_per_byte", "kl", "agreement",
+"intervals"}}, "differences"}}, "long_context", with evaluate.long_context: {length: {"sequence_length", "tokens",
+"documents", "models": {model: {"loss", "kl", "agreement", "by_position", "intervals"}}, "differences"}}, "missing":
+{model or part: reason}}. Each part lies in parts/ as soon as it is
 measured (evaluation/parts.py). The models of "quality" are resident together: as inference weights they take less than
 distilling the student took.
 """
 
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 
 from pipelines import artifacts, console, files
 from pipelines.config import Config, Layout, UserError, document_mask, layout, without_context
-from pipelines.evaluation import efficiency, tasks
+from pipelines.evaluation import domains, efficiency, long_context, tasks
 from pipelines.evaluation.comparison import compared, figures
 from pipelines.evaluation.parts import Parts
+from pipelines.evaluation.sharded import Sharded, precision
 from pipelines.families import ModelShape, read_shape
 from pipelines.model import parallel, quality
-from pipelines.model.build import build_model
-from pipelines.model.tally import Breakdown
-from pipelines.model.weights import load_hugging_face
 from pipelines.model.windows import (
     Windows,
     batches,
@@ -45,9 +44,9 @@ from pipelines.model.windows import (
     mean_token_bytes,
     split_prefixes,
 )
-from pipelines.text.token_classes import read_token_classes
 from pipelines.vocabulary import check_vocabulary
 
+OF_OTHER_PARTS = ("evaluate.domains", "evaluate.long_context")
 SPEED_SECONDS = 1.5  # of timed forward passes per model
 
 
@@ -63,14 +62,19 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
         console.say(f"evaluate  no {name}: {reason}")
     parts = Parts(context)
     settings = {key: value for key, value in context.settings().items() if key.count(".") == 1}  # those of no part
-    results = parts.measure("quality", settings, lambda: _quality(config, ranks, directories, shapes), needed=True)
+    for name in OF_OTHER_PARTS:
+        settings.pop(name, None)
+    sharded = Sharded(config, ranks, directories, shapes, corpus)
+    results = parts.measure("quality", settings, lambda: _quality(config, ranks, sharded), needed=True)
     assert results is not None
+    results |= _other_texts(context, parts, sharded, settings)
+    sharded.release()
     if config.evaluate.efficiency.batch_sizes:
         found = parts.measure(
             "efficiency",
-            _settings_of(context, "efficiency") | {"precision": _precision(config), "device": ranks.device},
+            _settings_of(context, "efficiency") | {"precision": precision(config), "device": ranks.device},
             lambda: parallel.on_first_rank(
-                lambda: efficiency.of_models(config, directories, _precision(config), ranks.device)
+                lambda: efficiency.of_models(config, directories, precision(config), ranks.device)
             ),
         )
         results |= {"efficiency": found} if found else {}
@@ -93,37 +97,27 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
     return {name: {key: model[key] for key in ("loss", "kl")} for name, model in results["models"].items()}
 
 
-def _quality(
-    config: Config, ranks: Layout, directories: dict[str, Path], shapes: dict[str, ModelShape]
-) -> dict[str, Any]:
+def _quality(config: Config, ranks: Layout, sharded: Sharded) -> dict[str, Any]:
     """The models side by side on the split: what results.json has but for "missing" and the other parts."""
-    settings, corpus = config.evaluate, artifacts.corpus_directory(config)
+    settings, corpus, shapes = config.evaluate, sharded.corpus, sharded.shapes
     end = end_of_document(corpus, settings.split) if document_mask(config, "evaluate") else None
     windows = Windows(split_prefixes(corpus, settings.split), settings.sequence_length, end)
-    models = {name: _load(config, ranks, shapes[name], directory) for name, directory in directories.items()}
-    vocab_size = shapes["teacher"].vocab_size
-    classes = read_token_classes(corpus / "tokenizer")
-    chosen = chosen_windows(windows, settings.micro_batch_size, ranks.data, settings.batches)
-    by = Breakdown(
-        windows.documents_of(chosen),
-        classes,
-        mean_token_bytes(corpus, settings.split, vocab_size),
-        settings.sequence_length,
-    )
-    found = _measure(config, models, windows, vocab_size, by)
+    table = mean_token_bytes(corpus, settings.split, sharded.vocab_size)
+    found = sharded.measure(windows, table, "evaluate", settings.micro_batch_size, settings.batches)
     intervals, differences, documents = compared(found)
-    speeds = _speeds(config, models, windows)
+    batch = next(batches(windows, settings.micro_batch_size))  # the same one for all ranks
+    speeds = quality.tokens_per_second(sharded.models(), batch, seconds=SPEED_SECONDS)
     return {
         "split": settings.split,
         "tokens": found["teacher"].tokens,
         "bytes": round(found["teacher"].text_bytes or 0),
         "documents": documents,
-        "windows": len(chosen),
+        "windows": len(chosen_windows(windows, settings.micro_batch_size, ranks.data, settings.batches)),
         "sequence_length": settings.sequence_length,
-        "precision": _precision(config),
+        "precision": precision(config),
         "document_mask": end is not None,
         "models": {
-            name: {"path": str(directories[name]), "parameters": shapes[name].parameters()}
+            name: {"path": str(sharded.directories[name]), "parameters": shapes[name].parameters()}
             | {"non_embedding_parameters": shapes[name].non_embedding_parameters()}
             | figures(quality_)
             | {"intervals": intervals[name], "tokens_per_second": round(speeds[name], 1)}
@@ -131,6 +125,28 @@ def _quality(
         },
         "differences": differences,
     }
+
+
+def _other_texts(
+    context: artifacts.StageContext, parts: Parts, sharded: Sharded, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """ "domains" and "long_context", each entry a part of its own."""
+    config, found = context.config, {}
+    for domain in config.evaluate.domains:
+        found[f"domains.{domain.name}"] = parts.measure(
+            f"domains.{domain.name}",
+            domains.settings_of(config, domain),
+            lambda domain=domain: domains.measure(config, domain, sharded, context.directory),
+        )
+    for length in config.evaluate.long_context:
+        found[f"long_context.{length}"] = parts.measure(
+            f"long_context.{length}", settings, lambda length=length: long_context.measure(config, length, sharded)
+        )
+    groups: dict[str, Any] = {}
+    for name, entry in found.items():
+        group, _, key = name.partition(".")
+        groups.setdefault(group, {}).update({key: entry} if entry else {})
+    return groups
 
 
 def find_models(config: Config) -> tuple[dict[str, Path], dict[str, str]]:
@@ -160,48 +176,9 @@ def _check(corpus: Path, directories: dict[str, Path], shapes: dict[str, ModelSh
         check_vocabulary(corpus, directory, sizes[name])
 
 
-def _precision(config: Config) -> str:
-    return str((config.evaluate.precision or config.distil.precision).value)
-
-
 def _settings_of(context: artifacts.StageContext, part: str) -> dict[str, Any]:
     return {name: value for name, value in context.settings().items() if name.startswith(f"evaluate.{part}.")}
 
 
 def _tasks_precision(config: Config) -> str:
-    return str(config.evaluate.tasks.precision.value) if config.evaluate.tasks.precision else _precision(config)
-
-
-def _load(config: Config, ranks: Layout, shape: ModelShape, directory: Path) -> GPTModel:
-    model = build_model(
-        shape,
-        sequence_parallel=ranks.sequence_parallel,
-        precision=_precision(config),
-        sequence_length=config.evaluate.sequence_length,
-    )
-    load_hugging_face(model, directory, shape)
-    return model
-
-
-def _measure(
-    config: Config, models: dict[str, GPTModel], windows: Windows, vocab_size: int, by: Breakdown
-) -> dict[str, quality.Quality]:
-    settings, ranks = config.evaluate, parallel_state.get_data_parallel_world_size()
-    chosen = chosen_windows(windows, settings.micro_batch_size, ranks, settings.batches)
-    rank = parallel_state.get_data_parallel_rank()
-    mine = batches(windows, settings.micro_batch_size, rank, ranks, settings.batches, documents=True)
-    started, done = time.monotonic(), 0
-    with console.progress("evaluate", -(-len(chosen) // (settings.micro_batch_size * ranks)), "batches") as bar:
-
-        def advance(tokens: int) -> None:
-            nonlocal done
-            done += tokens * ranks
-            bar.advance(1, detail=f"{done / (time.monotonic() - started):,.0f} tokens/s")
-
-        return quality.evaluate(models, mine, vocab_size=vocab_size, by=by, advance=advance)
-
-
-def _speeds(config: Config, models: dict[str, GPTModel], windows: Windows) -> dict[str, float]:
-    """tokens/s of each model's forward pass on the same micro batch per data-parallel rank."""
-    batch = next(batches(windows, config.evaluate.micro_batch_size))
-    return quality.tokens_per_second(models, batch, seconds=SPEED_SECONDS)
+    return str(config.evaluate.tasks.precision.value) if config.evaluate.tasks.precision else precision(config)

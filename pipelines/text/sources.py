@@ -1,4 +1,4 @@
-"""Where text comes from: JSONL, text files, parquet, a `datasets` directory, Python's standard library.
+"""Where text comes from: JSONL, text files, parquet, a `datasets` directory, Python's standard library and packages.
 
 A source knows its size in input bytes and yields chunks in a fixed order, so that the same input gives the same corpus.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipelines.config import SourceKind, UserError
-from pipelines.text import standard_library
+from pipelines.text import package_descriptions, standard_library
 from pipelines.text.chunks import CHUNK, LARGEST, Chunk, Cuts, Files, Lines, Modules, Texts, grouped, refuse_large
 
 ENDINGS = {
@@ -128,6 +128,21 @@ class Library(Source):
         for size, paths in grouped((path.stat().st_size, path) for path in self.files):
             yield Modules(size, paths)
         for size, texts in grouped((len(text.encode()), text) for text in self.documentation):
+            yield Texts(size, texts)
+
+
+class Descriptions(Source):
+    """The beginnings of the installed packages' descriptions."""
+
+    kind = SourceKind.package_descriptions
+    name = "package_descriptions"
+
+    def __init__(self) -> None:
+        self.texts = list(package_descriptions.documents())
+        self.size = sum(len(text.encode()) for text in self.texts)
+
+    def chunks(self) -> Iterator[Chunk]:
+        for size, texts in grouped((len(text.encode()), text) for text in self.texts):
             yield Texts(size, texts)
 
 
@@ -265,10 +280,10 @@ def open_source(path: str | None, kind: SourceKind, text_key: str, document_byte
             f"document_bytes: expected a number above 0 at a source of kind text, found {document_bytes} at {path} "
             f"of kind {kind.value}."
         )
-    if kind is SourceKind.standard_library:
+    if kind in (SourceKind.standard_library, SourceKind.package_descriptions):
         if path is not None:
-            raise UserError(f"kind=standard_library: expected no path, found {path}. Leave path or kind out.")
-        return Library()
+            raise UserError(f"kind={kind.value}: expected no path, found {path}. Leave path or kind out.")
+        return Library() if kind is SourceKind.standard_library else Descriptions()
     if path is None:
         raise UserError(f"data.sources: expected a path for kind={kind.value}, found none.")
     if kind is SourceKind.datasets:

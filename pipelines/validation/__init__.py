@@ -33,6 +33,7 @@ from pipelines.validation import (
     site,
     steps,
     tasks,
+    texts,
     training,
 )
 
@@ -93,6 +94,7 @@ def _validate(config: Config, stages: Collection[str]) -> list[str]:
     layouts.check_context(config, used, ranks, teacher)
     for name, length in layouts.lengths(config, used):
         layouts.check_length(name, length, ranks, teacher)
+    texts.check(config, stages, ranks, teacher)
     training.check(config, used, ranks, teacher.vocab_size)
     frozen_teacher.check(config, used, ranks, teacher)
     memory.check(config, used, ranks, teacher, student)

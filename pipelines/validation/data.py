@@ -59,8 +59,8 @@ def _check_parts(config: Config, stages: Collection[str]) -> None:
 
 def _check_source(setting: str, source: SourceConfig) -> None:
     kind = source.kind
-    if kind is SourceKind.standard_library:
-        expect(source.path is None, f"{setting}.path", "none with kind=standard_library", source.path, "Drop one.")
+    if kind in (SourceKind.standard_library, SourceKind.package_descriptions):
+        expect(source.path is None, f"{setting}.path", f"none with kind={kind.value}", source.path, "Drop one.")
         return
     expect(bool(source.path), f"{setting}.path", "a path", "none", "Give the file or directory.")
     path = Path(str(source.path))

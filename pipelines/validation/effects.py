@@ -10,7 +10,7 @@ from pipelines.config import PROFILED, Config, Divergence, Format, Layout, Sourc
 from pipelines.families import ModelShape, read_shape
 from pipelines.nemo_context import is_nemo_checkpoint
 from pipelines.prune_settings import PRUNED_SIZES
-from pipelines.validation import depth, memory, scores, search, signals
+from pipelines.validation import depth, memory, scores, search, signals, texts
 from pipelines.validation.data import given_tokenizer, makes_corpus
 from pipelines.validation.training import trainings
 
@@ -60,6 +60,7 @@ def warnings(
     if config.model.path and config.teacher.mode is TeacherMode.pretrain:
         yield f"model.path={config.model.path} has no effect with teacher.mode=pretrain"
     yield from search.warnings(config, stages, ranks, teacher, student)
+    yield from texts.warnings(config, stages, teacher)
     yield from _student(config, stages, teacher, student)
 
 

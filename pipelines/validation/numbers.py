@@ -69,6 +69,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("above", "below"), Range(-math.inf)),  # of figures of any sign
     **dict.fromkeys(("limit", "questions"), ONE_OR_MORE),
     **dict.fromkeys(("bytes", "loss_below"), POSITIVE),
+    "long_context": ONE_OR_MORE,
     "seed": SEED,
 }
 

@@ -14,7 +14,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pipelines.choices import DomainKind, SourceKind
 from pipelines.core import statistics
+from pipelines.evaluation_settings import DomainConfig
 from tests.ranks import RankPools
 from tests.stages import small_run
 
@@ -42,12 +44,18 @@ def pieces(stream: np.ndarray, length: int, end: int | None) -> Iterator[tuple[n
 def plain_tokens(root: Path, length: int = 16, end: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """(of each counted token: label, token before, place in its row, document, bytes; of each model: its figures there
     and "parameters"), from transformers' logits in float64, windows cut by hand, bytes from the vocabulary's pieces."""
-    stream = small_run.ids_of_test_split(root)
+    return plain_stream(root, small_run.ids_of_test_split(root), length, end)
+
+
+def plain_stream(
+    root: Path, stream: np.ndarray, length: int, end: int | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same of any stream of ids."""
     cut = list(pieces(stream, length, end))
     counted = np.concatenate([inputs != end for inputs, _ in cut])
     before, labels = (np.concatenate([piece[side] for piece in cut])[counted] for side in (0, 1))
     tokenizer = AutoTokenizer.from_pretrained(root / "small/corpus/tokenizer")
-    ends = stream == json.loads((root / "small/corpus/blend.json").read_text())["eod"]
+    ends = stream == end_of_document(root)
     # A byte-level token has a character for each byte, the end of a document none.
     special = tokenizer.all_special_tokens
     text = {number: token for token, number in tokenizer.get_vocab().items() if token not in special}
@@ -199,7 +207,7 @@ def test_equals_transformers(ranks: RankPools, root: Path, world: int, settings:
 def test_documents_apart_equal_transformers_document_by_document(
     ranks: RankPools, root: Path, settings: dict[str, Any]
 ) -> None:
-    end = json.loads((root / "small/corpus/blend.json").read_text())["eod"]
+    end = end_of_document(root)
     figures = ranks(2, CASE, stage="evaluate", root=str(root), distil__document_mask=True, **settings)
     assert "error" not in figures[0], figures[0]
     results, expected, stream = read_results(root), plain_results(root, end=end), small_run.ids_of_test_split(root)
@@ -208,6 +216,80 @@ def test_documents_apart_equal_transformers_document_by_document(
         for figure, value in row.items():
             assert results["models"][name][figure] == pytest.approx(value, rel=1e-5, abs=1e-7), (name, figure)
     check_breakdowns(root, results, end)
+
+
+LEGAL = [" ".join(["naïve", "law", "über"] * (3 + number)) + "." for number in range(8)]
+
+
+def test_domains_side_by_side_and_gaps_beside_them(ranks: RankPools, root: Path, tmp_path: Path) -> None:
+    """One of JSON lines against transformers; one cut short; of five that cannot be read each its reason."""
+    (tmp_path / "law.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in LEGAL))
+    (tmp_path / "long.txt").write_text("def value\n" * 300)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes("naïve".encode("latin1"))
+    paths = {"law": "law.jsonl", "long": "long.txt", "none": "none.txt", "empty": "empty.txt", "latin": "latin.txt"}
+    given = [DomainConfig(name, str(tmp_path / path), text_key="body", tokens=100) for name, path in paths.items()]
+    given[0].tokens, given[1].kind = 10_000, DomainKind.other
+    given.append(DomainConfig("prose", source=SourceKind.package_descriptions, tokens=50))
+    ranks(2, CASE, stage="evaluate", root=str(root), parallel__tensor=2, evaluate__domains=given, evaluate__batches=1)
+    results = read_results(root)
+    assert set(results["domains"]) == {"law", "long", "prose"}
+    for name, reason in {"none": "found nothing", "empty": "found none", "latin": "expected UTF-8"}.items():
+        assert reason in results["missing"][f"domains.{name}"]
+    long, law = results["domains"]["long"], results["domains"]["law"]
+    assert (long["kind"], law["kind"], long["tokens"]) == ("other", "own", 99) and long["models"]["student"][
+        "intervals"
+    ] == {}
+    tokenizer, end = AutoTokenizer.from_pretrained(root / "small/corpus/tokenizer"), end_of_document(root)
+    stream = np.concatenate([[*tokenizer.encode(text, add_special_tokens=False), end] for text in LEGAL])
+    common, models = plain_stream(root, stream, 16)
+    assert law["documents"] == len(LEGAL) and law["tokens"] == len(stream) - 1
+    assert (
+        law["bytes"] == common["bytes"].sum() == sum(len(t.encode()) for t in LEGAL) - len(tokenizer.decode(stream[:1]))
+    )
+    documents = [common["document"] == number for number in range(len(LEGAL))]
+    for name, rows in models.items():
+        found = law["models"][name]
+        for figure in FIGURES:
+            assert found[figure] == pytest.approx(rows[figure].mean(), rel=1e-5, abs=1e-7)
+        bits = rows["loss"].sum() / math.log(2) / common["bytes"].sum()
+        assert found["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+        sums = np.array([[rows["loss"][d].sum(), d.sum()] for d in documents])[draws_of(len(LEGAL))].sum(1)
+        expected = np.percentile(sums[:, 0] / sums[:, 1], [2.5, 97.5]).tolist()
+        assert found["intervals"]["loss"] == pytest.approx(expected, rel=1e-5)
+    assert {(row["model"], row["other"]) for row in law["differences"]} == {
+        ("student", "teacher"),
+        ("student", "pruned"),
+    }
+
+
+def end_of_document(root: Path) -> int:
+    return json.loads((root / "small/corpus/blend.json").read_text())["eod"]
+
+
+def test_long_documents_by_position(ranks: RankPools, root: Path) -> None:
+    """At lengths beyond that of the split's windows; one that no document has is a gap."""
+    stream, end = small_run.ids_of_test_split(root), end_of_document(root)
+    ends = np.flatnonzero(stream == end) + 1
+    documents = [d for d in np.split(stream, ends) if len(d) > 48]
+    ranks(2, CASE, stage="evaluate", root=str(root), evaluate__long_context=[48, 4000])
+    results = read_results(root)
+    assert "expected documents of more than 4000 tokens" in results["missing"]["long_context.4000"]
+    found = results["long_context"]["48"]
+    assert found["documents"] == len(documents) > 2 and found["tokens"] == 48 * len(documents)
+    model = AutoModelForCausalLM.from_pretrained(root / "small/distil/hf", dtype=torch.float32).eval()
+    losses = []
+    for document in documents:
+        ids = torch.tensor(document[:49].astype(np.int64))[None]
+        with torch.no_grad():
+            log = model(ids[:, :-1]).logits[0].double().log_softmax(-1)
+        losses.append(-log.gather(1, ids[0, 1:, None])[:, 0].numpy())
+    by_place = np.stack(losses)
+    student = found["models"]["student"]
+    assert student["loss"] == pytest.approx(by_place.mean(), rel=1e-5)
+    assert [(band["from"], band["to"]) for band in student["by_position"]] == [*BANDS, (16, 32), (32, 48)]
+    for band in student["by_position"]:
+        assert band["loss"] == pytest.approx(by_place[:, band["from"] : band["to"]].mean(), rel=1e-5)
 
 
 def test_a_limit_takes_that_many_windows(ranks: RankPools, root: Path) -> None:
