@@ -78,6 +78,7 @@ setup(
         "pipelines.conf": ["*.yaml", "*/*.yaml", "*/*/*.yaml"],
         "pipelines.report": ["*.jinja", "*.css"],
         "pipelines.cluster": ["*.sh"],
+        "pipelines.evaluation": ["*.jsonl", "*.txt"],
     },
     install_requires=REQUIREMENTS,
     extras_require={"trackers": TRACKERS, "quantize": QUANTIZE, "tasks": TASKS, "test": TEST, "dev": TEST},

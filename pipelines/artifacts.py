@@ -20,7 +20,7 @@ from typing import Any
 
 from pipelines import lineage
 from pipelines.config import Config, TeacherMode, UserError, distils_candidates
-from pipelines.evaluation_settings import is_task_file
+from pipelines.evaluation_settings import is_task_file, prompt_files
 from pipelines.files import (
     COMPLETE,
     MANIFEST,
@@ -127,6 +127,7 @@ INPUTS: dict[str, Callable[[Config], list[Path]]] = {
     "scores": lambda config: [Path(config.prune.scores)] if config.prune.scores else [],
     "task": lambda config: [Path(config.prune.task)] if config.prune.task else [],
     "task_files": lambda config: [Path(name) for name in config.evaluate.tasks.names if is_task_file(name)],
+    "prompts": lambda config: [Path(path) for path in prompt_files(config.evaluate) if path],
     "exported": lambda config: [stage_directory(config, "export")],
     "runs": compared_files,
     "steps": lambda config: [place / stage for place in earlier_steps(config) for stage in ("prune", "distil")],

@@ -27,6 +27,9 @@ def is_task_file(name: str) -> bool:
     return "/" in name or name.endswith(TASK_FILES)
 
 
+SHIPPED = "shipped"  # as evaluate.behaviour.prompts
+
+
 @dataclass
 class TasksConfig:
     """lm-evaluation-harness on the models' Hugging Face directories; the ranks share the pairs of model and task.
@@ -46,8 +49,9 @@ class TasksConfig:
     limit: int | None = None  # the first so many questions of each task; None: all
     questions: int = 100  # in each set that is made from held-out text
     micro_batch_size: int = 16  # requests that a rank's model reads at a time
-    precision: Precision | None = None  # of the models; None: evaluate.precision
-    # Layers spread over all devices of a machine, one rank of it at work: for models larger than one device.
+    precision: Precision | None = None  # of the models here, in generation and behaviour; None: evaluate.precision
+    # Layers spread over all devices of a machine, one rank of it at work, here, in generation and behaviour: for models
+    # larger than one device.
     parallelize: bool = False
 
 
@@ -76,6 +80,32 @@ class DomainConfig:
 
 
 @dataclass
+class GenerationConfig:
+    """What every model makes of the same prompts, and how much of it is said more than once."""
+
+    count: int = 0  # prompts: the first of the file, or as many pieces of held-out text; 0: none
+    prompts: str | None = None  # JSONL with a "prompt" in every line; None: from the evaluated split
+    new_tokens: int = 64  # at most, of each continuation
+    greedy: bool = False  # the likeliest id each time; otherwise drawn, seeded by run.seed
+    temperature: float = 1.0  # of drawing; 1 and top_p=1 are the model's own distribution
+    top_p: float = 1.0  # the likeliest ids that together have this probability
+    micro_batch_size: int = 16  # prompts that a rank's model continues at a time
+
+
+@dataclass
+class BehaviourConfig:
+    """How often a model refuses, and how often its answer holds a word of a list, by category of prompt; greedy."""
+
+    # JSONL with a "category" and a "prompt" in every line; "shipped": those beside evaluation/behaviour.py; None: not
+    # measured.
+    prompts: str | None = None
+    lexicon: str | None = None  # text file, a word or phrase per line; None: a few mild insults, to try the part with
+    refusals: str | None = None  # text file, a regular expression per line; None: what English assistants begin with
+    new_tokens: int = 48  # at most, of each answer
+    micro_batch_size: int = 16  # prompts that a rank's model answers at a time
+
+
+@dataclass
 class EvaluateConfig:
     """The models' quality on a held-out split of the corpus comes first and always; every other part has its own group
     here, and is a gap with a reason where it cannot be measured."""
@@ -91,3 +121,12 @@ class EvaluateConfig:
     domains: list[DomainConfig] = field(default_factory=list)  # measured beside the split, each by itself
     # Sequence lengths, in tokens, at which the split's documents that are long enough are read besides.
     long_context: list[int] = field(default_factory=list)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    behaviour: BehaviourConfig = field(default_factory=BehaviourConfig)
+
+
+def prompt_files(settings: EvaluateConfig) -> list[str | None]:
+    """What generation and behaviour read beside the models."""
+    behaviour = settings.behaviour
+    prompts = None if behaviour.prompts == SHIPPED else behaviour.prompts
+    return [settings.generation.prompts, prompts, behaviour.lexicon, behaviour.refusals]

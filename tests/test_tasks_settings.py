@@ -31,6 +31,13 @@ def test_a_mistake_is_told_with_its_setting(settings: list[str], expected: str) 
         tasks.check(config, ["evaluate"])
 
 
+def test_a_file_of_prompts_must_be_there() -> None:
+    for setting in ("generation.prompts", "behaviour.prompts", "behaviour.lexicon", "behaviour.refusals"):
+        with pytest.raises(UserError, match="none/file: expected a file, as evaluate.generation or evaluate.behaviour"):
+            tasks.check(compose([f"evaluate.{setting}=none/file"]), ["evaluate"])
+    tasks.check(compose(["evaluate.behaviour.prompts=shipped"]), ["evaluate"])
+
+
 def test_files_go_by_their_names(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     for name in ("one.yaml", "mine/two.jsonl"):

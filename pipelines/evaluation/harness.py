@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipelines.config import UserError
 from pipelines.questions import Question, read_questions
 
@@ -55,32 +57,26 @@ def _registry() -> Any:
     return TaskManager()
 
 
-class Scorer:
-    """A loaded model with its tokenizer, as the harness asks it."""
+def score(model: Any, tokenizer: Any, task: Task, limit: int | None, micro_batch_size: int) -> dict[str, Any]:
+    """{"metric", "value", "stderr" (None where the harness gives none), "shots", "samples", "all": {metric: value},
+    "scores": the counted metric of each sample where its mean is the value, else None}.
 
-    def __init__(self, model: Any, tokenizer: Any, micro_batch_size: int) -> None:
-        from lm_eval.models.huggingface import HFLM
+    model, tokenizer: of transformers. limit: the first so many questions; None: all. Raises UserError for whatever the
+    harness cannot do with the task.
+    """
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
 
-        with quiet():
-            self._model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=micro_batch_size)
-
-    def score(self, task: Task, limit: int | None) -> dict[str, Any]:
-        """{"metric", "value", "stderr" (None where the harness gives none), "shots", "samples", "all": {metric: value},
-        "scores": the counted metric of each sample where its mean is the value, else None}.
-
-        Raises UserError for whatever the harness cannot do with the task.
-        """
-        from lm_eval.evaluator import evaluate
-
-        try:
-            with quiet(), _cache(task):
-                loaded = _load(task)
-                results = evaluate(self._model, loaded, limit=limit, bootstrap_iters=1000, log_samples=True)
-        except UserError:
-            raise
-        except Exception as error:  # of any kind: task files bring their own code and data
-            raise UserError(_explained(task, error)) from error
-        return _picked(task, _top(task, loaded), results)
+    try:
+        with quiet(), _cache(task):
+            asked = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=micro_batch_size)
+            loaded = _load(task)
+            results = evaluate(asked, loaded, limit=limit, bootstrap_iters=1000, log_samples=True)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of any kind: task files bring their own code and data
+        raise UserError(_explained(task, error)) from error
+    return _picked(task, _top(task, loaded), results)
 
 
 def _load(task: Task) -> dict[str, Any]:

@@ -102,6 +102,24 @@ def write(corpus: Path, split: str, name: str, directory: Path, *, questions: in
     return directory / f"{name}.yaml"
 
 
+def prompts(corpus: Path, split: str, count: int, numbers: random.Random) -> list[str]:
+    """At most so many beginnings of text to be continued, of at most CONTEXT characters each. Raises UserError."""
+    passages, found = HeldOut(corpus, split, numbers), dict[str, None]()
+    for _ in range(count * ATTEMPTS):
+        text = passages.next().text
+        place = _place(numbers, text, LEAST_CONTEXT)
+        if place is not None:
+            found[_before(text, place)] = None
+        if len(found) == count:
+            break
+    if not found:
+        raise UserError(
+            f"evaluate.generation: expected documents of {LEAST_CONTEXT + CONTINUATION} characters or more with words "
+            f"in the split {split!r} of {corpus}, found none. Give a file with evaluate.generation.prompts."
+        )
+    return list(found)
+
+
 class HeldOut:
     """Passages of a split's documents in an order that the random numbers give, document after document, for ever."""
 

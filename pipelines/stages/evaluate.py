@@ -17,12 +17,17 @@ value}}}}, "published": {model: {task: value}} where they are given, "difference
 largest request holds), "parameters"}}}, "domains", with evaluate.domains: {name: {"path",
 "kind": "own" | "other", "tokens", "bytes", "documents", "models": {model: {"loss", "bits_per_byte", "kl", "agreement",
 "intervals"}}, "differences"}}, "long_context", with evaluate.long_context: {length: {"sequence_length", "tokens",
-"documents", "models": {model: {"loss", "kl", "agreement", "by_position", "intervals"}}, "differences"}}, "missing":
-{model or part: reason}}. Each part lies in parts/ as soon as it is
-measured (evaluation/parts.py). The models of "quality" are resident together: as inference weights they take less than
-distilling the student took.
+"documents", "models": {model: {"loss", "kl", "agreement", "by_position", "intervals"}}, "differences"}}, "generation",
+with evaluate.generation.count: {"settings", "models": {model: {"samples": [{"prompt", "text"}], "diversity":
+{"distinct_1", "distinct_2", "distinct_3", "repetition", "template_rate", "mean_new_tokens", "ended"}}}}, "behaviour",
+with evaluate.behaviour.prompts: {"file", "models": {model: {category: {"prompts", "refusal_rate", "toxic_rate",
+"refusal_interval", "toxic_interval"}}}, "examples": [{"model", "category", "prompt", "text", "refused", "toxic"}],
+"differences": [{"category", "figure", ... as above}]}, "missing": {model or part: reason}}. Each part lies in parts/ as
+soon as it is measured (evaluation/parts.py). The models of "quality" are resident together: as inference weights they
+take less than distilling the student took.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +35,7 @@ import torch
 
 from pipelines import artifacts, console, files
 from pipelines.config import Config, Layout, UserError, document_mask, layout, without_context
-from pipelines.evaluation import domains, efficiency, long_context, tasks
+from pipelines.evaluation import behaviour, domains, efficiency, generation, long_context, sharing, tasks
 from pipelines.evaluation.comparison import compared, figures
 from pipelines.evaluation.parts import Parts
 from pipelines.evaluation.sharded import Sharded, precision
@@ -78,14 +83,7 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
             ),
         )
         results |= {"efficiency": found} if found else {}
-    models = tasks.Models(directories, corpus, _tasks_precision(config), ranks.device)
-    if config.evaluate.tasks.names:
-        found = parts.measure(
-            "tasks",
-            _settings_of(context, "tasks") | tasks.settings_of(config) | {"precision": models.precision},
-            lambda: tasks.measure(config, models, parts.pieces("tasks"), context.directory),
-        )
-        results |= {"tasks": found} if found else {}
+    results |= _on_whole_models(context, ranks, directories, parts)
     results |= {"missing": missing | parts.missing}
     if torch.distributed.get_rank() == 0:
         files.write_json(context.directory / "results.json", results)
@@ -176,9 +174,40 @@ def _check(corpus: Path, directories: dict[str, Path], shapes: dict[str, ModelSh
         check_vocabulary(corpus, directory, sizes[name])
 
 
+def _on_whole_models(
+    context: artifacts.StageContext, ranks: Layout, directories: dict[str, Path], parts: Parts
+) -> dict[str, Any]:
+    """The parts for which each rank has a whole model: those that are asked for, and can be measured."""
+    config, settings = context.config, context.config.evaluate
+    models = sharing.Models(
+        directories,
+        artifacts.corpus_directory(config),
+        str(settings.tasks.precision.value) if settings.tasks.precision else precision(config),
+        ranks.device,
+        settings.tasks.parallelize,
+    )
+    asked: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {}
+    if settings.tasks.names:
+        asked["tasks"] = (
+            tasks.settings_of(config),
+            lambda: tasks.measure(config, models, parts.pieces("tasks"), context.directory),
+        )
+    if settings.generation.count:
+        asked["generation"] = (
+            generation.settings_of(config),
+            lambda: generation.measure(config, models, parts.pieces("generation")),
+        )
+    if settings.behaviour.prompts:
+        asked["behaviour"] = (
+            behaviour.settings_of(config),
+            lambda: behaviour.measure(config, models, parts.pieces("behaviour")),
+        )
+    found = {
+        name: parts.measure(name, _settings_of(context, name) | more | {"precision": models.precision}, work)
+        for name, (more, work) in asked.items()
+    }
+    return {name: result for name, result in found.items() if result}
+
+
 def _settings_of(context: artifacts.StageContext, part: str) -> dict[str, Any]:
     return {name: value for name, value in context.settings().items() if name.startswith(f"evaluate.{part}.")}
-
-
-def _tasks_precision(config: Config) -> str:
-    return str(config.evaluate.tasks.precision.value) if config.evaluate.tasks.precision else precision(config)

@@ -70,6 +70,8 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("limit", "questions"), ONE_OR_MORE),
     **dict.fromkeys(("bytes", "loss_below"), POSITIVE),
     "long_context": ONE_OR_MORE,
+    "count": NOT_NEGATIVE,
+    "top_p": Range(0, 1 + 1e-9, above=True),
     "seed": SEED,
 }
 

@@ -1,4 +1,4 @@
-"""The tasks of an evaluation: names, files and numbers of those that are asked for."""
+"""The tasks and prompts of an evaluation: names, files and numbers of those that are asked for."""
 
 from collections import Counter
 from collections.abc import Collection
@@ -6,13 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config import Config, UserError
-from pipelines.evaluation_settings import MODELS, TASK_FILES, is_task_file
+from pipelines.evaluation_settings import MODELS, TASK_FILES, is_task_file, prompt_files
 
 
 def check(config: Config, stages: Collection[str]) -> None:
-    """evaluate.tasks, where the stage is asked for. What is in a task's file is looked at when it runs."""
+    """evaluate.tasks and the files of prompts, where the stage is asked for. A file's content is looked at when it
+    is read."""
+    if "evaluate" not in stages:
+        return
+    for file in prompt_files(config.evaluate):
+        if file and not Path(file).is_file():
+            raise UserError(
+                f"{file}: expected a file, as evaluate.generation or evaluate.behaviour names it, found none. Check "
+                "the path."
+            )
     settings = config.evaluate.tasks
-    if "evaluate" not in stages or not settings.names:
+    if not settings.names:
         return
     known: set[str] = set()
     whole = True  # every name is known before the directories of task files are read

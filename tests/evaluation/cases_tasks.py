@@ -6,6 +6,7 @@ from typing import Any
 from pipelines.config import Config
 from pipelines.evaluation import tasks
 from pipelines.evaluation.parts import Pieces
+from pipelines.evaluation.sharing import Models
 from pipelines.families import read_shape
 from pipelines.model import parallel
 from pipelines.model.build import build_model
@@ -34,5 +35,5 @@ def measure(directories: dict[str, str], corpus: str, names: list[str], **settin
     for name, value in settings.items():
         setattr(config.evaluate.tasks, name, value)
     places = {name: Path(place) for name, place in directories.items()}
-    models = tasks.Models(places, Path(corpus), "fp32", "cpu")
+    models = Models(places, Path(corpus), "fp32", "cpu")
     return tasks.measure(config, models, Pieces(Path(corpus) / "pieces", None), Path(corpus) / "evaluate")
