@@ -40,7 +40,7 @@ def speeds(found: dict[str, Any]) -> Part:
         shown += [cells.figure(latency.get(name), "{:,.1f}", ours=ours) for name in PERCENTILES]
         setting = f"batch {entry.get('batch')}, {entry.get('prompt_tokens')} + {entry.get('new_tokens')} tokens"
         rows.append(cells.row(entry["model"], shown, note=setting, ours=ours))
-    head = [(title, unit) for _, title, unit, _ in COLUMNS] + [(name, "latency, ms") for name in PERCENTILES]
+    head = [(title, unit) for _, title, unit, _ in COLUMNS] + [(name, "between tokens, ms") for name in PERCENTILES]
     return cells.table("Speed by batch and length", head, rows, "Model")
 
 

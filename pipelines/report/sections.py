@@ -80,10 +80,8 @@ def _intervals_in_words(results: dict[str, Any]) -> str:
 
 
 def _tasks_in_words(found: dict[str, Any]) -> str:
-    harness = found.get("harness")
-    if isinstance(harness, dict):
-        harness = " ".join(str(harness[key]) for key in ("name", "version") if harness.get(key))
-    return f"Measured by {harness}." if harness else ""
+    version = found.get("harness")
+    return f"Measured by lm-evaluation-harness {version}." if version else ""
 
 
 def _settings_in_words(settings: Any) -> str:
@@ -119,7 +117,9 @@ def quantized(results: dict[str, Any]) -> dict[str, Any] | None:
 def gaps(results: dict[str, Any]) -> list[dict[str, str]]:
     """The parts of an evaluation that were asked for and not measured, with their reasons."""
     known = {*MODELS, "evaluate", "distil", "prune"}
-    return [{"part": part, "why": str(why)} for part, why in results["missing"].items() if part not in known]
+    of_tasks = {f"score in {task}": why for task, why in (results["tasks"].get("missing") or {}).items()}
+    found = {part: why for part, why in results["missing"].items() if part not in known} | of_tasks
+    return [{"part": part, "why": str(why)} for part, why in found.items()]
 
 
 def decided(record: RunRecord, results: dict[str, Any], directory: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from pipelines.report import cells
 from pipelines.report.record import MODELS, RunRecord
+from pipelines.safetensors_header import weight_bytes
 
 TEST, ELSEWHERE = "test", "elsewhere"  # where a loss was measured: on the evaluated split, or on other text
 DECODE, FORWARD = "decode", "forward pass"  # what tokens_per_second is of
@@ -42,7 +43,7 @@ def _model(record: RunRecord, results: dict[str, Any], role: str) -> dict[str, A
         role,
         **{key: model.get(key) for key in ("parameters", "loss", "kl", "agreement")},
         interval=(model.get("intervals") or {}).get("loss"),
-        bytes=weight_bytes(Path(model["path"])) if size is None and model.get("path") else size,
+        bytes=_bytes(model.get("path")) if size is None else size,
         tokens_per_second=speed,
         speed=None if speed is None else FORWARD if decode is None else DECODE,
     )
@@ -104,10 +105,11 @@ def candidates(search: dict[str, Any]) -> list[dict[str, Any]]:
     return sorted(found, key=order)
 
 
-def weight_bytes(directory: Path) -> int | None:
-    """Of the weights in a Hugging Face directory; None where there are none."""
-    sizes = [file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in directory.glob(pattern)]
-    return sum(sizes) or None
+def _bytes(directory: str | None) -> int | None:
+    """Of the weights in a Hugging Face directory; None where there are none any more."""
+    if not directory or not Path(directory, "config.json").is_file():
+        return None
+    return weight_bytes(Path(directory)) or None
 
 
 def differences(results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -61,7 +61,8 @@ def test_the_verdict_names_the_gate_that_failed_and_what_to_take(whole: Made) ->
         "Reliability.",
         "Loss by position.",
         "contracts own text, 31 documents, 12,000 tokens",
-        "Measured by lm-eval 0.4.9.",
+        "Measured by lm-evaluation-harness 0.4.9.1.",
+        "No score in gsm8k: its data is not here.",
         "mmlu acc, 5 shots, 400 samples",
         "0.653 0.605",  # published
         "−0.020 −0.050 to +0.010 within noise",
@@ -69,7 +70,7 @@ def test_the_verdict_names_the_gate_that_failed_and_what_to_take(whole: Made) ->
         "the the the <b>of</b> of of",
         "Template rate 10.0% 10.0% 10.0%",
         "harmful 25 prompts 4.0% 0.0% to 12.0%",
-        "Measured on cpu, 2 threads, fp32, transformers.",
+        "Measured on cpu, 2 threads, fp32, transformers 4.53.3.",
         "batch 8, 64 + 32 tokens 98.8 0.59× 5,100 1.70×",
         "13.2 MB 0.57×",
         "int4 compressed-tensors 0.9 student 2.6 MB 3.2100",
