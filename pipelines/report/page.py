@@ -43,14 +43,14 @@ def render(record: RunRecord, results: dict[str, Any], configuration: str, plot_
             pending=summary.pending_in_words(results["pending"]),
             highlights=_highlights(results),
             evaluated=evaluated_in_words(results),
-            chain=_chain(results),
+            chain=_chain(record, results),
             absent_models=_absent_models(record, models),
             identity=record.manifests["distil"].get("figures", {}).get("loss", ""),
             planned=training.planned(record),
             distil_plots=training.distil_plots(record, plot_directory),
             teacher_plots=training.teacher_plots(record, plot_directory),
             importance_plots=training.importance_plots(record, plot_directory),
-            search=_search(record, plot_directory),
+            searches=_searches(record, plot_directory),
             pruned_intro="Scores come from forward passes over calibration text." if record.importance else "",
             kept=_kept(results),
             times=_times(record, results),
@@ -123,17 +123,34 @@ def _absent_models(record: RunRecord, models: dict[str, Any]) -> list[str]:
     return [f"{role}: {reasons.get(role, 'not evaluated.')}" for role in MODELS if role not in models]
 
 
-def _chain(results: dict[str, Any]) -> dict[str, Any] | None:
+def _chain(record: RunRecord, results: dict[str, Any]) -> dict[str, Any] | None:
     rows = [
-        cells.row(words[0], [cells.cell(word) for word in words[1:]]) for words in summary.chain_cells(results["steps"])
+        cells.row(words[0], [cells.cell(word) for word in words[1:]])
+        for words in summary.chain_cells(results["steps"], record.directory)
     ]
     titles = [title for _, title, _ in summary.CHAIN]
     return cells.table("The steps of this run", titles[1:], rows, titles[0])
 
 
-def _search(record: RunRecord, directory: Path) -> dict[str, Any] | None:
-    teacher = record.manifests["prune"].get("figures", {}).get("parameters_before")
-    found = search.section(record.search, teacher, directory)
+def _searches(record: RunRecord, directory: Path) -> list[dict[str, Any]]:
+    """The run's own, or that of each step that had one."""
+    if not record.steps:
+        found = [_search("search", "The search for a shape", record.search, record.manifests["prune"], directory)]
+    else:
+        found = [
+            _search(
+                f"search-step{number}", f"The search of step {number}", step.search, step.manifests["prune"], directory
+            )
+            for number, step in enumerate(record.steps, start=1)
+        ]
+    return [one for one in found if one]
+
+
+def _search(
+    name: str, title: str, what: dict[str, Any], prune: dict[str, Any], directory: Path
+) -> dict[str, Any] | None:
+    """prune: the manifest of the stage that has searched."""
+    found = search.section(what, prune.get("figures", {}).get("parameters_before"), directory, name)
     if found:
         head = [(column["title"], column["unit"]) for column in found["head"]]
         rows = [
@@ -144,6 +161,7 @@ def _search(record: RunRecord, directory: Path) -> dict[str, Any] | None:
         found["plots"] = training.present(
             *(training.plot(entry["svg"], entry["title"], entry["caption"]) for entry in found["plots"])
         )
+        found |= {"id": name, "title": title}
     return found
 
 

@@ -71,6 +71,16 @@ class AxisImportance:
 
 
 @dataclass(frozen=True)
+class StepRecord:
+    """One step of a run in steps. first_loss: of its student as pruned, cross-entropy on the first batch of training in
+    nats/token; None before that."""
+
+    manifests: dict[str, dict[str, Any]]  # of prune and distil
+    search: dict[str, Any]  # search.json; {} without a search
+    first_loss: float | None
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """What one run directory holds. Empty parts have their reason in `missing`, by part."""
 
@@ -87,7 +97,7 @@ class RunRecord:
     search: dict[str, Any]  # search.json; {} without a search
     importance: tuple[AxisImportance, ...]
     quantized: dict[str, Any]  # quantized.json of the export
-    steps: tuple[dict[str, dict[str, Any]], ...]  # of a run in steps, the manifests of prune and distil of each
+    steps: tuple[StepRecord, ...]  # of a run in steps
     missing: dict[str, str]
 
     @property
@@ -103,8 +113,8 @@ class RunRecord:
         """Those of the steps before the last too, before prune: {"step1/prune": ...}."""
         earlier = {
             f"step{number}/{stage}": manifest
-            for number, manifests in enumerate(self.steps[:-1], start=1)
-            for stage, manifest in manifests.items()
+            for number, step in enumerate(self.steps[:-1], start=1)
+            for stage, manifest in step.manifests.items()
         }
         places = list(self.manifests)
         before, after = places[: places.index("prune")], places[places.index("prune") :]
@@ -170,11 +180,22 @@ def read_named_run(config: Config, name: str) -> RunRecord:
     return replace(read_run(own), name=name if name.count("/") else directory.name)
 
 
-def _steps(config: Config) -> tuple[dict[str, dict[str, Any]], ...]:
+def _steps(config: Config) -> tuple[StepRecord, ...]:
     places = [*artifacts.earlier_steps(config), artifacts.run_directory(config)] if config.iterate.students else []
     return tuple(
-        {stage: read_json(place / stage / "manifest.json") for stage in ("prune", "distil")} for place in places
+        StepRecord(
+            {stage: read_json(place / stage / "manifest.json") for stage in ("prune", "distil")},
+            read_json(place / "prune" / "search.json"),
+            _first_loss(place / "distil" / "metrics.jsonl"),
+        )
+        for place in places
     )
+
+
+def _first_loss(metrics: Path) -> float | None:
+    """A step's loss is taken before its update: that of the first step is the loss of what training starts from."""
+    rows = read_metrics(metrics).rows
+    return next((row["ce"] for row in rows if row.get("split") == "train" and row["step"] == 1 and "ce" in row), None)
 
 
 def _given(config: Config) -> frozenset[str]:

@@ -18,8 +18,11 @@ COLUMNS = (
 )
 
 
-def section(search: dict[str, Any], teacher_parameters: int | None, directory: Path) -> dict[str, Any] | None:
-    """What the page shows; None without a search. PNG files of its plots go to the directory."""
+def section(
+    search: dict[str, Any], teacher_parameters: int | None, directory: Path, name: str = "search"
+) -> dict[str, Any] | None:
+    """What the page shows; None without a search. PNG files of its plots, which begin with `name`, go to the
+    directory."""
     rows = candidates(search)
     if not rows:
         return None
@@ -40,7 +43,7 @@ def section(search: dict[str, Any], teacher_parameters: int | None, directory: P
     ):
         points = [(row[key] / scale, row) for row in rows if row[key]]
         if points:
-            svg = plots.candidates(points, label, f"search_{key}", directory)
+            svg = plots.candidates(points, label, f"{name}_{key}", directory)
             drawn.append({"svg": svg, "title": title, "caption": _caption(rows, key, search)})
     return {
         "why": search.get("why") or "The search has not come to its end yet.",

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pipelines.report.record import MODELS, STAGES, RunRecord
@@ -120,7 +121,7 @@ def results(record: RunRecord) -> dict[str, Any]:
         "models": {role: model for role, model in models.items() if model},
         **{part: record.evaluation.get(part) or empty() for part, empty in PARTS.items()},
         "quantized": record.quantized,
-        "search": {key: value for key, value in record.search.items() if key != "source"},
+        "search": told(record.search),
         "pending": record.pending,
         "missing": record.missing | record.evaluation.get("missing", {}),
         "stages": {stage: _stage(record, stage) for stage in STAGES},
@@ -129,11 +130,18 @@ def results(record: RunRecord) -> dict[str, Any]:
     }
 
 
+def told(search: dict[str, Any]) -> dict[str, Any]:
+    """search.json without what it was made from."""
+    return {key: value for key, value in search.items() if key != "source"}
+
+
 def chain(record: RunRecord) -> list[dict[str, Any]]:
-    """Of a run in steps one row each: where its start and its teacher lay, parameters, and losses on the validation
-    split in nats/token; None where a step has not come so far."""
+    """Of a run in steps one row each: where its start and its teacher lay, parameters, the losses in nats/token of what
+    was pruned, on the first batch of training, and of the student, on the validation split; its search. None where a
+    step has not come so far."""
     rows = []
-    for number, manifests in enumerate(record.steps, start=1):
+    for number, step in enumerate(record.steps, start=1):
+        manifests = step.manifests
         prune, distil = (manifests[stage].get("figures", {}) for stage in ("prune", "distil"))
         validation = distil.get("validation") or {}
         rows.append(
@@ -145,8 +153,10 @@ def chain(record: RunRecord) -> list[dict[str, Any]]:
                 "share_of_start": prune.get("ratio"),
                 "steps": distil.get("steps"),
                 "tokens": distil.get("tokens"),
+                "first_ce": step.first_loss,
                 "ce": validation.get("ce"),
                 "kd": validation.get("kd"),
+                "search": told(step.search),
             }
         )
     return rows
@@ -159,14 +169,23 @@ CHAIN = (  # of the table of steps: key, title, format
     ("parameters", "Parameters", "{:,}"),
     ("share_of_start", "of its start", "{:.1%}"),
     ("tokens", "Tokens", "{:,}"),
+    ("first_ce", "Loss as pruned, first training batch", "{:.4f}"),
     ("ce", "Validation loss, nats/token", "{:.4f}"),
     ("kd", "Divergence from its teacher", "{:.4f}"),
 )
 
 
-def chain_cells(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """The table of steps ("–" where there is nothing yet)."""
-    return [["–" if row[key] is None else form.format(row[key]) for key, _, form in CHAIN] for row in rows]
+def chain_cells(rows: list[dict[str, Any]], run: Path) -> list[list[str]]:
+    """The table of steps ("–" where there is nothing yet); places inside of the run's directory from there, others by
+    their last two names, so that the losses stay on the page."""
+    shown = [row | {key: row[key] and _place(Path(row[key]), run) for key in ("start", "teacher")} for row in rows]
+    return [["–" if row[key] is None else form.format(row[key]) for key, _, form in CHAIN] for row in shown]
+
+
+def _place(path: Path, run: Path) -> str:
+    if path.is_relative_to(run):
+        return str(path.relative_to(run))
+    return str(path) if len(path.parts) <= 2 else f"…/{Path(*path.parts[-2:])}"
 
 
 def _stage(record: RunRecord, stage: str) -> dict[str, Any]:
