@@ -205,7 +205,7 @@ def documented_commands() -> list[str]:
     blocks = re.findall(r"^```(?:sh|bash|text)?\n(.*?)^```", text, re.M | re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     lines += [line.replace("$SLURM_ARRAY_TASK_ID", "1") for line in re.findall(r"--wrap '([^']+)'", "\n".join(lines))]
-    inline = re.findall(r"`((?:python -m pipelines|make|launchers/\S+) [^`]+)`", README)
+    inline = re.findall(r"`((?:python -m pipelines|make|launchers/\S+) [^`\n]+)`", text)
     known = ("python -m pipelines", "stillhouse ", "make ", "launchers/")
     return [
         line.strip() for line in lines + inline if line.strip().startswith(known) and "=" in line or "make " in line
@@ -228,9 +228,10 @@ def test_every_command_of_the_readme_exists(command: str) -> None:
 
 
 def techniques() -> list[str]:
-    """The settings of README.md's table of techniques."""
-    block = re.search(r"<!-- techniques -->\n(.*?)<!-- /techniques -->", README, re.S)
-    assert block, "README.md: no techniques"
+    """The settings of docs/techniques.md's table."""
+    text = (ROOT / "docs" / "techniques.md").read_text()
+    block = re.search(r"<!-- techniques -->\n(.*?)<!-- /techniques -->", text, re.S)
+    assert block, "docs/techniques.md: no techniques"
     return re.findall(r"`([^`]+)`", block.group(1))
 
 
