@@ -111,6 +111,7 @@ def kept_checkpoint(config: Config) -> Path:
 INPUTS: dict[str, Callable[[Config], list[Path]]] = {
     "sources": lambda config: [p for s in config.data.sources if s.path for p in source_paths(s.path)],
     "domain_files": lambda config: [p for d in config.evaluate.domains if d.path for p in source_paths(d.path)],
+    "baseline": lambda config: [Path(config.evaluate.baseline)] if config.evaluate.baseline else [],
     "tokenizer": lambda config: _tokenizer_files(config.data.tokenizer or config.model.path),
     "model": lambda config: [Path(config.model.path)] if config.model.path else [],
     "corpus": lambda config: [corpus_directory(config)],

@@ -123,6 +123,7 @@ class EvaluateConfig:
     long_context: list[int] = field(default_factory=list)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     behaviour: BehaviourConfig = field(default_factory=BehaviourConfig)
+    baseline: str | None = None  # results.json of an earlier evaluation of the same text, to tell the drift from
 
 
 def prompt_files(settings: EvaluateConfig) -> list[str | None]:

@@ -1,5 +1,6 @@
 """Domains and longer sequences of an evaluation, as settings."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,23 @@ def test_a_domain_that_is_not_there_is_no_mistake_and_its_files_are_inputs(tmp_p
 def test_a_home_directory_is_written_as_in_a_shell() -> None:
     config = compose([*BASE, "evaluate.domains=[{name: a, path: ~/a.txt}]"])
     assert config.evaluate.domains == [DomainConfig("a", str(Path.home() / "a.txt"))]
+
+
+def test_a_baseline_of_another_text_is_told_before_anything_is_measured(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+
+    def error() -> str:
+        with pytest.raises(UserError) as found:
+            validate(compose([*BASE, f"evaluate.baseline={path}"]), STAGES)
+        return str(found.value)
+
+    assert "found no such file" in error()
+    path.write_text("{}")
+    assert "found no models or document_groups in it" in error()
+    stored = {"models": {}, "document_groups": {}, "split": "test", "sequence_length": 128}
+    path.write_text(json.dumps(stored | {"split": "validation"}))
+    assert "expected one with split=test, found validation" in error()
+    path.write_text(json.dumps(stored | {"sequence_length": 64}))
+    assert "expected one with sequence_length=128, found 64" in error()
+    path.write_text(json.dumps(stored))
+    assert validate(compose([*BASE, f"evaluate.baseline={path}"]), STAGES) == []

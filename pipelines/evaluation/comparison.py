@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.core.statistics import interval, resampled
+from pipelines.core.statistics import add_by_group, interval, resampled
 from pipelines.model.quality import TEACHER, Quality
 from pipelines.model.tally import COLUMNS
 
 FIGURES = ("loss", "bits_per_byte", "kl", "agreement")  # those with an interval
 PAIRS = (("student", "teacher"), ("student", "pruned"))  # whose differences are told
 _OF_CLASS = ("loss", "kl", "agreement")
+GROUPS = 256  # of documents, in results.json
 
 
 def figures(found: Quality) -> dict[str, Any]:
@@ -100,10 +101,29 @@ def _intervals(drawn: Tensor, told: Sequence[str]) -> dict[str, list[float]]:
 
 
 def _figure(sums: Tensor, figure: str) -> Tensor:
-    """(rows,) of (rows, COLUMNS) sums; NaN where there is nothing to divide by."""
-    columns = dict(zip(COLUMNS, sums.unbind(1), strict=True))
+    return ratio(dict(zip(COLUMNS, sums.unbind(1), strict=True)), figure)
+
+
+def ratio(columns: Mapping[str, Tensor], figure: str) -> Tensor:
+    """(rows,) of a figure from sums of "tokens", "bytes" and the figures; NaN where there is nothing to divide by."""
     if figure == "bits_per_byte":
         found = columns["loss"] / math.log(2) / columns["bytes"]
     else:
         found = columns[figure] / columns["tokens"]
     return torch.where(found.isfinite(), found, torch.nan)
+
+
+def document_groups(found: Mapping[str, Quality]) -> dict[str, Any]:
+    """{"tokens", "bytes", "models": {model: {"loss", "kl", "agreement"}}}, each a list of sums over GROUPS groups of
+    documents, every GROUPS-th of one group, or over single ones where there are fewer: by which a later evaluation of
+    the same text tells whether it differs by more than noise."""
+    summed = {}
+    for name, one in found.items():
+        sums = _documents(one)
+        sums = sums[sums[:, COLUMNS.index("tokens")] > 0]
+        groups = torch.zeros(min(GROUPS, len(sums)), len(COLUMNS), dtype=torch.float64)
+        add_by_group(groups, torch.arange(len(sums)) % GROUPS, sums)
+        summed[name] = dict(zip(COLUMNS, groups.t().tolist(), strict=True))
+    shared = next(iter(summed.values()))
+    models = {name: {figure: columns[figure] for figure in _OF_CLASS} for name, columns in summed.items()}
+    return {"tokens": shared["tokens"], "bytes": shared["bytes"], "models": models}

@@ -9,7 +9,7 @@ import numpy
 
 from pipelines import artifacts
 from pipelines.config import Config, SourceKind, UserError, document_mask
-from pipelines.evaluation.comparison import FIGURES, compared, figures
+from pipelines.evaluation.comparison import FIGURES, compared, document_groups, figures
 from pipelines.evaluation.sharded import Sharded
 from pipelines.evaluation_settings import DomainConfig
 from pipelines.model.parallel import on_first_rank
@@ -60,6 +60,7 @@ def measure(config: Config, domain: DomainConfig, sharded: Sharded, directory: P
             for name, one in found.items()
         },
         "differences": differences,
+        "document_groups": document_groups(found),
     }
 
 

@@ -14,7 +14,7 @@ from pipelines.model.parallel import on_first_rank
 DIRECTORY = "parts"  # of the stage's directory; outlives overwrite=true, since every file says what it was made from
 
 OF_A_PART = frozenset(
-    {"task_files", "prompts", "domain_files"}
+    {"task_files", "prompts", "domain_files", "baseline"}
 )  # inputs that the part which reads them has among its settings, as hashes
 
 

@@ -1,12 +1,12 @@
 """Teacher, pruned and distilled student side by side on held-out text, as shards in the same process groups.
 
-Writes results.json: {"split", "tokens", "bytes", "documents", ..., "models": {"teacher" | "pruned" | "student":
-{"path", "parameters", "loss" (nats/token), "perplexity", "bits_per_byte", "kl" (KL(teacher || model), nats/token),
-"agreement" (share), "overlap" (share), "calibration_error", "kl_by_entropy" (nats/token by bands of the teacher's
-entropy, see core/telemetry.py), "by_token_class": {class: {"share", "loss", "kl", "agreement"}} (classes of
-text/token_classes.py, those that the split has), "by_position": [{"from", "to", "loss", "kl"}] (places in the sequence
-from 0, `to` left out), "reliability": [{"confidence", "accuracy", "share"}] (15 bins of the same width; null in one
-without tokens), "intervals": {figure: [low, high]} (95 %, documents drawn anew), "tokens_per_second"}},
+Writes results.json: {"split", "corpus" (hash of its text), "tokens", "bytes", "documents", ..., "models": {"teacher" |
+"pruned" | "student": {"path", "parameters", "loss" (nats/token), "perplexity", "bits_per_byte", "kl" (KL(teacher ||
+model), nats/token), "agreement" (share), "overlap" (share), "calibration_error", "kl_by_entropy" (nats/token by bands
+of the teacher's entropy, see core/telemetry.py), "by_token_class": {class: {"share", "loss", "kl", "agreement"}}
+(classes of text/token_classes.py, those that the split has), "by_position": [{"from", "to", "loss", "kl"}] (places in
+the sequence from 0, `to` left out), "reliability": [{"confidence", "accuracy", "share"}] (15 bins of the same width;
+null in one without tokens), "intervals": {figure: [low, high]} (95 %, documents drawn anew), "tokens_per_second"}},
 "differences": [{"figure", "model", "other", "difference", "low", "high", "larger_than_noise"}], "tasks", with
 evaluate.tasks: {"harness", "models": {model: {task: {"metric", "value", "stderr", "shots", "samples", "all": {metric:
 value}}}}, "published": {model: {task: value}} where they are given, "differences": [{"task", "model", "other",
@@ -14,19 +14,21 @@ value}}}}, "published": {model: {task: value}} where they are given, "difference
 "dtype", "form", "rounds", "rows": [{"model", "batch", "prompt_tokens", "new_tokens", "time_to_first_token_ms",
 "prefill_tokens_per_second", "decode_tokens_per_second", "latency_ms": {"p50", "p90", "p99"} (between tokens), "ratio":
 {the same, to the teacher's}}], "models": {model: {"bytes_on_disk" (of the weights), "peak_bytes" (weights and what the
-largest request holds), "parameters"}}}, "domains", with evaluate.domains: {name: {"path",
-"kind": "own" | "other", "tokens", "bytes", "documents", "models": {model: {"loss", "bits_per_byte", "kl", "agreement",
-"intervals"}}, "differences"}}, "long_context", with evaluate.long_context: {length: {"sequence_length", "tokens",
-"documents", "models": {model: {"loss", "kl", "agreement", "by_position", "intervals"}}, "differences"}}, "generation",
-with evaluate.generation.count: {"settings", "models": {model: {"samples": [{"prompt", "text"}], "diversity":
-{"distinct_1", "distinct_2", "distinct_3", "repetition", "template_rate", "mean_new_tokens", "ended"}}}}, "behaviour",
-with evaluate.behaviour.prompts: {"file", "models": {model: {category: {"prompts", "refusal_rate", "toxic_rate",
+largest request holds), "parameters"}}}, "domains", with evaluate.domains: {name: {"path", "kind": "own" | "other",
+"tokens", "bytes", "documents", "models": {model: {"loss", "bits_per_byte", "kl", "agreement", "intervals"}},
+"differences"}}, "long_context", with evaluate.long_context: {length: {"sequence_length", "tokens", "documents",
+"models": {model: {"loss", "kl", "agreement", "by_position", "intervals"}}, "differences"}}, "generation", with
+evaluate.generation.count: {"settings", "models": {model: {"samples": [{"prompt", "text"}], "diversity": {"distinct_1",
+"distinct_2", "distinct_3", "repetition", "template_rate", "mean_new_tokens", "ended"}}}}, "behaviour", with
+evaluate.behaviour.prompts: {"file", "models": {model: {category: {"prompts", "refusal_rate", "toxic_rate",
 "refusal_interval", "toxic_interval"}}}, "examples": [{"model", "category", "prompt", "text", "refused", "toxic"}],
-"differences": [{"category", "figure", ... as above}]}, "missing": {model or part: reason}}. Each part lies in parts/ as
-soon as it is measured (evaluation/parts.py). The models of "quality" are resident together: as inference weights they
-take less than distilling the student took.
+"differences": [{"category", "figure", ... as above}]}, "drift", with evaluate.baseline: [{"figure", "before", "now",
+"difference", "low", "high", "larger_than_noise"}], "document_groups" (evaluation/comparison.py; of a domain too),
+"missing": {model or part: reason}}. Each part lies in parts/ as soon as it is measured (evaluation/parts.py). The
+models of "quality" are resident together: as inference weights they take less than distilling the student took.
 """
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,8 +37,8 @@ import torch
 
 from pipelines import artifacts, console, files
 from pipelines.config import Config, Layout, UserError, document_mask, layout, without_context
-from pipelines.evaluation import behaviour, domains, efficiency, generation, long_context, sharing, tasks
-from pipelines.evaluation.comparison import compared, figures
+from pipelines.evaluation import behaviour, domains, drift, efficiency, generation, long_context, sharing, tasks
+from pipelines.evaluation.comparison import compared, document_groups, figures
 from pipelines.evaluation.parts import Parts
 from pipelines.evaluation.sharded import Sharded, precision
 from pipelines.families import ModelShape, read_shape
@@ -51,7 +53,8 @@ from pipelines.model.windows import (
 )
 from pipelines.vocabulary import check_vocabulary
 
-OF_OTHER_PARTS = ("evaluate.domains", "evaluate.long_context")
+OF_OTHER_PARTS = ("evaluate.domains", "evaluate.long_context", "evaluate.baseline")
+FORM = 2  # of what the parts hold: raised where they tell more, so that an older version's are not taken
 SPEED_SECONDS = 1.5  # of timed forward passes per model
 
 
@@ -69,6 +72,7 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
     settings = {key: value for key, value in context.settings().items() if key.count(".") == 1}  # those of no part
     for name in OF_OTHER_PARTS:
         settings.pop(name, None)
+    settings["form"] = FORM
     sharded = Sharded(config, ranks, directories, shapes, corpus)
     results = parts.measure("quality", settings, lambda: _quality(config, ranks, sharded), needed=True)
     assert results is not None
@@ -84,6 +88,8 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
         )
         results |= {"efficiency": found} if found else {}
     results |= _on_whole_models(context, ranks, directories, parts)
+    if config.evaluate.baseline:
+        results |= _drift(config.evaluate.baseline, parts, results)
     results |= {"missing": missing | parts.missing}
     if torch.distributed.get_rank() == 0:
         files.write_json(context.directory / "results.json", results)
@@ -107,6 +113,7 @@ def _quality(config: Config, ranks: Layout, sharded: Sharded) -> dict[str, Any]:
     speeds = quality.tokens_per_second(sharded.models(), batch, seconds=SPEED_SECONDS)
     return {
         "split": settings.split,
+        "corpus": parallel.on_first_rank(lambda: _text_hash(config)),
         "tokens": found["teacher"].tokens,
         "bytes": round(found["teacher"].text_bytes or 0),
         "documents": documents,
@@ -122,6 +129,7 @@ def _quality(config: Config, ranks: Layout, sharded: Sharded) -> dict[str, Any]:
             for name, quality_ in found.items()
         },
         "differences": differences,
+        "document_groups": document_groups(found),
     }
 
 
@@ -133,7 +141,7 @@ def _other_texts(
     for domain in config.evaluate.domains:
         found[f"domains.{domain.name}"] = parts.measure(
             f"domains.{domain.name}",
-            domains.settings_of(config, domain),
+            domains.settings_of(config, domain) | {"form": FORM},
             lambda domain=domain: domains.measure(config, domain, sharded, context.directory),
         )
     for length in config.evaluate.long_context:
@@ -145,6 +153,30 @@ def _other_texts(
         group, _, key = name.partition(".")
         groups.setdefault(group, {}).update({key: entry} if entry else {})
     return groups
+
+
+def _drift(baseline: str, parts: Parts, results: dict[str, Any]) -> dict[str, Any]:
+    """{"drift": ...}, or a gap with its reason."""
+    try:
+        found = drift.drift(results, files.read_object(Path(baseline)), baseline)
+    except UserError as error:
+        parts.missing["drift"] = str(error)
+        console.say(f"evaluate  no drift: {error}")
+        return {}
+    for row in found:
+        noise = "larger than noise" if row["larger_than_noise"] else "within noise"
+        console.say(f"evaluate  drift of {row['figure']}: {row['before']:.4f} to {row['now']:.4f}, {noise}")
+    return {"drift": found}
+
+
+def _text_hash(config: Config) -> str:
+    """Of the split's token ids and the tokenizer: the same for the same text on every machine."""
+    corpus, sidecars = artifacts.corpus_directory(config), artifacts.sidecar_directory(config)
+    digest = hashlib.sha256(artifacts.file_hash(corpus / "tokenizer" / "tokenizer.json", sidecars).encode())
+    for prefix in split_prefixes(corpus, config.evaluate.split):
+        for _, content in sorted(artifacts.fingerprint(prefix, sidecars).items()):
+            digest.update(content.encode())
+    return digest.hexdigest()
 
 
 def find_models(config: Config) -> tuple[dict[str, Path], dict[str, str]]:

@@ -3,10 +3,12 @@
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator
+from pathlib import Path
 
 from pipelines import elsewhere
 from pipelines.config import Config, Layout, SourceKind, expect
 from pipelines.families import ModelShape
+from pipelines.files import read_object
 
 WITHOUT_PATH = (SourceKind.standard_library, SourceKind.package_descriptions)
 
@@ -26,6 +28,7 @@ def check(config: Config, stages: Collection[str], ranks: Layout, teacher: Model
             expect(bool(domain.path), f"{setting}.path", "a path", "none", "Give the file or directory.")
     twice = [name for name, count in Counter(d.name for d in config.evaluate.domains).items() if count > 1]
     expect(not twice, "evaluate.domains", "a name for each", f"{', '.join(twice)} more often", "Rename one.")
+    _check_baseline(config)
     setting, lengths = "evaluate.long_context", config.evaluate.long_context
     expect(len(set(lengths)) == len(lengths), setting, "each length once", lengths, "Drop one.")
     for length in lengths:
@@ -36,6 +39,21 @@ def check(config: Config, stages: Collection[str], ranks: Layout, teacher: Model
             expected = f"multiples of parallel.tensor={ranks.tensor} under sequence parallelism"
             remedy = "Change it, or parallel.sequence_parallel=false."
             expect(length % ranks.tensor == 0, setting, expected, length, remedy)
+
+
+def _check_baseline(config: Config) -> None:
+    """What can be told before anything is measured; evaluation/drift.py holds the text itself to it."""
+    evaluate, path = config.evaluate, config.evaluate.baseline
+    if path is None:
+        return
+    setting, remedy = f"evaluate.baseline={path}", "Give runs/NAME/evaluate/results.json, or a copy of one."
+    expect(Path(path).is_file(), setting, "an evaluation's results.json", "no such file", remedy)
+    stored = read_object(Path(path), remedy)
+    whole = isinstance(stored.get("models"), dict) and isinstance(stored.get("document_groups"), dict)
+    expect(whole, setting, "an evaluation's results.json", "no models or document_groups in it", remedy)
+    for name in ("split", "sequence_length"):
+        found, asked = stored.get(name), getattr(evaluate, name)
+        expect(found == asked, setting, f"one with {name}={asked}", found, f"Give another, or set evaluate.{name}.")
 
 
 def warnings(config: Config, stages: Collection[str], teacher: ModelShape) -> Iterator[str]:

@@ -154,6 +154,11 @@ def check_breakdowns(root: Path, results: dict[str, Any], end: int | None = None
         for figure, found in entry["intervals"].items():
             assert found == pytest.approx(np.percentile(drawn[name][figure], [2.5, 97.5]).tolist(), rel=1e-5), figure
         assert set(entry["intervals"]) == ({"loss", "bits_per_byte"} if name == "teacher" else set(drawn[name]))
+    groups = results["document_groups"]
+    assert groups["bytes"] == [common["bytes"][d].sum() for d in documents] and len(groups["tokens"]) == len(documents)
+    for name, rows in models.items():
+        expected = [rows["kl"][d].sum() for d in documents]
+        assert groups["models"][name]["kl"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
     found = {(row["figure"], row["model"], row["other"]): row for row in results["differences"]}
     assert len(found) == 6 and results["documents"] == len(documents)
     for (figure, model, other), row in found.items():
@@ -290,6 +295,41 @@ def test_long_documents_by_position(ranks: RankPools, root: Path) -> None:
     assert [(band["from"], band["to"]) for band in student["by_position"]] == [*BANDS, (16, 32), (32, 48)]
     for band in student["by_position"]:
         assert band["loss"] == pytest.approx(by_place[:, band["from"] : band["to"]].mean(), rel=1e-5)
+
+
+def test_drift_from_a_baseline(ranks: RankPools, root: Path, tmp_path: Path) -> None:
+    """The same models have not moved; a changed student has, on the documents that both were measured on."""
+    from safetensors.torch import load_file, save_file
+
+    runs, baseline = tmp_path / "runs", str(tmp_path / "baseline.json")
+    shutil.copytree(root, runs)
+    ranks(1, CASE, stage="evaluate", root=str(runs))
+    shutil.copy(runs / "small/evaluate/results.json", baseline)
+    ranks(1, CASE, stage="evaluate", root=str(runs), evaluate__baseline=baseline)
+    rows = read_results(runs)["drift"]
+    assert len(rows) == 2 + 4 + 4 and not any(row["difference"] or row["larger_than_noise"] for row in rows)
+    (path,) = (runs / "small/distil/hf").glob("*.safetensors")
+    weights = load_file(path)
+    weights["model.norm.weight"] *= 1.5
+    save_file(weights, path, {"format": "pt"})
+    ranks(1, CASE, stage="evaluate", root=str(runs), evaluate__baseline=baseline)
+    results, before = read_results(runs), json.loads(Path(baseline).read_text())
+    moved = {row["figure"]: row for row in results["drift"]}
+    assert all(not row["difference"] for name, row in moved.items() if not name.startswith("student."))
+    sums = [np.array(each["document_groups"]["models"]["student"]["loss"]) for each in (results, before)]
+    tokens = np.array(before["document_groups"]["tokens"])
+    draws = draws_of(len(tokens))
+    drawn = [(one[draws].sum(1) / tokens[draws].sum(1)) for one in sums]
+    low, high = np.percentile(drawn[0] - drawn[1], [2.5, 97.5])
+    loss = moved["student.loss"]
+    assert [loss["low"], loss["high"]] == pytest.approx([low, high], rel=1e-6)
+    assert loss["larger_than_noise"] and loss["difference"] == loss["now"] - loss["before"] and low > 0
+    assert loss["before"] == before["models"]["student"]["loss"]
+    for key, value in {"corpus": "other", "tokens": 7}.items():
+        Path(baseline).write_text(json.dumps(before | {key: value}))
+        ranks(1, CASE, stage="evaluate", root=str(runs), evaluate__baseline=baseline, evaluate__batches=None)
+        reason = read_results(runs)["missing"]["drift"]
+        assert f"found {key}={value} where this one has {results[key]}" in reason and "drift" not in read_results(runs)
 
 
 def test_a_limit_takes_that_many_windows(ranks: RankPools, root: Path) -> None:
