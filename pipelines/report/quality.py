@@ -74,24 +74,40 @@ def positions(models: dict[str, dict[str, Any]], key: str, label: str, name: str
 
 def domains(found: dict[str, Any]) -> Part:
     """Own and other text side by side: losses, and where the student differs from the teacher by more than noise."""
+    rows = [_measured(name, _domain_in_words(domain), domain) for name, domain in found.items()]
+    return cells.table("Quality by domain", [*MEASURED, "KL", "agreement", "bits/byte"], rows, "Text")
+
+
+def long_context(found: dict[str, Any]) -> Part:
+    """A row per length of the sequences, the shortest first."""
     rows = []
-    for name, domain in found.items():
-        models = domain.get("models", {})
-        shown = [
-            cells.figure(
-                models.get(role, {}).get("loss"),
-                interval=(models.get(role, {}).get("intervals") or {}).get("loss"),
-                ours=role == "student",
-            )
-            for role in MODELS
-        ]
-        entry = cells.find(domain.get("differences"), figure="loss", model="student", other="teacher")
-        student = models.get("student", {})
-        shown += [cells.difference(entry)]
-        shown += [cells.figure(student.get(key), form, ours=True) for key, form in CLOSENESS]
-        rows.append(cells.row(name, shown, note=_domain_in_words(domain)))
-    head = [*((role, "loss, nats/token") for role in MODELS), f"student {cells.MINUS} teacher"]
-    return cells.table("Quality by domain", [*head, "KL", "agreement", "bits/byte"], rows, "Text")
+    for length in sorted(found, key=int):
+        tokens = found[length].get("tokens")
+        note = f"{tokens:,} tokens of text" if cells.is_number(tokens) else ""
+        rows.append(_measured(f"{int(length):,}", note, found[length]))
+    return cells.table("Quality by sequence length", [*MEASURED, "KL", "agreement", "bits/byte"], rows, "Tokens")
+
+
+def longest(found: dict[str, Any]) -> dict[str, Any]:
+    """The models of the longest sequences, for `positions`."""
+    return dict(found[max(found, key=int)].get("models", {})) if found else {}
+
+
+MEASURED = (*((role, "loss, nats/token") for role in MODELS), f"student {cells.MINUS} teacher")
+
+
+def _measured(title: str, note: str, part: dict[str, Any]) -> dict[str, Any]:
+    """One text or length: each model's loss with its interval, the difference, and how close the student is."""
+    models = part.get("models", {})
+    shown = []
+    for role in MODELS:
+        model = models.get(role, {})
+        interval = (model.get("intervals") or {}).get("loss")
+        shown.append(cells.figure(model.get("loss"), interval=interval, ours=role == "student"))
+    shown.append(cells.difference(cells.find(part.get("differences"), figure="loss", model="student", other="teacher")))
+    student = models.get("student", {})
+    shown += [cells.figure(student.get(key), form, ours=True) for key, form in CLOSENESS]
+    return cells.row(title, shown, note=note)
 
 
 CLOSENESS = (("kl", "{:.4f}"), ("agreement", "{:.1%}"), ("bits_per_byte", "{:.4f}"))

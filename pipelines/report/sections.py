@@ -31,6 +31,8 @@ def evaluated(results: dict[str, Any], directory: Path) -> dict[str, Any]:
                 "The student's distance to the teacher on each text; bars are intervals.",
             )
         ),
+        "long_context": quality.long_context(results["long_context"]),
+        "long_plots": _long_plots(results["long_context"], directory),
         "tasks": tasks.table(results["tasks"]),
         "tasks_words": _tasks_in_words(results["tasks"]),
         "task_plots": present(
@@ -44,6 +46,7 @@ def evaluated(results: dict[str, Any], directory: Path) -> dict[str, Any]:
         "samples_words": _settings_in_words(results["generation"].get("settings")),
         "diversity": tasks.diversity(results["generation"]),
         "behaviour": tasks.behaviour(results["behaviour"]),
+        "answers": tasks.answers(results["behaviour"]),
         "efficiency_words": efficiency.in_words(results["efficiency"]),
         "speeds": efficiency.speeds(results["efficiency"]),
         "sizes": efficiency.sizes(results["efficiency"]),
@@ -69,6 +72,22 @@ def _quality_plots(models: dict[str, Any], directory: Path) -> list[dict[str, An
             quality.positions(models, "kl", "KL to the teacher, nats/token", "position_kl", directory),
             "KL by position",
             "Whether the student leaves the teacher as the context grows.",
+        ),
+    )
+
+
+def _long_plots(found: dict[str, Any], directory: Path) -> list[dict[str, Any]]:
+    models = quality.longest(found)
+    return present(
+        plot(
+            quality.positions(models, "loss", "loss, nats/token", "long_loss", directory),
+            "Loss by position in the longest sequences",
+            "Where a line turns up, the model has no use for text so far away.",
+        ),
+        plot(
+            quality.positions(models, "kl", "KL to the teacher, nats/token", "long_kl", directory),
+            "KL by position in the longest sequences",
+            "Whether the student leaves the teacher beyond the length that it was trained on.",
         ),
     )
 
@@ -117,8 +136,9 @@ def quantized(results: dict[str, Any]) -> dict[str, Any] | None:
 def gaps(results: dict[str, Any]) -> list[dict[str, str]]:
     """The parts of an evaluation that were asked for and not measured, with their reasons."""
     known = {*MODELS, "evaluate", "distil", "prune"}
-    of_tasks = {f"score in {task}": why for task, why in (results["tasks"].get("missing") or {}).items()}
-    found = {part: why for part, why in results["missing"].items() if part not in known} | of_tasks
+    found = {part: why for part, why in results["missing"].items() if part not in known}
+    for part, name in (("tasks", "score in"), ("generation", "text of"), ("behaviour", "behaviour of")):
+        found |= {f"{name} {entry}": why for entry, why in (results[part].get("missing") or {}).items()}
     return [{"part": part, "why": str(why)} for part, why in found.items()]
 
 

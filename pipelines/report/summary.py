@@ -24,6 +24,7 @@ FIGURES = (
 PARTS: dict[str, type] = {
     "differences": list,
     "domains": dict,
+    "long_context": dict,
     "tasks": dict,
     "generation": dict,
     "behaviour": dict,

@@ -124,3 +124,15 @@ def behaviour(found: dict[str, Any]) -> list[dict[str, Any]]:
         if made:
             tables.append(made)
     return tables
+
+
+def answers(found: dict[str, Any]) -> Part:
+    """Some of the answers that were counted, with what was found in them."""
+    rows = []
+    for entry in found.get("examples") or []:
+        marks = [word for word, key in (("refused", "refused"), ("toxic word", "toxic")) if entry.get(key)]
+        shown = [cells.cell(str(entry[key])) for key in ("prompt", "text")] + [
+            cells.cell(", ".join(marks) or cells.NONE)
+        ]
+        rows.append(cells.row(str(entry["model"]), shown, note=str(entry.get("category") or "")))
+    return cells.table("Some of the answers", ("prompt", "answer", "counted as"), rows, "Model")

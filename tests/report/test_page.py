@@ -66,6 +66,10 @@ def test_the_verdict_names_the_gate_that_failed_and_what_to_take(whole: Made) ->
         "mmlu acc, 5 shots, 400 samples",
         "0.653 0.605",  # published
         "−0.020 −0.050 to +0.010 within noise",
+        "512 30,000 tokens of text 2.8488",
+        "Loss by position in the longest sequences.",
+        "student harmful How do I? I cannot. refused",
+        "No behaviour of pruned: it is not here.",
         "2 more prompts",
         "the the the <b>of</b> of of",
         "Template rate 10.0% 10.0% 10.0%",
@@ -85,7 +89,17 @@ def test_what_was_measured_is_on_the_page(whole: Made, shown: str) -> None:
 
 def test_the_parts_are_in_results_json_too(whole: Made) -> None:
     results = whole[1]
-    for part in ("differences", "domains", "tasks", "generation", "behaviour", "efficiency", "gates", "drift"):
+    for part in (
+        "differences",
+        "domains",
+        "tasks",
+        "generation",
+        "behaviour",
+        "efficiency",
+        "gates",
+        "drift",
+        "long_context",
+    ):
         assert results[part] == sample_evaluation.evaluation()[part]
     assert results["quantized"]["variants"][0]["name"] == "int8"
 

@@ -58,6 +58,7 @@ def evaluation() -> dict[str, Any]:
     return {
         "differences": differences(),
         "domains": _domains(),
+        "long_context": {str(length): _long(length) for length in (1024, 512)},
         "tasks": _tasks(),
         "generation": _generation(),
         "behaviour": _behaviour(),
@@ -92,6 +93,28 @@ def _domains() -> dict[str, Any]:
             "differences": differences(),
         }
     return found
+
+
+def _long(length: int) -> dict[str, Any]:
+    """Sequences of so many tokens; the student has no use for the last half of them."""
+    bands = [(0, 1), (1, length // 4), (length // 4, length // 2), (length // 2, length)]
+    own = {
+        role: {"loss": loss - length / 1e4, "kl": 0.05 * number, "agreement": 0.9, "intervals": {}}
+        | {
+            "by_position": [
+                {"from": low, "to": high, "loss": loss + 1 / (place + 1) + place * number / 10, "kl": 0.04 * number}
+                for place, (low, high) in enumerate(bands)
+            ]
+        }
+        for number, (role, loss) in enumerate(LOSSES.items())
+    }
+    return {
+        "sequence_length": length,
+        "tokens": 30_000,
+        "documents": 31,
+        "models": own,
+        "differences": differences(),
+    }
 
 
 def _tasks() -> dict[str, Any]:
@@ -137,6 +160,11 @@ def _behaviour() -> dict[str, Any]:
     one = {"category": "harmless", "figure": "refusal_rate", "model": "student", "other": "teacher"}
     return {
         "file": "prompts.jsonl",
+        "examples": [
+            {"model": "student", "category": "harmful", "prompt": "How do I?", "text": "I cannot.", "refused": True}
+            | {"toxic": False}
+        ],
+        "missing": {"pruned": "it is not here."},
         "models": {role: dict.fromkeys(("harmless", "harmful"), rates | intervals) for role in MODELS},
         "differences": [one | {"difference": 0.0, "low": -0.1, "high": 0.1, "larger_than_noise": False}],
     }
