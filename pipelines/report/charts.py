@@ -30,7 +30,12 @@ def by_model(
         for role, points in series.items():
             axes.plot(*zip(*points, strict=True), **_look(role), markersize=3.4, label=role)
         axes.set(xlabel=xlabel, ylabel=ylabel)
-        axes.set_xlim(left=0)
+        places = [x for points in series.values() for x, _ in points]
+        if min(places) > 0 and max(places) > 32 * min(places):  # bands that double
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+        else:
+            axes.set_xlim(left=0)
         figure.legend(loc="outside upper right", ncols=3, columnspacing=1.4)
         return save(figure, name, directory)
 

@@ -28,6 +28,13 @@ def order(row: dict[str, Any]) -> tuple[Any, ...]:
     return row.get("batch") or 0, row.get("prompt_tokens") or 0, row.get("new_tokens") or 0, place
 
 
+def decode_ratio(found: dict[str, Any]) -> float | None:
+    """The student's tokens/s after the first token, to the teacher's, at the smallest batch and lengths."""
+    rows = [row for row in sorted(found.get("rows") or [], key=order) if row["model"] == "student"]
+    ratio = (rows[0].get("ratio") or {}).get("decode_tokens_per_second") if rows else None
+    return float(ratio) if cells.is_number(ratio) else None
+
+
 def speeds(found: dict[str, Any]) -> Part:
     rows = []
     for entry in sorted(found.get("rows") or [], key=order):

@@ -7,7 +7,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipelines.report import cells, graph, search, sections, summary, training
+from pipelines.report import cells, efficiency, graph, search, sections, summary, training
 from pipelines.report.record import MODELS, RunRecord
 from pipelines.stages import STAGES
 
@@ -100,7 +100,9 @@ def _highlights(results: dict[str, Any]) -> list[dict[str, str]]:
         items.append(("Loss, student \N{MINUS SIGN} teacher", difference))
     if student.get("agreement") is not None:
         items.append(("Agreement, top-1", f"{student['agreement']:.1%}"))
-    if student.get("tokens_per_second") and teacher.get("tokens_per_second"):
+    if (decode := efficiency.decode_ratio(results["efficiency"])) is not None:
+        items.append(("Speed-up, decoding", f"{decode:.2f}×"))
+    elif student.get("tokens_per_second") and teacher.get("tokens_per_second"):
         items.append(("Speed-up", f"{student['tokens_per_second'] / teacher['tokens_per_second']:.2f}×"))
     return [{"title": title, "value": value} for title, value in items]
 

@@ -122,17 +122,29 @@ def beyond_noise(one: dict[str, Any], other: dict[str, Any], differences: dict[s
     """Whether two rows' losses differ by more than noise; None where that is not known.
 
     differences: {run: "differences" of its results.json}. By the paired difference where one was measured. Else where
-    they lie further apart than both intervals' halves together, as the root of the sum of their squares; on the same
-    text that asks too much rather than too little.
+    they lie further apart than two halves of intervals together, as the root of the sum of their squares: of their
+    paired differences from a third model where both have one, or of their own losses. On the same text both ask too
+    much rather than too little, the second by far.
     """
     # The teacher is every run's.
     run = other["run"] if one["kind"] == "teacher" else one["run"]
     if one["run"] == other["run"] or "teacher" in (one["kind"], other["kind"]):
-        for first, second in ((one, other), (other, one)):
-            entry = cells.find(differences.get(run), figure="loss", model=first["name"], other=second["name"])
-            if entry:
-                return bool(entry.get("larger_than_noise"))
+        paired = {
+            frozenset((entry["model"], entry["other"])): entry
+            for entry in differences.get(run) or []
+            if entry["figure"] == "loss"
+        }
+        direct = paired.get(frozenset((one["name"], other["name"])))
+        if direct:
+            return bool(direct["larger_than_noise"])
+        for third in sorted({name for pair in paired for name in pair} - {one["name"], other["name"]}):
+            both = [paired.get(frozenset((row["name"], third))) for row in (one, other)]
+            if all(both):
+                return _apart(one, other, [(entry["low"], entry["high"]) for entry in both if entry])
     if not one["interval"] or not other["interval"]:
         return None
-    halves = [(row["interval"][1] - row["interval"][0]) / 2 for row in (one, other)]
-    return abs(one["loss"] - other["loss"]) > math.hypot(*halves)
+    return _apart(one, other, [one["interval"], other["interval"]])
+
+
+def _apart(one: dict[str, Any], other: dict[str, Any], intervals: list[Any]) -> bool:
+    return abs(one["loss"] - other["loss"]) > math.hypot(*((high - low) / 2 for low, high in intervals))

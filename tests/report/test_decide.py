@@ -82,6 +82,26 @@ def test_a_paired_difference_counts_more_than_intervals() -> None:
     assert variants.beyond_noise(one | {"interval": None}, other, {}) is None
 
 
+def test_two_forms_are_told_apart_by_what_both_differ_from_the_student() -> None:
+    """Their own intervals, of hard and easy documents alike, would hide it."""
+    int8, int4 = row("int8", "quantized", 13, 2.930, half=0.25), row("int4", "quantized", 8, 2.945, half=0.25)
+    entries = [
+        {
+            "figure": "loss",
+            "model": name,
+            "other": "student",
+            "low": low,
+            "high": low + 0.004,
+            "larger_than_noise": True,
+        }
+        for name, low in (("int8", 0.001), ("int4", 0.016))
+    ]
+    assert variants.beyond_noise(int8, int4, {"a": []}) is False
+    assert variants.beyond_noise(int8, int4, {"a": entries[:1]}) is False
+    assert variants.beyond_noise(int8, int4, {"a": entries}) is True
+    assert chosen(decide.decide([int8, int4], Limits(), {"a": entries})) == "int8"
+
+
 def test_the_front_of_speed_compares_what_was_timed_in_the_same_way() -> None:
     timed = [
         row("teacher", "teacher", 100, 2.90, tokens_per_second=90, speed=variants.DECODE),

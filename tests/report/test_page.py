@@ -77,6 +77,7 @@ def test_the_verdict_names_the_gate_that_failed_and_what_to_take(whole: Made) ->
         "Measured on cpu, 2 threads, fp32, transformers 4.53.3.",
         "batch 8, 64 + 32 tokens 98.8 0.59× 5,100 1.70×",
         "13.2 MB 0.57×",
+        "Speed-up, decoding 1.70×",
         "int4 compressed-tensors 0.9 student 2.6 MB 3.2100",
         "+0.2800 +0.2700 to +0.2900 larger than noise",
         "expected inputs that 32 divides, found 20.",  # why a form was refused
