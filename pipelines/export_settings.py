@@ -15,6 +15,7 @@ class ExportConfig:
     prompt: str = "def main("
     new_tokens: int = 32
     shard_bytes: float | None = None  # largest safetensors file, in bytes of tensors; None: as distil wrote them
+    terms: str | None = None  # the licence that the model card states; None: the teacher's, as its directory states it
     # Also with the weights of its linear layers in fewer bits, each in a directory of its own beside hf;
     # pip install 'stillhouse[quantize]'.
     quantize: list[Quantization] = field(default_factory=list)

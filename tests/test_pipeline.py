@@ -54,6 +54,10 @@ SMALL = [
     "prune.calibration_samples=32",
     "evaluate.sequence_length=32",
     "evaluate.batches=4",
+    "evaluate.efficiency.batch_sizes=[1]",
+    "evaluate.efficiency.prompt_tokens=[16]",
+    "evaluate.efficiency.new_tokens=4",
+    "evaluate.efficiency.rounds=1",
     "export.nemo=true",
     "gates=[]",  # so few steps keep no bound
     "export.new_tokens=4",
@@ -345,6 +349,8 @@ def test_a_corrected_mistral_teacher_over_two_replicas(finished: tuple[Path, str
         architecture="MistralForCausalLM",
     )
     write_random_model(given, shape, seed=1, tokenizer=finished[0] / "whole" / "corpus" / "tokenizer")
+    generation = {"do_sample": True, "temperature": 0.6, "eos_token_id": [1, 5]}
+    (given / "generation_config.json").write_text(json.dumps(generation))
     run_in_one_torchrun(
         tmp_path,
         "dp2",
@@ -353,10 +359,13 @@ def test_a_corrected_mistral_teacher_over_two_replicas(finished: tuple[Path, str
         f"model.path={given}",
         "teacher.distributed_optimizer=true",
         "distil.distributed_optimizer=true",
+        "distil.temperature=4",
     )
     for place in ("teacher", "prune", "distil", "export"):
         config = json.loads((tmp_path / "dp2" / place / "hf" / "config.json").read_text())
         assert config["architectures"] == ["MistralForCausalLM"] and config["sliding_window"] == 4096
+        written = json.loads((tmp_path / "dp2" / place / "hf" / "generation_config.json").read_text())
+        assert written == generation, place
     corpus, tokenizer = tmp_path / "dp2" / "corpus" / "tokenizer", "tokenizer.json"
     assert (corpus / tokenizer).read_bytes() == (given / tokenizer).read_bytes()
     corrected, start = tensors(tmp_path / "dp2" / "teacher" / "hf"), tensors(given)

@@ -30,20 +30,22 @@ def save_hugging_face(
     *,
     dtype: torch.dtype | None = None,
     tokenizer: str | Path | None = None,
+    origin: str | Path | None = None,
     max_shard_bytes: float = 5e9,
     parameter: Callable[[torch.nn.Parameter], torch.Tensor] = _itself,
 ) -> None:
     """Write safetensors, config.json, generation_config.json and the tokenizer's files; `directory` appears whole.
 
     model: a bare GPTModel. dtype: of the files; None: the parameters'. tokenizer: a directory to copy the tokenizer's
-    files from. parameter: what to write for a parameter, such as its fp32 master copy; in the parameter's layout.
+    files from. origin: the model that this one was trained from, as `write_hub_files` takes it. parameter: what to
+    write for a parameter, such as its fp32 master copy; in the parameter's layout.
     Collective over all ranks: the gathers of `gather_hugging_face` and one barrier over the world, after which every
     rank may read the directory. Every rank raises rank 0's UserError when it cannot write.
     """
     dtype = dtype or parameter(next(model.parameters())).dtype
     saving = _Saving(Path(directory))
     if dist.get_rank() == 0:
-        saving.attempt(lambda: saving.begin(shape, dtype, tokenizer, max_shard_bytes))
+        saving.attempt(lambda: saving.begin(shape, dtype, tokenizer, origin, max_shard_bytes))
     # After a failure the gathers go on: the other ranks wait in them and have yet to learn of it.
     for name, tensor in gather_hugging_face(model, shape, parameter, dtype):
         if tensor is not None:
@@ -74,11 +76,16 @@ class _Saving:
                 self.writer.abandon()
 
     def begin(
-        self, shape: ModelShape, dtype: torch.dtype, tokenizer: str | Path | None, max_shard_bytes: float
+        self,
+        shape: ModelShape,
+        dtype: torch.dtype,
+        tokenizer: str | Path | None,
+        origin: str | Path | None,
+        max_shard_bytes: float,
     ) -> None:
         announced = {name: (size, dtype) for name, size in shape.tensor_shapes().items()}
         self.writer = Writer(self.directory, announced, max_shard_bytes)
-        write_hub_files(self.writer.partial, shape, dtype, tokenizer)
+        write_hub_files(self.writer.partial, shape, dtype, tokenizer, origin)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         assert self.writer is not None

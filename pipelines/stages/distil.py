@@ -23,7 +23,7 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
     shape, tokenizer = read_shape(start), artifacts.corpus_directory(config) / "tokenizer"
     name, teaches = measure.device_name(device), read_shape(teacher)
     plan = plan_check.compare(config, ranks, teaches, shape, context.directory, held_bytes=held, device_name=name)
-    save_hugging_face(pair.student, context.directory / "hf", shape, tokenizer=tokenizer)
+    save_hugging_face(pair.student, context.directory / "hf", shape, tokenizer=tokenizer, origin=start)
     console.say(plan_check.as_text(plan, "distil"))
     return {
         "model": str(context.directory / "hf"),

@@ -43,6 +43,8 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
         f"{found['relative_difference']:.1e} (largest {found['largest_difference']:.1e})\n"
         f"export  generated: {found['generated']!r}"
     )
+    for line in card.terms_of(config).asks():
+        console.say(f"export  terms: {line}")
     if config.export.nemo:
         from pipelines.trainer.nemo_checkpoint import save_nemo_checkpoint
 
@@ -51,10 +53,7 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
     if config.export.step:
         parallel.on_first_rank(lambda: shutil.rmtree(source))
     if config.export.quantize:
-        quantized = variants.measure(config, target, context.directory)
-        if console.rank() == 0:
-            files.write_json(context.directory / "quantized.json", quantized)
-        found["quantized"] = [row["name"] for row in quantized["variants"] if "refused" not in row]
+        found["quantized"] = _quantized(config, context.directory, target)
     return {"model": str(target)} | found
 
 
@@ -66,7 +65,7 @@ def _read_checkpoint(config: Config, output: Path) -> None:
     checkpoint, start = artifacts.kept_checkpoint(config), artifacts.student_start_directory(config)
     console.say(f"export  reading {checkpoint}")
     tokenizer = artifacts.corpus_directory(config) / "tokenizer"
-    convert_to_hugging_face(checkpoint, output, read_shape(start), tokenizer)
+    convert_to_hugging_face(checkpoint, output, read_shape(start), tokenizer, start)
 
 
 def _copy(config: Config, source: Path, target: Path, tokens: torch.Tensor, reference: torch.Tensor) -> dict[str, Any]:
@@ -74,7 +73,8 @@ def _copy(config: Config, source: Path, target: Path, tokens: torch.Tensor, refe
     found: dict[str, Any] = {}
     console.say(f"export  copying {source}")
     with _copied(source, target, config.export.shard_bytes) as partial:
-        files.write_atomic(partial / "README.md", _card(config, source))
+        for text, content in _words(config, source).items():
+            files.write_atomic(partial / text, content)
         model = reload(partial)
         found |= compare(partial, model, tokens, reference, tolerance=config.export.tolerance)
         found["generated"] = generate(partial, model, config.export.prompt, config.export.new_tokens)
@@ -117,8 +117,36 @@ def check_hashes(config: Config, source: Path) -> None:
             )
 
 
-def _card(config: Config, source: Path) -> str:
+def _words(config: Config, student: Path, quantized: dict[str, Any] | None = None, form: str = "") -> dict[str, bytes]:
+    """{name: content} of the model card and of the texts that its terms ask for. quantized: what quantized.json has of
+    its forms; form: the one of them that the card is of."""
     record = read_run(config)
+    results, under = summary.results(record) | {"quantized": quantized or {}}, card.terms_of(config)
+    row = next((row for row in (quantized or {}).get("variants", []) if row["name"] == form), None)
     teacher = artifacts.teacher_directory(config)
-    results = summary.results(record)
-    return card.render(record, results, teacher=teacher, student=source, prompt=config.export.prompt)
+    text = card.render(
+        record, results, teacher=teacher, student=student, prompt=config.export.prompt, under=under, form=row
+    )
+    words = {file.name: file.read_bytes() for file in under.files}
+    if under.notice and not any(name.lower().startswith("notice") for name in words):
+        words["NOTICE"] = f"{under.notice}\n".encode()
+    return words | {"README.md": text.encode()}
+
+
+def _quantized(config: Config, place: Path, student: Path) -> list[str]:
+    """Write the quantized forms beside the student, quantized.json, and their cards; the names of those that were made.
+    Collective."""
+    found = variants.measure(config, student, place)
+    names = [row["name"] for row in found["variants"] if "refused" not in row]
+
+    def write() -> None:
+        files.write_json(place / "quantized.json", found)
+        for name in [
+            "",
+            *(row["name"] for row in found["variants"] if row["of"] == "student" and row["name"] in names),
+        ]:
+            card_ = _words(config, student, found, name)["README.md"]
+            files.write_atomic(place / (name or student.name) / "README.md", card_)
+
+    parallel.on_first_rank(write)
+    return names

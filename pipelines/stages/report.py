@@ -33,10 +33,13 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
         )
     results = summary.results(record)
     teacher, student = artifacts.teacher_directory(config), artifacts.student_directory(config)
-    results["licence"] = card.licence(teacher)
+    under = card.terms_of(config)
+    results["licence"] = under.licence
     with files.new_directory(directory / "plots") as plots:
         html = page.render(record, results, configuration_text(config), plots)
-    model_card = card.render(record, results, teacher=teacher, student=student, prompt=config.export.prompt)
+    model_card = card.render(
+        record, results, teacher=teacher, student=student, prompt=config.export.prompt, under=under
+    )
     files.write_json(directory / "results.json", results)
     files.write_atomic(directory / "MODEL_CARD.md", model_card)
     files.write_atomic(directory / "index.html", html)

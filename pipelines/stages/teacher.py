@@ -60,7 +60,7 @@ def _train(context: artifacts.StageContext, ranks: Layout, start: Path, shape: M
         flops_per_token=training_flops(shape, settings.sequence_length),
     )
     tokenizer = artifacts.corpus_directory(config) / "tokenizer"
-    save_hugging_face(pair.student, context.directory / "hf", shape, tokenizer=tokenizer)
+    save_hugging_face(pair.student, context.directory / "hf", shape, tokenizer=tokenizer, origin=start)
     return {
         "model": str(context.directory / "hf"),
         "parameters": shape.parameters(),

@@ -14,8 +14,12 @@ from pipelines.nemo_context import WEIGHTS
 from pipelines.trainer import checkpoints, nemo_checkpoint
 
 
-def convert_to_hugging_face(checkpoint: Path, output: Path, shape: ModelShape, tokenizer: Path) -> None:
+def convert_to_hugging_face(
+    checkpoint: Path, output: Path, shape: ModelShape, tokenizer: Path, origin: Path | None = None
+) -> None:
     """Write the trained model in `checkpoint`, checkpoints/step-NNNNNNN, as the directory `output`. Collective.
+
+    origin: the model that the training started from, as `write_hub_files` takes it.
 
     Read as shards of the current layout, whatever the training's is. bf16 weights stay bf16; all others become fp32.
     Its files get second names beside `output` first, so that a training may remove its own meanwhile; nothing is
@@ -32,7 +36,7 @@ def convert_to_hugging_face(checkpoint: Path, output: Path, shape: ModelShape, t
         metadata = dist_checkpointing.load_tensors_metadata(str(held / WEIGHTS))
         model = build.build_model(shape, precision=nemo_checkpoint.stored_precision(metadata))
         nemo_checkpoint.load_weights(model, held, shape, nemo_checkpoint.stored_shapes(metadata))
-        save_hugging_face(model, output, shape, tokenizer=tokenizer)
+        save_hugging_face(model, output, shape, tokenizer=tokenizer, origin=origin)
     finally:
         parallel.on_first_rank(lambda: shutil.rmtree(held, ignore_errors=True))
 

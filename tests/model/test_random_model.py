@@ -9,6 +9,7 @@ import torch
 
 from pipelines.config import UserError
 from pipelines.families import ModelShape, read_shape
+from pipelines.model.hub_files import write_hub_files
 from pipelines.model.random_model import write_random_model
 from pipelines.model.safetensors_stream import Tensors
 
@@ -107,6 +108,25 @@ def test_a_models_own_ids_and_generation_config_go_before_the_tokenizers(tmp_pat
     assert config["eos_token_id"] == [2, 3]
     generation = json.loads((tmp_path / "model" / "generation_config.json").read_text())
     assert generation == {"eos_token_id": [2, 3], "temperature": 0.6}
+
+
+def test_the_model_it_was_trained_from_says_how_text_is_generated(tmp_path: Path) -> None:
+    tokenizer, origin, made = _tokenizer(tmp_path / "tokenizer"), tmp_path / "origin", tmp_path / "made"
+    for directory in (origin, made):
+        directory.mkdir()
+    own = {"eos_token_id": [2, 3], "temperature": 0.6, "top_p": 0.9}
+    (origin / "config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": [2, 3]}))
+    (origin / "generation_config.json").write_text(json.dumps(own))
+    write_hub_files(made, SHAPE, torch.float32, tokenizer, origin)
+    config = json.loads((made / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (1, [2, 3])
+    assert json.loads((made / "generation_config.json").read_text()) == own
+    write_hub_files(made, SHAPE, torch.float32, tokenizer)
+    alone = [(made / name).read_text() for name in ("config.json", "generation_config.json")]
+    (origin / "config.json").write_text("{}")  # as a random model without a tokenizer says it
+    (origin / "generation_config.json").write_text('{"eos_token_id": null}')
+    write_hub_files(made, SHAPE, torch.float32, tokenizer, origin)
+    assert [(made / name).read_text() for name in ("config.json", "generation_config.json")] == alone
 
 
 def test_a_directory_without_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from pipelines import files
+from pipelines.choices import Quantization
 from pipelines.config import UserError
 from pipelines.stages import export
 from tests.ranks import RankPools
@@ -117,3 +118,31 @@ def test_a_failed_comparison_leaves_nothing_behind(ranks: RankPools, root: Path)
     (figures,) = ranks(1, CASE, stage="export", root=str(root), export__tolerance=0.0)
     assert "export.tolerance=0" in figures["error"]
     assert not list((root / "small/export").glob("hf*"))
+
+
+def test_the_teachers_terms_go_with_the_student(ranks: RankPools, root: Path) -> None:
+    teacher = root / "small/teacher/hf"
+    (teacher / "LICENSE").write_text("LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\n")
+    (teacher / "USE_POLICY.md").write_text("policy")
+    quantize = [Quantization.int8]
+    figures = ranks(1, CASE, stage="export", root=str(root), export__quantize=quantize, export__terms="llama3.2")[0]
+    assert "error" not in figures, figures
+    for place, name in (("hf", "Llama-small"), ("int8", "Llama-small-int8")):
+        directory = root / "small/export" / place
+        assert (directory / "LICENSE").read_text().startswith("LLAMA 3.2")
+        assert (directory / "USE_POLICY.md").read_text() == "policy"
+        assert (directory / "NOTICE").read_text().startswith("Llama 3.2 is licensed under the Llama 3.2 Community")
+        card = (directory / "README.md").read_text()
+        assert 'license: "llama3.2"' in card and f"# {name}: " in card and "| int8 |" in card
+    assert 'dtype="auto"' in card
+
+
+def test_text_is_generated_as_before_whatever_the_loss_temperature_was(ranks: RankPools, root: Path) -> None:
+    own = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [1, 2]}
+    source = root / "small/distil/hf"
+    (source / "generation_config.json").write_text(json.dumps(own))
+    record_again(root)
+    (figures,) = ranks(1, CASE, stage="export", root=str(root), distil__temperature=4.0)
+    assert "error" not in figures, figures
+    assert json.loads((root / "small/export/hf/generation_config.json").read_text()) == own
+    assert GenerationConfig.from_pretrained(root / "small/export/hf").temperature == 0.6
