@@ -36,7 +36,7 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
         {"core", "model", "text", "serving", "evaluation"},
     ),
     "serving": (
-        {"torch", "megatron", "safetensors", "transformers", "compressed_tensors"},
+        {"torch", "megatron", "safetensors", "transformers", "compressed_tensors", "vllm", "tensorrt_llm"},
         {"core", "model", "text", "evaluation", "serving"},
     ),
     "text": ({"numpy", "tokenizers", "datasets", "pyarrow", "transformers"}, {"text"}),

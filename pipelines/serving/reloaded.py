@@ -78,6 +78,15 @@ def compare(
     return {"relative_difference": difference, "largest_difference": (logits - reference).abs().max().item()}
 
 
+def greedy(model: PreTrainedModel, tokens: list[int], new_tokens: int) -> list[int]:
+    """The most likely ids behind these, one after the other, end of text or not."""
+    ids = torch.tensor(tokens)[None]
+    with torch.no_grad():
+        for _ in range(new_tokens):
+            ids = torch.cat([ids, model(ids, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    return ids[0, len(tokens) :].tolist()
+
+
 def generate(directory: Path, model: PreTrainedModel, prompt: str, new_tokens: int) -> str:
     """The prompt and what transformers' generate writes behind it, with the directory's own generation_config."""
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)

@@ -2,9 +2,10 @@
 
 quantized.json: {"split", "tokens", "bytes", "documents", "before": {"student" | "teacher": figures}, "variants":
 [figures and {"name", "of", "method", "bits", "group", "library", "directory", "relative_difference", "kl_to_student",
-"differences"} or {"name", "of", "method", "refused": reason}]}; figures: "bytes" (of the weights' files), "parameters",
-"loss" (nats/token), "bits_per_byte", "kl" (KL(teacher || model), nats/token), "agreement" (share), the last two null
-without a teacher, and "intervals"; these and "differences", from the model before, as results.json has them.
+"differences", "obstacles" (tools.py)} or {"name", "of", "method", "refused": reason}]}; figures: "bytes" (of the
+weights' files), "parameters", "loss" (nats/token), "bits_per_byte", "kl" (KL(teacher || model), nats/token),
+"agreement" (share), the last two null without a teacher, and "intervals"; these and "differences", from the model
+before, as results.json has them.
 """
 
 import shutil
@@ -36,7 +37,7 @@ from pipelines.model.windows import (
     split_prefixes,
 )
 from pipelines.safetensors_header import weight_bytes
-from pipelines.serving import quantize, reloaded
+from pipelines.serving import quantize, reloaded, tools
 from pipelines.text.token_classes import read_token_classes
 
 TEACHER, STUDENT = quality.TEACHER, "student"
@@ -101,6 +102,7 @@ def _variant(
         {"library": f"{quantize.LIBRARY} {metadata.version(quantize.LIBRARY)}", "directory": str(target)}
         | {"bits": how.bits, "group": how.group, "relative_difference": opened["relative_difference"]}
         | {"bytes": weight_bytes(target), "parameters": shape.parameters()}
+        | {"obstacles": parallel.on_first_rank(lambda: tools.obstacles(target))}
         | scores.of(tensors, shape, of, target.name)
     )
 

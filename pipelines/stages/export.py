@@ -23,8 +23,10 @@ from pipelines.model.safetensors_stream import Tensors, Writer
 from pipelines.report import card, summary
 from pipelines.report.record import read_run
 from pipelines.safetensors_header import INDEX
-from pipelines.serving import variants
-from pipelines.serving.reloaded import compare, generate, initialize, reference_logits, reload
+from pipelines.serving import tools, variants
+from pipelines.serving.reloaded import compare, generate, greedy, initialize, reference_logits, reload
+
+PROMPT_TOKENS = 16  # that a serving tool reads, and writes, where one is installed
 
 
 def run(context: artifacts.StageContext) -> dict[str, Any]:
@@ -43,6 +45,8 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
         f"{found['relative_difference']:.1e} (largest {found['largest_difference']:.1e})\n"
         f"export  generated: {found['generated']!r}"
     )
+    for line in [*found["obstacles"], *tools.in_words(found["opens"])]:
+        console.say(f"export  {line}")
     for line in card.terms_of(config).asks():
         console.say(f"export  terms: {line}")
     if config.export.nemo:
@@ -78,6 +82,9 @@ def _copy(config: Config, source: Path, target: Path, tokens: torch.Tensor, refe
         model = reload(partial)
         found |= compare(partial, model, tokens, reference, tolerance=config.export.tolerance)
         found["generated"] = generate(partial, model, config.export.prompt, config.export.new_tokens)
+        found["obstacles"] = tools.obstacles(partial)
+        prompt = tokens[0, :PROMPT_TOKENS].tolist()
+        found["opens"] = tools.opened(partial, prompt, lambda: greedy(model, prompt, PROMPT_TOKENS))
     return found | {"bytes": sum(file.stat().st_size for file in target.iterdir())}
 
 
