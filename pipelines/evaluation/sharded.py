@@ -1,6 +1,7 @@
 """The run's models as shards over the ranks, and their quality on windows of text."""
 
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from pipelines.model.build import build_model
 from pipelines.model.tally import Breakdown
 from pipelines.model.weights import load_hugging_face
 from pipelines.model.windows import Windows, batches, chosen_windows
-from pipelines.text.token_classes import read_token_classes
+from pipelines.text.token_classes import TokenClasses, read_token_classes
 
 Array = numpy.ndarray[Any, Any]
 
@@ -40,6 +41,10 @@ class Sharded:
         self.directories, self.shapes = directories, shapes
         self.vocab_size = shapes["teacher"].vocab_size
         self._models: dict[str, GPTModel] = {}
+
+    @cached_property
+    def _classes(self) -> TokenClasses:
+        return read_token_classes(self.corpus / "tokenizer")
 
     def models(self) -> dict[str, GPTModel]:
         if not self._models:
@@ -71,7 +76,7 @@ class Sharded:
         chosen = chosen_windows(windows, micro_batch_size, ranks, limit)
         by = Breakdown(
             windows.documents_of(chosen),
-            read_token_classes(self.corpus / "tokenizer"),
+            self._classes,
             token_bytes,
             windows.sequence_length,
         )

@@ -38,7 +38,7 @@ import torch
 from pipelines import artifacts, console, files
 from pipelines.config import Config, Layout, UserError, document_mask, layout, without_context
 from pipelines.evaluation import behaviour, domains, drift, efficiency, generation, long_context, sharing, tasks
-from pipelines.evaluation.comparison import compared, document_groups, figures
+from pipelines.evaluation.comparison import compared, document_groups, few_in_words, figures
 from pipelines.evaluation.parts import Parts
 from pipelines.evaluation.sharded import Sharded, precision
 from pipelines.families import ModelShape, read_shape
@@ -93,6 +93,8 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
     results |= {"missing": missing | parts.missing}
     if torch.distributed.get_rank() == 0:
         files.write_json(context.directory / "results.json", results)
+    if few := few_in_words(results["documents"]):
+        console.say(f"evaluate  {few}")
     for name, model in results["models"].items():
         console.say(
             f"evaluate  {name:<8}{model['parameters']:>15,} parameters  loss {model['loss']:.4f} nats/token  "

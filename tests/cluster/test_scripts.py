@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines import gates
 from pipelines.artifacts import begin
 from pipelines.cluster import queue, script
 from pipelines.cluster.__main__ import main
@@ -89,6 +90,21 @@ def test_what_is_finished_is_left_out(place: Path) -> None:
     assert [job.stage for job in chain.jobs] == ["teacher"] and "01-corpus: finished already" in chain.left_out[0]
     with pytest.raises(UserError, match="data.test_fraction: 0.02 -> 0.1"):
         Chain([*LOCAL, "data.test_fraction=0.1"])
+
+
+def test_a_chain_does_not_get_past_a_gate_by_being_submitted_again(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stage that is finished and whose gate fails is not left out as one that is done."""
+    monkeypatch.setattr(gates, "stage_of", lambda gate: "corpus")  # evaluate would need models
+    attempt = begin(compose(["experiment=quickstart", f"run.directory={place}/runs"]), "corpus", lambda line: None)
+    results = {"models": {"student": {"kl": 0.3}}}
+    (place / "runs" / "quickstart" / "corpus" / "results.json").write_text(json.dumps(results))
+    attempt.finish({})
+    asked = [*LOCAL, "stage=[corpus,teacher]"]
+    with pytest.raises(UserError, match="corpus: 1 of 1 gates failed: student.kl is 0.3, expected below 0.2"):
+        Chain([*asked, "gates=[{figure: student.kl, below: 0.2}]"])
+    assert len(Chain([*asked, "gates=[{figure: student.kl, below: 0.4}]"]).jobs) == 1
 
 
 def test_settings_are_checked_for_the_nodes_and_not_for_this_machine(place: Path) -> None:
