@@ -30,6 +30,11 @@ def check(config: Config) -> None:
             continue
         remedy = _did_you_mean(rest[0], figures) or f"There are {', '.join(MODEL_FIGURES)}, and the parts of evaluate."
         expect(rest[0] in figures, f"{setting}.figure", f"a figure of {start}", repr(gate.figure), remedy)
+        if rest[0] == "domains" and len(rest) > 1:
+            measured = [domain.name for domain in config.evaluate.domains]
+            remedy = _did_you_mean(rest[1], measured) or "Add it to evaluate.domains, or leave the gate out."
+            expected = f"one of evaluate.domains, {', '.join(measured) or 'of which there are none'}"
+            expect(rest[1] in measured, f"{setting}.figure", expected, repr(gate.figure), remedy)
         if gate.of is not None:
             others = [model for model in MODELS if model != start]
             expect(gate.of in others, f"{setting}.of", " or ".join(others), gate.of, "Name the model to compare with.")
