@@ -27,7 +27,7 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
     "core": ({"torch", "triton"}, {"core"}),
     "model": ({"torch", "megatron", "safetensors", "transformer_engine", "numpy"}, {"core", "model", "text"}),
     "trainer": (
-        {"torch", "megatron", "nemo", "lightning", "transformer_engine", "yaml", "wandb", "mlflow"},
+        {"torch", "megatron", "nemo", "lightning", "transformer_engine", "yaml", "wandb", "mlflow", "tensorboard"},
         {"core", "model", "trainer"},
     ),
     "pruning": ({"torch", "megatron", "safetensors", "numpy"}, {"core", "model", "trainer", "text", "pruning"}),

@@ -20,17 +20,20 @@ def draw(record: RunRecord) -> dict[str, Any] | None:
     if not ran:
         return None
     places = {stage: str(record.directory / stage) for stage in ran}
+    own = {stage: _own_hash(manifest) for stage, manifest in ran.items()}
     edges, outside, read = [], {}, {}
     for stage, manifest in ran.items():
         for name, entry in input_digests(manifest.get("inputs")).items():
-            maker = _maker(entry["path"], {other: place for other, place in places.items() if other != stage})
-            source = maker or " ".join(dict.fromkeys((name.partition("[")[0], Path(entry["path"]).name)))
+            others = {other: place for other, place in places.items() if other != stage}
+            # A run that was moved or copied is told by what its stages made.
+            maker = _maker(entry["path"], others) or next((o for o in others if own[o] == entry["sha256"]), None)
+            source = maker or _outside(name.partition("[")[0], Path(entry["path"]))
             if maker is None:
                 outside[source] = entry["sha256"]
             read.setdefault(source, entry["sha256"])
             edges.append((source, stage, name, entry["sha256"]))
     order = [*outside, *ran]
-    hashes = {node: _own_hash(ran[node]) if node in ran else outside[node] for node in order}
+    hashes = {node: own[node] if node in ran else outside[node] for node in order}
     hashes = {node: found or read.get(node, "") for node, found in hashes.items()}
     rows = {node: number for number, node in enumerate(order)}
     arcs, widest = _arcs(edges, rows, hashes)
@@ -58,6 +61,12 @@ def _maker(path: str, places: dict[str, str]) -> str | None:
     """The stage that a path lies in: the longest that fits."""
     found = [stage for stage, place in places.items() if path == place or path.startswith(f"{place}/")]
     return max(found, key=len, default=None)
+
+
+def _outside(name: str, path: Path) -> str:
+    """What a stage read from elsewhere: "start prune/hf"."""
+    place = "/".join(path.parts[-2:]) if path.name == "hf" else path.name
+    return name if place == name else f"{name} {place}"
 
 
 def _own_hash(manifest: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from pipelines.report_settings import run_of
 MODELS = ("teacher", "pruned", "student")
 # In metrics.jsonl: what a clock decides, or the processes' memory. All else is the same in a run that continues.
 OF_THE_MACHINE = ("time", "tokens_per_second", "flops_per_second", "percent_of_peak", "percent_of_plan", "peak_bytes")
-OF_THE_MACHINE += ("checkpoint_seconds", "seconds_to_first_step")
+OF_THE_MACHINE += ("checkpoint_seconds", "seconds_to_first_step", "step_seconds", "memory_bytes")
 STAGES = ("corpus", "teacher", "prune", "distil", "evaluate", "export")
 BY_LAYER = (  # axes of which each layer has its own: name in scores.safetensors, title, unit
     ("ffn", "Feed-forward neurons", "neurons"),

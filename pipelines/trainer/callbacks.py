@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from pipelines import console, files, planning, processes
-from pipelines.model.measure import process_peak_bytes
+from pipelines.model.measure import process_peak_bytes, resident_bytes
 from pipelines.model.step import Totals, reduce_reports
 from pipelines.trainer.finite import refuse_non_finite
 from pipelines.trainer.guard import Guard
@@ -26,7 +26,9 @@ class Metrics(Callback):
 
     Rows: step, split, every mean of model/step.py's Totals, gradient_norm of the last training step (before clipping),
     and planning.speed_figures of the training steps since the last row of that split or the last validation. For train
-    also learning_rate and time (seconds since the stage first started, over resumes), for validation peak_bytes
+    also learning_rate, time (seconds since the stage first started, over resumes), step_seconds, the mean since the row
+    before, and memory_bytes, of rank 0 alone at the step's end: tensors on its GPU, or on a CPU the resident memory of
+    the process; for validation peak_bytes
     (measure.process_peak_bytes). Rows past start, the step of the checkpoint that the run continues from, are taken
     back. A step that is left out (trainer/guard.py) has a row whatever the interval, with "skipped", its reason, and
     without what is not finite; where steps may be left out, "skipped_steps" counts them.
@@ -82,6 +84,8 @@ class Metrics(Callback):
         self._set_off(trainer.global_step)
         if console.rank() == 0:
             self.trackers.open(trainer.global_step, self._logged)
+            if not trainer.global_step:
+                self.trackers.show(unwrap(pl_module.module))
             self._file = open(self.directory / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 open for the whole run
         self._bar = console.progress(self.description, self.steps, "steps").__enter__()
         self._bar.advance(trainer.global_step)
@@ -118,6 +122,10 @@ class Metrics(Callback):
         self.paces["train"].set_off(step)
         row = means | {"learning_rate": self._learning_rate, "gradient_norm": self.gradient_norm}
         row |= self.speed(tokens_per_second) | self.costs()
+        row |= {
+            "step_seconds": self.paces["train"].tokens_per_step / tokens_per_second,
+            "memory_bytes": _memory_bytes(),
+        }
         if not self._told:
             self._told, row["seconds_to_first_step"] = True, self.seconds_to_first_step
         row = {name: value for name, value in row.items() if not self.guard.reason or math.isfinite(value)}
@@ -186,6 +194,11 @@ class Metrics(Callback):
         if hasattr(self, "_file"):
             self._file.close()
             self.trackers.close(finished)
+
+
+def _memory_bytes() -> int:
+    device = torch.device(torch.cuda.current_device())
+    return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else resident_bytes()
 
 
 def _in_words(flops_per_second: float) -> str:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import nn
+
 from pipelines import console, files
 
 Figures = Mapping[str, float]
@@ -59,6 +61,15 @@ class Trackers:
         self._events = SummaryWriter(str(self.directory / "tensorboard"), purge_step=start + 1)
         for name in self.tracking.names:
             self._guarded(name, lambda name=name: self._start(name, logged))
+
+    def show(self, model: nn.Module) -> None:
+        """The model's modules as TensorBoard's graph."""
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        from pipelines.trainer.module_graph import module_graph
+
+        event = Event(graph_def=module_graph(model).SerializeToString())
+        self._events._get_file_writer().add_event(event)  # its own way traces a forward pass, which takes all ranks
 
     def log(self, split: str, figures: Figures, step: int) -> None:
         """As <split>/<name>."""

@@ -137,6 +137,9 @@ def test_every_validation_tells_what_it_watched_and_what_the_machine_did(run: Ru
         assert [row["gradient_norm"]] == [step["gradient_norm"] for step in before]
     for row in by_split["train"]:
         assert not watched & row.keys() and "peak_bytes" not in row
+        assert row["memory_bytes"] > 50 << 20 and row["step_seconds"] * row["tokens_per_second"] == pytest.approx(
+            8 * 32
+        )
     for row in parsed:
         assert row["flops_per_second"] == pytest.approx(1000 * row["tokens_per_second"])
         assert "percent_of_plan" not in row, "nothing is made up where no peak is known"

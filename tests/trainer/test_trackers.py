@@ -177,3 +177,25 @@ def test_the_real_trackers_hold_a_stopped_and_continued_run_once(ranks: RankPool
             assert len(values) == 1, f"{place} twice"
             if not place[0].endswith(OF_THE_MACHINE):  # those differ where a step was taken twice
                 assert values[0] == pytest.approx(expected[place], rel=1e-12), place
+
+
+def test_the_graph_in_tensorboard_has_the_modules_with_their_shapes(start: Start, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch import nn
+
+    model = nn.ModuleDict(
+        {"teacher": nn.Sequential(nn.Linear(4, 3), nn.ReLU()), "student": nn.Linear(4, 2, bias=False)}
+    )
+    made = start(names=())
+    made.show(model)
+    made.log("train", {"loss": 0.5}, 1)
+    made.close(True)
+    events = EventAccumulator(str(tmp_path / "run" / "distil" / "tensorboard")).Reload()
+    assert events.Tags()["scalars"] == ["train/loss"]
+    nodes = {node.name: node for node in events.Graph().node}
+    assert [(name, node.op, list(node.input)) for name, node in nodes.items()] == [
+        ("teacher/0", "Linear", []),
+        ("teacher/1", "ReLU", ["teacher/0"]),
+        ("student", "Linear", ["teacher/1"]),
+    ]
+    assert nodes["teacher/0"].attr["weight"].s == b"(3, 4) float32" and "bias" not in nodes["student"].attr
