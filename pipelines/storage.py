@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 from pipelines import artifacts, index_header, planning, scores_origin
+from pipelines.choices import Quantization
 from pipelines.config import Config, DistilConfig, Precision, TeacherMode, TrainingConfig, layout
 from pipelines.device_memory import projections_by_stage
 from pipelines.families import ModelShape
@@ -49,7 +50,8 @@ def run_bytes(config: Config, teacher: ModelShape, student: ModelShape) -> dict[
         "teacher": start + _width(config.teacher.precision) * teacher.parameters() if teaches else 0,
         "prune": pruned,
         "distil": weight * student.parameters(),
-        "export": weight * student.parameters() * (2 if config.export.nemo else 1),
+        "export": weight * student.parameters() * (2 if config.export.nemo else 1)
+        + _quantized_bytes(config, teacher, student, weight),
     }
     tokens, documents = _counted(config) or (_needed(config, teacher), None)
     written = tokens * (2 if teacher.vocab_size < index_header.WIDE else 4)
@@ -65,6 +67,18 @@ def run_bytes(config: Config, teacher: ModelShape, student: ModelShape) -> dict[
         "corpus_is_counted": documents is not None,
         "total": checkpoints + sum(models.values()) + corpus,
     }
+
+
+def _quantized_bytes(config: Config, teacher: ModelShape, student: ModelShape, weight: int) -> int:
+    """Of the forms that export.quantize asks for: linear layers in fewer bits, all else as in the model; without the
+    scales, of which there are few."""
+    total = 0
+    for shape in [student, teacher] if config.export.quantize_teacher else [student]:
+        linear = planning.matrix_parameters(shape) - shape.vocab_size * shape.hidden_size
+        for method in config.export.quantize:
+            bits = 4 if method is Quantization.int4 else 8
+            total += linear * bits // 8 + weight * (shape.parameters() - linear)
+    return total
 
 
 def _at_a_time(training: TrainingConfig) -> int:

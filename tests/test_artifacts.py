@@ -13,6 +13,7 @@ import pytest
 
 from pipelines import artifacts, files, lock
 from pipelines.artifacts import State
+from pipelines.choices import Quantization
 from pipelines.config import Config, Optimizer, Tracker, UserError
 from pipelines.stages import FREE, PIPELINE, STAGES
 
@@ -153,6 +154,16 @@ def test_the_distillation_decides_a_search_that_distils_its_candidates_and_no_ot
     config.distil.learning_rate, config.distil.validation_batches = 4e-3, 8
     changed = artifacts.changes({"settings": before}, artifacts.settings(config, STAGES["prune"]), {})
     assert changed == ["distil.learning_rate: 0.003 -> 0.004", "distil.validation_batches: 7 -> 8"]
+
+
+def test_the_windows_of_an_evaluation_decide_an_export_that_scores_quantized_forms_and_no_other(config: Config) -> None:
+    without = artifacts.settings(config, STAGES["export"])
+    assert not any(name.startswith(("evaluate.", "distil.")) for name in without)
+    config.export.quantize = [Quantization.int8]
+    known = artifacts.settings(config, STAGES["export"])
+    assert known["export.quantize"] == ["int8"]
+    for name in ("evaluate.batches", "evaluate.micro_batch_size", "evaluate.split", "distil.precision"):
+        assert name in known
 
 
 def test_every_setting_in_the_stage_table_is_in_the_schema() -> None:

@@ -1,10 +1,12 @@
 """Communication, disk and layouts of a plan, counted by hand on small shapes and held to the recipe's known sizes."""
 
+import math
 from dataclasses import replace
 
 import pytest
 
 from pipelines import gpus, layout_table, nvidia_smi, planning, storage, traffic
+from pipelines.choices import Quantization
 from pipelines.compose import compose
 from pipelines.config import Config, Layout, UserError
 from pipelines.families import ModelShape
@@ -73,6 +75,11 @@ def test_a_checkpoint_holds_weights_and_optimizer() -> None:
     assert found["models"] == {"teacher": 0, "prune": 4 * count, "distil": 4 * count, "export": 4 * count}
     assert found["total"] == found["checkpoints"] + 12 * count + found["corpus"]
     assert found["corpus"] == 2 * found["corpus_tokens"]
+    config.export.quantize, config.export.quantize_teacher = [Quantization.int8, Quantization.int4], True
+    linear = sum(math.prod(size) for name, size in SMALL.tensor_shapes().items() if name.endswith("proj.weight"))
+    one = {bits: linear * bits // 8 + 4 * (count - linear) for bits in (8, 4)}
+    found = storage.run_bytes(config, SMALL, SMALL)
+    assert found["models"]["export"] == 4 * count + 2 * (one[8] + one[4])
 
 
 def test_the_corpus_has_enough_for_training_and_for_calibration() -> None:
