@@ -127,6 +127,7 @@ INPUTS: dict[str, Callable[[Config], list[Path]]] = {
     "evaluation": lambda config: [stage_directory(config, "evaluate")],
     "scores": lambda config: [Path(config.prune.scores)] if config.prune.scores else [],
     "task": lambda config: [Path(config.prune.task)] if config.prune.task else [],
+    "given_student": lambda config: [Path(config.evaluate.student)] if config.evaluate.student else [],
     "task_files": lambda config: [Path(name) for name in config.evaluate.tasks.names if is_task_file(name)],
     "prompts": lambda config: [Path(path) for path in prompt_files(config.evaluate) if path],
     "exported": lambda config: [stage_directory(config, "export")],

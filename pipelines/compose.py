@@ -82,7 +82,7 @@ MAPPINGS = (  # settings that hold names and values of their own
 ALIASES = {"dry_run": "plan.dry_run"}
 PATHS = (
     *("run.directory", "model.path", "student.path", "data.corpus", "data.tokenizer"),
-    *("cluster.image", "cluster.workdir", "cluster.python", "fetch.directory", "evaluate.baseline"),
+    *("cluster.image", "cluster.workdir", "cluster.python", "fetch.directory", "evaluate.baseline", "evaluate.student"),
 )
 
 
@@ -115,7 +115,8 @@ def _home_expanded(config: Config) -> Config:
     config.fetch.directory = os.path.expanduser(config.fetch.directory)
     for group, name in ((config.model, "path"), (config.student, "path"), (config.data, "corpus")):
         setattr(group, name, _expanded(getattr(group, name)))
-    config.evaluate.baseline = _expanded(config.evaluate.baseline)
+    for name in ("baseline", "student"):
+        setattr(config.evaluate, name, _expanded(getattr(config.evaluate, name)))
     config.data.tokenizer = _expanded(config.data.tokenizer)
     for name in ("image", "workdir", "python"):
         setattr(config.cluster, name, _expanded(getattr(config.cluster, name)))

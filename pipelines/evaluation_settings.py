@@ -1,9 +1,11 @@
 """The settings of the evaluation. Types, units and meaning; values live in conf/*.yaml. Imports no torch."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from pipelines.choices import DomainKind, Precision, SourceKind
 
+GENERATED = (CHOICE, CLOZE) = ("corpus_choice", "corpus_cloze")  # sets of questions made from held-out text
 TASK_FILES = (".yaml", ".yml", ".jsonl")
 MODELS = ("teacher", "pruned", "student")
 MODEL_FIGURES = (  # of each model in results.json, besides what the parts of evaluate add
@@ -45,7 +47,7 @@ class TasksConfig:
     # where the task has it, else acc, else its first.
     metrics: dict[str, str] = field(default_factory=dict)
     # {model: {task: value}} to hold beside what is found, in the metric's unit: shares from 0 to 1.
-    published: dict[str, dict[str, float]] = field(default_factory=dict)
+    published: dict[str, Any] = field(default_factory=dict)
     limit: int | None = None  # the first so many questions of each task; None: all
     questions: int = 100  # in each set that is made from held-out text
     micro_batch_size: int = 16  # requests that a rank's model reads at a time
@@ -111,6 +113,7 @@ class EvaluateConfig:
     here, and is a gap with a reason where it cannot be measured."""
 
     split: str = "test"
+    student: str | None = None  # a Hugging Face directory to evaluate as the student; None: what distil has made
     sequence_length: int = 256
     micro_batch_size: int = 8
     batches: int | None = None  # micro batches per data-parallel rank; None: the whole split

@@ -47,6 +47,10 @@ def as_text(figures: dict[str, Any]) -> str:
         text = "\n".join([text, "", *layout_table.as_text(figures["layouts"])])
     if "dry_run" in figures:
         text = "\n".join([text, "", *dry_run.as_text(figures["dry_run"])])
+    for task in figures.get("tasks", []):
+        kind = f"{task['kind']} of {task['tasks']}" if task["kind"] == "group" else task["kind"]
+        shots = "its own" if task["shots"] is None else task["shots"]
+        text += f"\n  task {task['task']:<21}{kind}, examples {shots}, data {', '.join(task['data'])}"
     return "\n".join([text, "", *_found(figures["search"])]) if "search" in figures else text
 
 

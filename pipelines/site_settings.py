@@ -11,10 +11,11 @@ class FetchConfig:
 
     models: list[str] = field(default_factory=list)  # owner/name, or owner/name@revision: branch, tag or commit
     datasets: list[str] = field(default_factory=list)  # the same
+    tasks: list[str] = field(default_factory=list)  # of lm-evaluation-harness: the data sets of each
     files: list[str] = field(
         default_factory=lambda: ["*.parquet", "*.jsonl", "*.jsonl.gz"]
     )  # of a data set, by patterns on their paths; of a model what a Hugging Face directory needs
-    directory: str = "fetched"  # gets models/<owner>/<name> and datasets/<owner>/<name>
+    directory: str = "fetched"  # gets models/<owner>/<name>, datasets/<owner>/<name> and tasks/
     workers: int = 4  # files at a time
 
 

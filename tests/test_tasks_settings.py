@@ -21,6 +21,7 @@ from pipelines.validation import tasks
         (["names=[mmlu]", "shots={mmlu: -1}"], "evaluate.tasks.shots.mmlu: expected 0 or more, found -1"),
         (["names=[mmlu]", "metrics={arc: acc}"], "evaluate.tasks.metrics: expected tasks of"),
         (["names=[mmlu]", "published={student: {arc: 1}}"], "evaluate.tasks.published.student: expected tasks of"),
+        (["names=[mmlu]", "published={student: {mmlu: high}}"], "published.student: expected a number for each task"),
         (["names=[mmlu]", "published={pupil: {mmlu: 1}}"], "expected teacher, pruned, student, found 'pupil'"),
     ],
 )
@@ -36,6 +37,8 @@ def test_a_file_of_prompts_must_be_there() -> None:
         with pytest.raises(UserError, match="none/file: expected a file, as evaluate.generation or evaluate.behaviour"):
             tasks.check(compose([f"evaluate.{setting}=none/file"]), ["evaluate"])
     tasks.check(compose(["evaluate.behaviour.prompts=shipped"]), ["evaluate"])
+    with pytest.raises(UserError, match="evaluate.student=none: expected a Hugging Face directory"):
+        tasks.check(compose(["evaluate.student=none"]), ["evaluate"])
 
 
 def test_files_go_by_their_names(tmp_path: Path) -> None:

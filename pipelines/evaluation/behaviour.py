@@ -66,7 +66,7 @@ def measure(config: Config, models: Models, pieces: Pieces) -> dict[str, Any]:
                 "toxic": [float(matches(text, read["lexicon"])) for text in texts],
             }
 
-        return pieces.measure(name, origin, [INPUTS[name]], answer)
+        return pieces.measure(name, origin, INPUTS[name], answer)
 
     names = list(models.directories)
     found = dict(zip(names, share("behaviour", names, models, work), strict=True))

@@ -52,7 +52,7 @@ def measure(config: Config, models: Models, pieces: Pieces) -> dict[str, Any]:
             rows = [{"prompt": prompt, "text": each.text} for prompt, each in zip(prompts, made, strict=True)]
             return {"samples": rows, "diversity": diversity(made)}
 
-        return pieces.measure(name, origin | sampling, [INPUTS[name]], generate)
+        return pieces.measure(name, origin | sampling, INPUTS[name], generate)
 
     names = list(models.directories)
     found = dict(zip(names, share("generation", names, models, work), strict=True))

@@ -4,6 +4,7 @@ A task is one of the harness's own, by name; a task file (.yaml); or a file of q
 """
 
 import contextlib
+import difflib
 import functools
 import importlib.metadata
 import importlib.util
@@ -11,12 +12,10 @@ import io
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from pipelines.config import UserError
 from pipelines.questions import Question, read_questions
@@ -57,24 +56,104 @@ def _registry() -> Any:
     return TaskManager()
 
 
-def score(model: Any, tokenizer: Any, task: Task, limit: int | None, micro_batch_size: int) -> dict[str, Any]:
+def described(tasks: Sequence[Task]) -> list[dict[str, Any]]:
+    """{"task", "kind": "task" | "group", "tasks": how many, "data": repositories of data sets, "shots"} of each task of
+    the registry, without its data. Raises UserError for a name that it does not know, shots that a task does not take
+    and a metric that it does not have."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    found = []
+    for task in tasks:
+        _refuse_unknown(task)
+        leaves = _leaves_of(task.source)
+        settings = [load_yaml(_registry().task_index[leaf].yaml_path, resolve_func=False) for leaf in leaves]
+        for each in settings:
+            _refuse_shots(task, each.get("num_fewshot"))
+            metrics = {str(entry["metric"]) for entry in each.get("metric_list") or []}
+            if task.metric and metrics and task.metric.partition(",")[0] not in metrics:
+                raise UserError(
+                    f"evaluate.tasks.metrics.{task.name}: expected one of {', '.join(sorted(metrics))}, found "
+                    f"{task.metric!r}. Correct it."
+                )
+        data = sorted({str(each["dataset_path"]) for each in settings if each.get("dataset_path")})
+        kind = "group" if task.source in _registry().all_groups else "task"
+        found.append({"task": task.name, "kind": kind, "tasks": len(leaves), "data": data, "shots": task.shots})
+    return found
+
+
+def _leaves_of(name: str) -> list[str]:
+    """The tasks of the registry that a name of it stands for."""
+    entry = _registry().task_index[name]
+    members = (entry.cfg or {}).get("task") if name in _registry().all_groups else None
+    below = members if isinstance(members, list) else sorted(entry.tags) if name in _registry().all_tags else []
+    names = [member if isinstance(member, str) else member.get("task") or member.get("group") for member in below]
+    return [leaf for each in names for leaf in _leaves_of(str(each))] or [name]
+
+
+def _refuse_unknown(task: Task) -> None:
+    known = _registry().all_tasks
+    if task.source not in known:
+        near = difflib.get_close_matches(task.source, known, n=5)
+        raise UserError(
+            f"evaluate.tasks.names: expected a task of the harness, found {task.source!r}"
+            + (f"; there are {', '.join(near)}." if near else ".")
+            + " lm_eval ls tasks lists them; a file is named by its path with .yaml or .jsonl."
+        )
+
+
+def _refuse_shots(task: Task, own: int | None) -> None:
+    if task.shots and own == 0:
+        raise UserError(
+            f"evaluate.tasks.shots.{task.name}={task.shots}: expected 0, since the task has no examples of its own "
+            "before a question. Set it to 0."
+        )
+
+
+def download(names: Sequence[str], cache: Path) -> dict[str, list[str]]:
+    """{task: repositories} of tasks of the registry, whose data sets lie in `cache` afterwards, as `score` reads them.
+
+    Raises UserError for a name that the registry does not know, and where the hub gives no data.
+    """
+    tasks = [Task(name, name) for name in names]
+    found = {row["task"]: row["data"] for row in described(tasks)}
+    cache.mkdir(parents=True, exist_ok=True)
+    for task in tasks:
+        try:
+            with quiet(), _cache(task, cache):
+                _load(task)
+        except Exception as error:  # of any kind: data sets come from many places
+            raise UserError(
+                f"fetch.tasks: expected the data of {task.name} ({', '.join(found[task.name])}) from the hub, found "
+                f"{type(error).__name__}: {' '.join(str(error).split())[:300]}. Run stage=fetch where there is "
+                "network, such as a login node; the same command continues."
+            ) from None
+    return found
+
+
+def score(
+    model: Any, tokenizer: Any, task: Task, limit: int | None, micro_batch_size: int, fetched: Path | None = None
+) -> dict[str, Any]:
     """{"metric", "value", "stderr" (None where the harness gives none), "shots", "samples", "all": {metric: value},
     "scores": the counted metric of each sample where its mean is the value, else None}.
 
-    model, tokenizer: of transformers. limit: the first so many questions; None: all. Raises UserError for whatever the
-    harness cannot do with the task.
+    model, tokenizer: of transformers. limit: the first so many questions; None: all. fetched: where `download` has put
+    data sets; without it, or where there is nothing, the usual cache of the library datasets.
+
+    Raises UserError for whatever the harness cannot do with the task.
     """
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
     try:
-        with quiet(), _cache(task):
+        with quiet(), _cache(task, fetched):
             asked = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=micro_batch_size)
             loaded = _load(task)
             results = evaluate(asked, loaded, limit=limit, bootstrap_iters=1000, log_samples=True)
-    except (UserError, torch.OutOfMemoryError):
+    except UserError:
         raise
     except Exception as error:  # of any kind: task files bring their own code and data
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+            raise
         raise UserError(_explained(task, error)) from error
     return _picked(task, _top(task, loaded), results)
 
@@ -82,27 +161,18 @@ def score(model: Any, tokenizer: Any, task: Task, limit: int | None, micro_batch
 def _load(task: Task) -> dict[str, Any]:
     from lm_eval.tasks import TaskManager
 
+    if not task.is_file:
+        _refuse_unknown(task)
     manager = TaskManager(include_defaults=False) if task.is_file else _registry()
     if task.source.endswith(".jsonl"):
         loaded = manager.load([_of_questions(task)])
     elif task.is_file and not Path(task.source).is_file():
         raise UserError(f"evaluate.tasks.names: expected the task file {task.source}, found none. Check the path.")
-    elif not task.is_file and task.source not in manager.all_tasks:
-        near = [name for name in manager.all_tasks if name.startswith(task.source[:5])][:5]
-        raise UserError(
-            f"evaluate.tasks.names: expected a task of the harness, found {task.source!r}"
-            + (f"; there are {', '.join(near)}." if near else ".")
-            + " lm_eval ls tasks lists them; a file is named by its path with .yaml or .jsonl."
-        )
     else:
         loaded = manager.load([task.source])
     for found in loaded["tasks"].values():
         own = found.get_config("num_fewshot")
-        if task.shots is not None and own == 0 and task.shots != 0:
-            raise UserError(
-                f"evaluate.tasks.shots.{task.name}={task.shots}: expected 0, since the task has no examples of its "
-                "own before a question. Set it to 0."
-            )
+        _refuse_shots(task, own)
         if task.shots is not None or own is None:
             found.set_config(key="num_fewshot", value=task.shots or 0)
         found.set_fewshot_seed(seed=SEED)
@@ -229,16 +299,16 @@ def _explained(task: Task, error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _cache(task: Task) -> Iterator[None]:
-    """What the harness makes of a task file's data goes with it."""
+def _cache(task: Task, fetched: Path | None) -> Iterator[None]:
+    """Data sets of the registry's tasks come from `fetched`; what is made of a task file's data goes with it."""
     import datasets
 
-    if not task.is_file:
-        yield
-        return
     usual = datasets.config.HF_DATASETS_CACHE
-    with tempfile.TemporaryDirectory(prefix="tasks-") as directory:
-        datasets.config.HF_DATASETS_CACHE = Path(directory)
+    with tempfile.TemporaryDirectory(prefix="tasks-") as temporary:
+        if task.is_file:
+            datasets.config.HF_DATASETS_CACHE = Path(temporary)
+        elif fetched is not None and fetched.is_dir():
+            datasets.config.HF_DATASETS_CACHE = fetched
         try:
             yield
         finally:

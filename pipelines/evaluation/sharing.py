@@ -13,7 +13,8 @@ from pipelines.config import UserError
 from pipelines.evaluation import hugging_face
 from pipelines.model.parallel import on_every_rank
 
-INPUTS = {"teacher": "teacher", "pruned": "start", "student": "student"}  # of the stage (artifacts.INPUTS), by model
+# Inputs of the stage (artifacts.INPUTS) that a model's files are.
+INPUTS = {"teacher": ("teacher",), "pruned": ("start",), "student": ("student", "given_student")}
 
 Unit = TypeVar("Unit")
 

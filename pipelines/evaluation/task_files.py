@@ -21,11 +21,10 @@ from typing import Any
 
 from pipelines import files
 from pipelines.config import UserError
+from pipelines.evaluation_settings import CHOICE, CLOZE
 from pipelines.text import indexed, tokenizer
 from pipelines.vocabulary import read_blend
 
-CHOICE, CLOZE = "corpus_choice", "corpus_cloze"
-GENERATED = (CHOICE, CLOZE)
 CHOICES = 4
 CONTEXT, LEAST_CONTEXT, CONTINUATION = 256, 40, 48  # characters
 PASSAGE = 4096  # ids of a document that are decoded at a time

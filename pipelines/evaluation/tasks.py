@@ -13,7 +13,7 @@ from pipelines.evaluation.harness import Task
 from pipelines.evaluation.intervals import Z, paired, told
 from pipelines.evaluation.parts import Pieces
 from pipelines.evaluation.sharing import INPUTS, Bench, Models, share
-from pipelines.evaluation_settings import TASK_FILES, is_task_file
+from pipelines.evaluation_settings import GENERATED, TASK_FILES, is_task_file
 from pipelines.model.parallel import on_first_rank
 
 DIRECTORY = "task_files"  # of the stage's directory: what is made from held-out text
@@ -35,6 +35,7 @@ def measure(config: Config, models: Models, pieces: Pieces, directory: Path) -> 
     settings, version = config.evaluate.tasks, harness.version()
     tasks, missing = on_first_rank(lambda: _tasks(config, models.corpus, directory))
     pairs = [(name, Task(**task)) for name in models.directories for task in tasks]
+    fetched = Path(config.fetch.directory) / "tasks"
     origin = {"harness": version, "precision": models.precision, "limit": settings.limit}
 
     def work(bench: Bench, pair: tuple[str, Task]) -> dict[str, Any]:
@@ -42,9 +43,9 @@ def measure(config: Config, models: Models, pieces: Pieces, directory: Path) -> 
         asked = {"task": task.name, "shots": task.shots, "metric": task.metric, "content": _content(task.source)}
 
         def score() -> dict[str, Any]:
-            return harness.score(*bench.open(name), task, settings.limit, settings.micro_batch_size)
+            return harness.score(*bench.open(name), task, settings.limit, settings.micro_batch_size, fetched)
 
-        return pieces.measure(f"{name}.{task.name}", origin | asked, [INPUTS[name]], score)
+        return pieces.measure(f"{name}.{task.name}", origin | asked, INPUTS[name], score)
 
     found = share("tasks", pairs, models, work)
     scores = {(name, task.name): score for (name, task), score in zip(pairs, found, strict=True)}
@@ -65,7 +66,7 @@ def _tasks(config: Config, corpus: Path, directory: Path) -> tuple[list[dict[str
     """(the tasks, as Task's fields; reasons for those that cannot be made). Writes those made from held-out text."""
     settings, found, missing = config.evaluate.tasks, [], {}
     for name, source in _sources(settings.names):
-        if name in task_files.GENERATED:
+        if name in GENERATED:
             try:
                 made = task_files.write(
                     corpus,

@@ -110,7 +110,7 @@ _TABLE = (
         "teacher, pruned and student side by side on held-out text",
         ranks=True,
         reads=("corpus", "teacher"),
-        may_read=("start", "student", "task_files", "domain_files", "prompts", "baseline"),
+        may_read=("start", "student", "given_student", "task_files", "domain_files", "prompts", "baseline"),
         settings=("evaluate", "evaluate.micro_batch_size", "distil.precision", "distil.document_mask"),
     ),
     Stage(

@@ -186,7 +186,7 @@ def find_models(config: Config) -> tuple[dict[str, Path], dict[str, str]]:
     places = {
         "teacher": (artifacts.teacher_directory(config), "teacher"),
         "pruned": (artifacts.student_start_directory(config), "prune"),
-        "student": (artifacts.student_directory(config), "distil"),
+        "student": (Path(config.evaluate.student or artifacts.student_directory(config)), "distil"),
     }
     directories, missing = {}, {}
     for name, (directory, stage) in places.items():

@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 
 from pipelines import artifacts, console, files, quota
 from pipelines.config import FetchConfig, UserError
+from pipelines.evaluation import harness
 from pipelines.families import read_shape
 from pipelines.safetensors_header import check_model
 
@@ -73,6 +74,11 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
             name, _, revision = text.partition("@")
             target = root / f"{kind}s" / name
             fetched[name] = fetch(kind, name, revision or "main", target, settings, context.config.overwrite)
+    if settings.tasks:
+        harness.version()
+        for task, repositories in harness.download(settings.tasks, root / "tasks").items():
+            console.say(f"fetch  task {task}: {', '.join(repositories)}, in {root / 'tasks'}")
+            fetched[task] = {"kind": "task", "repositories": repositories}
     return fetched
 
 

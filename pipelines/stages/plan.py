@@ -12,6 +12,7 @@ from pipelines import artifacts, capacity, dry_run, gpus, grid, iteration, layou
 from pipelines.activations import activation_bytes, chunk_of_logits
 from pipelines.config import Config, Format, Layout, Precision, TeacherMode, layout, searches
 from pipelines.device_memory import training_bytes
+from pipelines.evaluation_settings import GENERATED, is_task_file
 from pipelines.families import ModelShape
 from pipelines.prune_costs import forward_flops, prune_cost
 from pipelines.speeds import pass_tokens, speeds
@@ -55,9 +56,21 @@ def plan(config: Config, *, dry: bool = True) -> dict[str, Any]:
         found["pruning"] = prune_cost(config, teacher, student, ranks)
     if config.plan.dry_run and dry:
         found["dry_run"] = dry_run.run(config, teacher, student, ranks)
+        if names := config.evaluate.tasks.names:
+            found["tasks"] = _tasks(config, names)
     if config.plan.layouts and dry:
         found["layouts"] = layout_table.layouts(config, teacher, student, ranks)
     return planning.plan(config, student) | _beside(config, teacher, student, ranks) | found
+
+
+def _tasks(config: Config, names: list[str]) -> list[dict[str, Any]]:
+    """The evaluation's tasks as the harness knows them, without their data."""
+    from pipelines.evaluation import harness
+
+    settings = config.evaluate.tasks
+    harness.version()
+    own = [name for name in names if not is_task_file(name) and name not in GENERATED]
+    return harness.described([harness.Task(n, n, settings.shots.get(n), settings.metrics.get(n)) for n in own])
 
 
 def _beside(config: Config, teacher: ModelShape, student: ModelShape, ranks: Layout) -> dict[str, Any]:

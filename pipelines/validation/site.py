@@ -37,10 +37,10 @@ def check(config: Config, stages: Collection[str]) -> None:
         return
     settings = config.fetch
     expect(
-        bool(settings.models or settings.datasets),
+        bool(settings.models or settings.datasets or settings.tasks),
         "fetch.models",
-        "what to fetch, as in fetch.models=[meta-llama/Llama-3.1-8B], or fetch.datasets",
-        "neither",
+        "what to fetch, as in fetch.models=[meta-llama/Llama-3.1-8B], fetch.datasets or fetch.tasks",
+        "none",
         "Name some.",
     )
     for kind in ("models", "datasets"):

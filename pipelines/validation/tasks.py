@@ -14,6 +14,12 @@ def check(config: Config, stages: Collection[str]) -> None:
     is read."""
     if "evaluate" not in stages:
         return
+    student = config.evaluate.student
+    if student and not (Path(student) / "config.json").is_file():
+        raise UserError(
+            f"evaluate.student={student}: expected a Hugging Face directory with a config.json, found none. Check the "
+            "path."
+        )
     for file in prompt_files(config.evaluate):
         if file and not Path(file).is_file():
             raise UserError(
@@ -49,6 +55,15 @@ def check(config: Config, stages: Collection[str]) -> None:
         )
     if not whole:
         known |= {file.stem for name in settings.names if Path(name).is_dir() for file in Path(name).iterdir()}
+    for model, row in settings.published.items():
+        numbers = isinstance(row, dict) and all(isinstance(v, int | float) for v in row.values())
+        if model not in MODELS:
+            raise UserError(f"evaluate.tasks.published: expected {', '.join(MODELS)}, found {model!r}. Correct it.")
+        if not numbers:
+            raise UserError(
+                f"evaluate.tasks.published.{model}: expected a number for each task, found {row}. Write "
+                "{mmlu: 0.605}."
+            )
     given: tuple[tuple[str, dict[str, Any]], ...] = (("shots", settings.shots), ("metrics", settings.metrics))
     for setting, values in (*given, *((f"published.{model}", row) for model, row in settings.published.items())):
         for name in values:
@@ -60,6 +75,3 @@ def check(config: Config, stages: Collection[str]) -> None:
     for name, shots in settings.shots.items():
         if shots < 0:
             raise UserError(f"evaluate.tasks.shots.{name}: expected 0 or more, found {shots}. Raise it.")
-    for model in settings.published:
-        if model not in MODELS:
-            raise UserError(f"evaluate.tasks.published: expected {', '.join(MODELS)}, found {model!r}. Correct it.")

@@ -11,6 +11,7 @@ import pytest
 from pipelines.config import UserError
 from pipelines.evaluation import task_files
 from pipelines.evaluation.tasks import difference
+from pipelines.evaluation_settings import GENERATED
 from pipelines.text import indexed, tokenizer
 from pipelines.text.splitting import SPLITS
 from tests.ranks import RankPools
@@ -67,7 +68,7 @@ def texts(root: Path, split: str) -> list[str]:
 def test_what_is_made_from_held_out_text_is_of_no_other_document(root: Path, tmp_path: Path) -> None:
     corpus, held_out = root / "small/corpus", texts(root, "test")
     assert len(held_out) > 1 and not set(held_out) & {t for s in SPLITS if s != "test" for t in texts(root, s)}
-    for name in task_files.GENERATED:
+    for name in GENERATED:
         path = task_files.write(corpus, "test", name, tmp_path / "a", questions=10, seed=1)
         again = task_files.write(corpus, "test", name, tmp_path / "b", questions=10, seed=1)
         other = task_files.write(corpus, "test", name, tmp_path / "c", questions=10, seed=2)
@@ -90,14 +91,14 @@ def test_a_split_without_enough_text_is_named(root: Path, tmp_path: Path) -> Non
 
 
 def test_every_model_is_scored_and_compared(ranks: RankPools, root: Path, files: Path) -> None:
-    names = [*task_files.GENERATED, str(files / "plain.jsonl"), str(files / "contexts.jsonl")]
+    names = [*GENERATED, str(files / "plain.jsonl"), str(files / "contexts.jsonl")]
     published = {"teacher": {"plain": 0.4}}
     found = run(ranks, root, names=names, questions=6, published=published)
     assert not found["missing"] and found["tasks"]["published"] == published
     assert found["tasks"]["harness"].startswith("lm-eval ")
     for name in MODELS:
         scores = found["tasks"]["models"][name]
-        assert set(scores) == {*task_files.GENERATED, "plain", "contexts"}
+        assert set(scores) == {*GENERATED, "plain", "contexts"}
         assert [scores[task]["samples"] for task in ("plain", "contexts")] == [5, 4]
         assert scores["corpus_cloze"]["metric"] == "acc" and scores["corpus_cloze"]["all"]["perplexity"] > 1
         assert scores["corpus_choice"]["metric"] == "acc_norm" and scores["corpus_choice"]["shots"] == 0

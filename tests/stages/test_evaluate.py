@@ -347,6 +347,14 @@ def test_without_a_student_the_others_are_evaluated(ranks: RankPools, root: Path
     assert "stage=distil has not finished" in results["missing"]["student"]
 
 
+def test_a_student_that_is_given_takes_the_place_of_the_distilled_one(ranks: RankPools, root: Path) -> None:
+    ranks(1, CASE, stage="evaluate", root=str(root), evaluate__student=str(root / "small/prune/hf"))
+    models = read_results(root)["models"]
+    assert models["student"]["path"] == str(root / "small/prune/hf") and models["student"]["loss"] == pytest.approx(
+        models["pruned"]["loss"]
+    )
+
+
 def test_user_mistakes_are_named(ranks: RankPools, root: Path, tmp_path: Path) -> None:
     def error(**settings: Any) -> str:
         return str(ranks(1, CASE, stage="evaluate", root=str(root), **settings)[0]["error"])
