@@ -49,6 +49,7 @@ SlurmdTimeout=10
 KillWait=10
 ReturnToService=2
 JobRequeue=1
+FirstJobId={first}
 NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 RealMemory=4000 State=UNKNOWN
 NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 RealMemory=4000 State=UNKNOWN
 PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP
@@ -88,7 +89,9 @@ class Slurm:
         key.write_bytes(secrets.token_bytes(1024))
         key.chmod(0o600)
         host = socket.gethostname().partition(".")[0]
-        text = CONFIGURATION.format(name=f"test{os.getpid()}", host=host, home=home, ports=_free_ports(3))
+        # Ports and names of torchrun come of job ids: those of another SLURM on this machine are others.
+        ports, first = _free_ports(3), 1 + 1000 * secrets.randbelow(10_000)
+        text = CONFIGURATION.format(name=f"test{os.getpid()}", host=host, home=home, ports=ports, first=first)
         (home / "slurm.conf").write_text(text)
         try:
             self._start("munged", "--force", f"--socket={home}/munge.socket", f"--key-file={key}", *self._munge_files())

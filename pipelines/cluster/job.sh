@@ -4,6 +4,7 @@
 state=$directory/state
 counter=$state/$part.restarts  # restarts in a row without progress, and where the stage was then
 running=$state/$part.running   # there while an attempt has not ended in order
+next=$state/$part.next         # a job of this stage, and the one that was submitted to continue it
 found=                         # its progress when the stage was started
 attempt=0                      # starts of the stage in this allocation
 asked=                         # the signal that asked us to stop
@@ -77,8 +78,17 @@ again() {  # reason: requeue this job, or continue in a new one
 }
 
 continue_in_new_job() {  # reason
-  local new excluded name
-  local options=(--parsable)
+  # Never beside this job: scontrol and SLURM's wish may have requeued it all the same, and then the new one waits for
+  # the end of that start too. Both are one job to the run's lock.
+  local new='' before='' excluded name
+  local options=(--parsable "--dependency=afterany:$SLURM_JOB_ID")
+  scontrol update "JobId=$SLURM_JOB_ID" Requeue=0 ||
+    say "SLURM may still start job $SLURM_JOB_ID again: the one that continues waits for it"
+  if [ -f "$next" ]; then read -r before new <"$next"; fi
+  if [ "$before" = "$SLURM_JOB_ID" ] && [ -n "$(squeue --noheader --jobs="$new" --states=PENDING 2>/dev/null)" ]; then
+    say "$1: job $new, which waits for this one, continues"
+    exit 75
+  fi
   excluded=$(scontrol show job "$SLURM_JOB_ID" --oneliner | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
   [ "$excluded" != '(null)' ] || excluded=
   excluded=${excluded:+$excluded${leave_out:+,}}$leave_out
@@ -89,10 +99,11 @@ continue_in_new_job() {  # reason
     sbatch "${options[@]}" "$script"
   ) || for_good 1 "$1, and sbatch took no job to continue in"
   new=${new%%;*}
+  printf '%s %s\n' "$SLURM_JOB_ID" "$new" >"$next"
   say "$1: job $new continues${excluded:+ without $excluded}"
   squeue --noheader --user="$(id -u)" --states=PENDING --format='%i|%E' | while IFS='|' read -r id needs; do
     needs=$(sed 's/([^)]*)//g' <<<"$needs")
-    [[ "$needs" =~ :$SLURM_JOB_ID([,?:]|$) ]] || continue
+    [ "$id" != "$new" ] && [[ "$needs" =~ :$SLURM_JOB_ID([,?:]|$) ]] || continue
     needs=$(sed -E "s/:$SLURM_JOB_ID([,?:]|\$)/:$new\1/g" <<<"$needs")
     if scontrol update "JobId=$id" "Dependency=$needs"; then
       say "job $id waits for job $new now"
@@ -204,7 +215,8 @@ read_verdict() {  # into $verdict, a number or nothing, and $message, its last l
 stopped() {  # as it was asked
   if [ "$asked" = TERM ]; then  # SLURM ends the job, and requeues it by itself where it should
     rm -f "$running"
-    if [ "$requeue" != true ] && [ "$(job_state)" = PREEMPTED ]; then continue_in_new_job "preempted"; fi
+    # Preempted, and so not waiting again: SLURM does not requeue it, whatever it was asked.
+    if [ "$(job_state)" = PREEMPTED ]; then continue_in_new_job "preempted"; fi
     say "stage $stage has saved and stopped as SLURM asked; it continues when this job, or the chain, starts again"
     exit 75
   fi
@@ -239,7 +251,7 @@ while true; do
     75:*) stopped ;;
     :*)
       if [ "$asked" = TERM ]; then
-        if [ "$requeue" != true ] && [ "$(job_state)" = PREEMPTED ]; then
+        if [ "$(job_state)" = PREEMPTED ]; then
           count_restart "preempted before it had saved"
           continue_in_new_job "preempted"
         fi

@@ -297,15 +297,17 @@ def test_a_site_is_needed_before_anything_is_checked() -> None:
         check(compose(["experiment=quickstart"]), ["distil"])
 
 
-def test_a_job_that_may_not_be_requeued_continues_in_a_new_one(place: Path) -> None:
-    """Where a site refuses scontrol requeue. The commands of SLURM are stand-ins, which note what they were asked."""
-    verdict = '{"code": 75, "message": "stopped as asked", "stage": "distil"}'
+STOPPED = '{"code": 75, "message": "stopped as asked", "stage": "distil"}'
+
+
+def run_with_stand_ins(place: Path, state: str, srun: str) -> tuple[str, list[str]]:
+    """(what the script of distil prints, what it asks SLURM), where SLURM refuses to requeue and says this state."""
     commands = {
         "scontrol": 'case "$1 $2" in "show hostnames") echo node1 ;; requeue*) exit 1 ;;\n'
-        '"show job") echo "JobId=101 ExcNodeList=(null)" ;; esac',
-        "srun": f"echo '{verdict}' >\"$STILLHOUSE_VERDICT\"; exit 1",
+        f'"show job") echo "JobId=101 JobState={state} ExcNodeList=(null)" ;; esac',
+        "srun": f"echo '{STOPPED}' >\"$STILLHOUSE_VERDICT\"; {srun}",
         "sbatch": "echo 102",
-        "squeue": 'echo "103|afterok:101(unfulfilled)"',
+        "squeue": 'echo "103|afterok:101(unfulfilled)"; echo "102|afterany:101(unfulfilled)"',
     }
     for name, body in commands.items():
         stand_in = place / "bin" / name
@@ -319,7 +321,26 @@ def test_a_job_that_may_not_be_requeued_continues_in_a_new_one(place: Path) -> N
     environment = os.environ | slurm | {"PATH": f"{place}/bin:{os.environ['PATH']}"}
     done = subprocess.run(["bash", str(job.script)], cwd=place, env=environment, capture_output=True, text=True)
     assert done.returncode == 75, done.stdout + done.stderr
-    assert "requeueing job 101" in done.stdout and "job 102 continues" in done.stdout
-    asked = (place / "asked").read_text().splitlines()
-    assert f"sbatch --parsable {job.script}" in asked
+    asked = (place / "asked").read_text().replace(str(job.script), "SCRIPT").splitlines()
+    (place / "asked").unlink()
+    return done.stdout, asked
+
+
+def test_a_job_that_may_not_be_requeued_continues_in_one_new_job_that_waits_for_its_end(place: Path) -> None:
+    """Where a site refuses scontrol requeue. The commands of SLURM are stand-ins, which note what they were asked."""
+    said, asked = run_with_stand_ins(place, "RUNNING", "exit 1")
+    assert "requeueing job 101" in said and "job 102 continues" in said
+    submitted = asked.index("sbatch --parsable --dependency=afterany:101 SCRIPT")
+    assert "scontrol update JobId=101 Requeue=0" in asked[:submitted], "or SLURM starts both"
     assert "scontrol update JobId=103 Dependency=afterok:102" in asked, "what waited for it waits for the new one"
+    assert "scontrol update JobId=102 Dependency=afterany:102" not in asked
+    # SLURM has requeued it in spite of its answer, and refuses once more: no third job.
+    said, asked = run_with_stand_ins(place, "RUNNING", "exit 1")
+    assert "job 102, which waits for this one, continues" in said
+    assert not [line for line in asked if line.startswith("sbatch")]
+
+
+def test_a_preempted_job_that_slurm_does_not_requeue_continues_in_a_new_one(place: Path) -> None:
+    said, asked = run_with_stand_ins(place, "PREEMPTED", "kill -TERM $PPID; sleep 1; exit 1")
+    assert "preempted: job 102 continues" in said
+    assert "sbatch --parsable --dependency=afterany:101 SCRIPT" in asked

@@ -246,6 +246,25 @@ def test_without_requeueing_a_new_job_continues_and_dependents_follow_it(begun: 
     assert begun.is_complete("prune")
 
 
+def test_a_requeue_that_slurm_denies_and_carries_out_gives_no_second_writer(begun: Run, cluster: Slurm) -> None:
+    """As with 'Socket timed out': the new job waits until SLURM's own restart of the old one has ended."""
+    stand_in = begun.place / "bin" / "scontrol"
+    stand_in.parent.mkdir()
+    stand_in.write_text(f'#!/bin/bash\n{slurm.find("scontrol")} "$@" && [ "$1" != requeue ]\n')
+    stand_in.chmod(0o755)
+    begun.environment |= {"PATH": f"{stand_in.parent}:{os.environ['PATH']}"}
+    begun.play(teacher={"steps": 60})
+    jobs = begun.submit("stage=teacher")
+    wait_for(lambda: begun.notes("teacher.from"), "the teacher to train", 240)
+    cluster.ask("scancel", "--batch", "--signal=USR1", jobs["teacher"])
+    new = wait_for(lambda: re.search(r"job (\d+) continues", begun.log("teacher", jobs["teacher"])), "a new job", 120)
+    assert cluster.end(new[1]) == "COMPLETED", begun.logs()
+    old = cluster.show(jobs["teacher"])
+    assert old["JobState"] == "COMPLETED" and old["Restarts"] == "1"
+    assert cluster.show(new[1])["StartTime"] >= old["EndTime"]
+    assert len(begun.notes("teacher.starts")) == 4, "two ranks, before and after; the new job finds it finished"
+
+
 def test_processes_that_do_not_stop_in_time_are_ended(begun: Run, cluster: Slurm) -> None:
     begun.play(teacher={"steps": 10_000, "deaf": True})
     jobs = begun.submit("stage=teacher", "cluster.grace_seconds=3", "cluster.restarts=0")

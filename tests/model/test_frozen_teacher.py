@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +43,9 @@ def test_weights_in_fp8_are_written_whole_and_once(ranks: RankPools, tmp_path: P
 
 def on_a_gpu(what: str) -> dict[str, float]:
     place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29541"}
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(one.getsockname()[1])}
     command = [sys.executable, "-m", CASES, what]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | place, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
