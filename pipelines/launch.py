@@ -30,6 +30,7 @@ from pipelines.files import disk_error
 from pipelines.stages import STAGES
 from pipelines.stopping import EXCHANGE, EXIT_STOPPED, Stopped
 
+ENDED = 130  # the exit code after Ctrl-C or SIGTERM
 PATIENCE = 45.0  # seconds that a child gets to end by itself; torchrun gives its ranks 30 before it kills them
 
 
@@ -117,7 +118,7 @@ def _wait(child: "subprocess.Popen[bytes]") -> int:
         return child.wait()
     except KeyboardInterrupt:
         _end(child)
-        raise StageFailed("interrupted; the same command continues where the stage left off", 130) from None
+        raise StageFailed("interrupted; the same command continues where the stage left off", ENDED) from None
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -138,18 +139,20 @@ def _failure(exchange: Path, log: Path, start_of_log: int, code: int) -> StageFa
     for file in exchange.glob("failure-*.json"):
         with contextlib.suppress(json.JSONDecodeError):
             failures.append(json.loads(file.read_text()))
-    failures.sort(key=lambda failure: (not failure["user"], failure["time"]))
+    # torchrun ends the ranks that are left with SIGTERM: those did not fail first
+    failures.sort(key=lambda failure: (not failure["user"], failure["code"] == ENDED, failure["time"]))
     if failures and failures[0]["user"]:
         return StageFailed(failures[0]["message"], failures[0]["code"])
-    if failures:
+    if failures and failures[0]["code"] != ENDED:
         return StageFailed(f"{failures[0]['message'].rstrip()}\nlog: {log}", failures[0]["code"])
     text = log.read_bytes()[start_of_log:].decode(errors="replace")
-    # torchrun ends the ranks that are left with SIGTERM: those did not fail first
     ended = sorted((int(n) for n in re.findall(r"exitcode\s*:\s*(-\d+)", text)), key=lambda n: n == -signal.SIGTERM)
     if (killed := (ended or [code])[0]) < 0:
         name = signal.Signals(-killed).name
         memory = ", often because the machine's memory was full" if -killed == signal.SIGKILL else ""
         return StageFailed(f"a process was ended by {name}{memory}; the same command continues.\nlog: {log}", 1)
+    if failures:
+        return StageFailed(f"{failures[0]['message']}\nlog: {log}", ENDED)
     tail = "\n".join(text.splitlines()[-15:])
     return StageFailed(f"the stage ended with exit code {code}:\n{tail}\nlog: {log}", 1)
 
@@ -228,7 +231,7 @@ def work(config: Config, stage: str) -> int:
             exchange.fail(failure)
         with contextlib.suppress(OSError):
             traceback.print_exc()  # into the log
-        if not of_the_machine(error):
+        if not of_the_machine(error) and not ended_from_outside(error):
             stopping.leave_verdict(int(failure["code"]), failure["message"], stage)
         stopped = isinstance(error, Stopped)
         if terminal is not None and (console.rank() == 0 or not stopped):
@@ -277,9 +280,18 @@ def _work(config: Config, stage: str, exchange: Exchange) -> None:
             attempt.release()
 
 
+def ended_from_outside(error: BaseException) -> bool:
+    """Whether a SIGTERM ended the process: in a training Lightning takes it and raises, behind the step, a SystemExit
+    that has no code. A rank that it has ended leaves no verdict, like one that is killed."""
+    return isinstance(error, SystemExit) and error.code is None
+
+
 def describe_failure(error: BaseException) -> dict[str, Any]:
     """What the parent prints: a message for a stop, a user's mistake or a full disk, the traceback for our failure."""
     failure: dict[str, Any] = {"user": True, "time": time.time(), "code": 2, "message": str(error)}
+    if ended_from_outside(error):
+        message = "a process was ended by SIGTERM; the same command continues."
+        return failure | {"user": False, "code": ENDED, "message": message}
     if isinstance(error, SystemExit):  # a stage's own verdict: a message, or a code after it has printed its reasons
         code = error.code if isinstance(error.code, int) else 1
         return failure | {"code": code, "message": "" if isinstance(error.code, int) else str(error.code)}
@@ -292,5 +304,6 @@ def describe_failure(error: BaseException) -> dict[str, Any]:
         return failure | {"message": message}
     text = "".join(traceback.format_exception(error))
     if machine := of_the_machine(error):
-        text = f"{text.rstrip()}\n{machine} failed, not the run: the same command continues from its last checkpoint.\n"
+        text = f"{text.rstrip()}\n{machine} failed, not the run: the same command continues, from the last checkpoint "
+        text += "where the stage writes any.\n"
     return failure | {"user": False, "code": 1, "message": text}

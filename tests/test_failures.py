@@ -46,6 +46,20 @@ GPU, PEER, FILES = "a GPU", "another process, or the network", "a file system"
         ("Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?", PEER),
         ("[Errno 116] Stale file handle: '/lustre/run/distil/metrics.jsonl'", FILES),
         ("[Errno 5] Input/output error", FILES),
+        # torch's rendezvous and gloo's, where a node comes late or not at all; NCCL's aborts
+        ("The client socket has timed out after 600000ms while trying to connect to (node1, 29500).", PEER),
+        ("Timed out after 301 seconds waiting for clients. 1/2 clients joined.", PEER),
+        ("[../gloo/transport/tcp/pair.cc:144] Connect timeout [10.0.0.2]:4242", PEER),
+        ("Gloo connectFullMesh failed with [../gloo/transport/tcp/pair.cc:144] no error", PEER),
+        ("NCCL communicator was aborted on rank 3.", PEER),
+        (NCCL + "internal error - please report this issue to the NCCL developers, NCCL version 2.21.5\n"
+         "ncclInternalError: Internal check failed.\nLast error:\nSocket recv failed while polling for opId", PEER),
+        (NCCL + "unhandled system error, NCCL version 2.21.5\nncclSystemError: System call (e.g. socket, malloc) or "
+         "external library call failed or device error.\nLast error:\nCall to ibv_modify_qp failed with error "
+         "Invalid argument errno 22", PEER),
+        (NCCL + "remote process exited or there was a network error\nncclRemoteError: A call failed.\nLast error:\n"
+         "invalid argument", PEER),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(handle, opa, opb, m, n, k)`", GPU),
         # the run's own
         ("CUDA out of memory. Tried to allocate 1.95 GiB. GPU 0 has a total capacity of 79.10 GiB of which 512.00 MiB "
          "is free.", ""),
@@ -73,3 +87,27 @@ def test_what_failed_is_told_by_the_words(message: str, failed: str) -> None:
         raise UserError("expected another thing") from RuntimeError(message)
     except UserError as error:
         assert of_the_machine(error) == ""
+
+
+@pytest.mark.parametrize("mistake", [KeyError, AssertionError, TypeError, IndexError, AttributeError])
+def test_a_mistake_of_ours_stays_ours_whatever_is_lost_while_it_is_handled(mistake: type[Exception]) -> None:
+    lost = "[../gloo/transport/tcp/pair.cc:598] Connection closed by peer [18.25.6.30]:28048"
+    try:
+        try:
+            raise mistake("layer")
+        except mistake:
+            raise RuntimeError(lost)  # noqa: B904 as it happens
+    except RuntimeError as error:
+        assert of_the_machine(error) == ""
+    try:
+        try:
+            raise mistake("not cached")
+        except mistake:
+            raise RuntimeError(lost) from None
+    except RuntimeError as error:
+        assert of_the_machine(error) == PEER, "who writes `from None` says that it has nothing to do with it"
+
+
+def test_a_reader_that_has_gone_is_no_network() -> None:
+    assert of_the_machine(BrokenPipeError(32, "Broken pipe")) == ""
+    assert of_the_machine(RuntimeError("sendBytes failed on SocketImpl(fd=61): Broken pipe")) == PEER

@@ -51,6 +51,8 @@ def run(context):
         raise OSError(28, "No space left on device", "model.safetensors")
     if play == "exit":
         sys.exit(3)
+    if play == "term":  # as Lightning's SIGTERMException
+        raise SystemExit
     if rank == os.environ.get("GUILTY", "0"):
         if play == "user":
             raise UserError("expected a thing, found another. Change it.")
@@ -278,10 +280,12 @@ def test_ranks_of_another_launcher_stop_by_a_file_and_leave_the_reason(start: St
     assert (verdict["code"], verdict["stage"]) == (75, "verify") and "before verify began" in verdict["message"]
 
 
-@pytest.mark.parametrize(("play", "code"), [("user", 2), ("ours", 1), ("exit", 3), ("", None)])
+@pytest.mark.parametrize(("play", "code"), [("user", 2), ("ours", 1), ("exit", 3), ("term", None), ("", None)])
 def test_the_verdict_has_the_code_that_torchrun_hides(start: Start, tmp_path: Path, play: str, code: int) -> None:
     verdict = tmp_path / "verdict"
-    finish(start("stage=corpus", PLAY=play, STILLHOUSE_VERDICT=str(verdict)))
+    ended, _, error = finish(start("stage=corpus", PLAY=play, STILLHOUSE_VERDICT=str(verdict)))
+    if play == "term":
+        assert ended == 130 and "ended by SIGTERM; the same command continues" in error
     assert verdict.exists() == (code is not None)
     if code:
         assert json.loads(verdict.read_text())["code"] == code

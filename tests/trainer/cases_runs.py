@@ -47,7 +47,7 @@ def trained(
     parallel.initialize(tensor, pipeline)
     import torch
 
-    from pipelines import stopping
+    from pipelines import launch, stopping
     from pipelines.config import UserError
     from pipelines.families import ModelShape
     from pipelines.model import build
@@ -84,6 +84,9 @@ def trained(
             )
     except (UserError, Stopped, stopping.Stopped) as error:
         message = str(error)
+    except SystemExit as error:
+        assert launch.ended_from_outside(error)
+        message = launch.describe_failure(error)["message"]
     stopping._received = False
     if not message:
         save_hugging_face(pairs[0].student, root / name / "last", shape, tokenizer=Path(corpus) / "tokenizer")
@@ -198,6 +201,8 @@ def _fault(name: str, at: int) -> Any:
                 raise Stopped
             if name == "asked" and second:
                 stopping._received = True
+            if name == "term":
+                os.kill(os.getpid(), signal.SIGTERM)
             if name == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             if name == "weight before the step" and second:

@@ -73,6 +73,15 @@ def test_a_run_continues_from_a_checkpoint_between_two_validations(run: Run, who
     assert uncut["forks"] == 0, "a rank has threads, whose locks a forked process would wait for"
 
 
+def test_ranks_that_get_sigterm_decide_nothing_and_continue(run: Run, whole: Whole) -> None:
+    """As the launchers send it to all of them; tests/test_main.py has the verdict that is not left."""
+    for result in run("ended", fault="term", at=5):
+        assert result["message"] == "a process was ended by SIGTERM; the same command continues."
+        assert max(result["states"]) == 5, "behind its step"
+    (continued, _) = run("ended")
+    assert rows(continued) == rows(whole[1])
+
+
 def test_the_figures_of_a_run_are_those_of_its_last_step(ranks: RankPools, whole: Whole, made: Path) -> None:
     directory, first = whole
     validations = [row for row in rows(first) if row["split"] == "validation"]
