@@ -206,15 +206,14 @@ def exchanged(
     children = []
     for rank in range(processes):
         arguments = [device, str(rank), str(processes), str(place / "meeting")]
-        arguments += [",".join(kinds), ",".join(map(str, sizes))]
+        arguments += [",".join(kinds), ",".join(map(str, sizes)), str(place / "answer")]
         with open(place / f"{rank}.err", "w") as errors:
             children.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "pipelines.model.collectives", *arguments],
                     env=environment,
-                    stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
                     stderr=errors,
-                    text=True,
                 )
             )
     try:
@@ -227,8 +226,7 @@ def exchanged(
             if child.poll():
                 lines = (place / f"{rank}.err").read_text(errors="replace").strip().splitlines()
                 return f"process {rank} ended with {child.returncode}: {lines[-1] if lines else 'no word'}"
-        assert children[0].stdout is not None
-        answer: list[dict[str, Any]] = json.loads(children[0].stdout.read())
+        answer: list[dict[str, Any]] = json.loads((place / "answer").read_text())
         return answer
     finally:
         for child in children:

@@ -13,13 +13,18 @@ from pathlib import Path
 from pipelines.config import UserError
 
 # What tells a process that it is one of several; a command that starts ranks of its own must not inherit it.
-OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+OF_A_RANK = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE"),
+)
+OF_TORCHRUN = "TORCHELASTIC_"  # how the names of torchrun's other variables begin
 STARTED = "STILLHOUSE_STARTED"  # environment variable: seconds since 1970 at which the parent started this stage
 
 
 def environment_outside_ranks(*without: str) -> dict[str, str]:
-    """This process's environment without OF_A_RANK, and `without` those of these names."""
-    return {name: value for name, value in os.environ.items() if name not in (*OF_A_RANK, *without)}
+    """This process's environment without OF_A_RANK and OF_TORCHRUN, and `without` those of these names."""
+    dropped = (*OF_A_RANK, *without)
+    return {k: v for k, v in os.environ.items() if k not in dropped and not k.startswith(OF_TORCHRUN)}
 
 
 def children(pid: int) -> list[int]:

@@ -263,6 +263,17 @@ def test_the_command_ends_with_3_and_a_line_per_check(
     assert "ok      disk" in second
 
 
+def test_lines_of_nccl_on_the_standard_output_do_not_spoil_the_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text("print('NCCL version 2.27.5+cuda13.0', flush=True)")
+    monkeypatch.setenv(
+        "PYTHONPATH", f"{tmp_path}:{os.environ['PYTHONPATH']}" if "PYTHONPATH" in os.environ else str(tmp_path)
+    )
+    (one,) = preflight.exchanged("cpu", 2, tmp_path, ["all_reduce"], [4096], 60.0)
+    assert isinstance(one, dict) and one["bytes"] == 4096
+
+
 def test_a_process_that_ends_is_told_before_the_time_is_up(tmp_path: Path) -> None:
     found = preflight.exchanged("cpu", 2, tmp_path, ["nothing"], [4096], 60.0)
     assert isinstance(found, str) and found.startswith("process ")

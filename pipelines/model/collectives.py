@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -92,10 +93,10 @@ def _expect(kind: str, found: torch.Tensor, expected: torch.Tensor | float) -> N
 
 def main(arguments: list[str]) -> None:
     """Arguments: cuda or cpu, this process's number, how many there are, a file to meet at, kinds, bytes (both with
-    commas). Prints a JSON list of Bandwidth. Over the processes of one machine; without the
-    second to the fourth argument over all that torchrun has started.
+    commas), a file for the answer, a JSON list of Bandwidth: NCCL writes its own lines to the standard output. Over the
+    processes of one machine; without the second to the fourth argument over all that torchrun has started.
     """
-    device_type, *place, kinds, sizes = arguments
+    device_type, *place, kinds, sizes, answer = arguments
     if place:
         rank, ranks, meeting = place[0], place[1], f"file://{place[2]}"
         local = int(rank)
@@ -114,7 +115,7 @@ def main(arguments: list[str]) -> None:
     device = torch.device("cpu") if device_type == "cpu" else torch.device("cuda", local)
     found = [bandwidth(kind, int(size), device) for kind in kinds.split(",") for size in sizes.split(",")]
     if int(rank) == 0:
-        print(json.dumps([asdict(one) for one in found]))
+        Path(answer).write_text(json.dumps([asdict(one) for one in found]))
     sys.stdout.flush()
     # Taking NCCL apart can wait for a peer that has gone already.
     os._exit(0)

@@ -23,11 +23,10 @@ from pipelines import artifacts, console, files, preflight, stopping
 from pipelines.config import UserError, layout
 from pipelines.model import identity
 from pipelines.model.collectives import KINDS
-from pipelines.model.machines import Answer, Machines
+from pipelines.model.machines import PATIENCE, Answer, Machines
 from pipelines.site_settings import AcceptPart
 from pipelines.stages import STAGES
 
-PATIENCE = 900.0  # seconds for the collectives of one machine
 FILE = "accept.json"
 
 
@@ -64,7 +63,8 @@ class Trial:
 
     def on_all(self, arguments: list[str], kill_after: Path | None = None) -> tuple[list[Answer], Path]:
         """torchrun with as many ranks as there are, on every machine; and where a rank left the reason of a failure."""
-        several, verdict = self.machines, self.directory / f"verdict-{time.time_ns()}.json"
+        several, verdict = self.machines, self.directory / "runs" / f"verdict-{time.time_ns()}.json"
+        verdict.parent.mkdir(exist_ok=True)  # emptied when the next trial begins
         port = several.free_port()
         start = ["-m", "torch.distributed.run", f"--nnodes={several.size}", f"--nproc-per-node={self.each}"]
         start += [f"--master-addr={several.address}", f"--master-port={port}", f"--rdzv-id={verdict.stem}"]
@@ -173,10 +173,12 @@ def bandwidth(trial: Trial) -> list[dict[str, Any]]:
         return []
     sizes = trial.config.accept.bandwidth_bytes
     if trial.machines.size > 1:
-        arguments = [trial.ranks.device, ",".join(KINDS), ",".join(map(str, sizes))]
+        file = trial.directory / "runs" / "bandwidth.json"
+        file.parent.mkdir(exist_ok=True)
+        arguments = [trial.ranks.device, ",".join(KINDS), ",".join(map(str, sizes)), str(file)]
         answers, _ = trial.on_all(["-m", "pipelines.model.collectives", *arguments])
         failed = next((answer for answer in answers if answer.code and answer.first), None)
-        return _told(failed.err.strip()[-2000:] if failed else json.loads(answers[0].out))
+        return _told(failed.err.strip()[-2000:] if failed else json.loads(file.read_text()))
     with tempfile.TemporaryDirectory(prefix="stillhouse-") as place:
         found = preflight.exchanged(
             trial.ranks.device, trial.ranks.processes, Path(place), list(KINDS), sizes, PATIENCE
@@ -224,10 +226,19 @@ def steps(trial: Trial) -> dict[str, Any]:
     return last
 
 
+def small_run(processes: int, each: int) -> list[str]:
+    """Overrides of the run that is killed, over so many processes, `each` of them on every machine."""
+    # Eight heads to divide; what is left of the processes are replicas, so that machines hold whole ones.
+    tensor = math.gcd(each, 8)
+    replicas = processes // tensor
+    batch = 2 * replicas * max(1, 8 // replicas)  # micro batches of two, near the experiment's 16
+    batches = [f"teacher.global_batch_size={batch}", f"distil.global_batch_size={batch}"]
+    return ["experiment=acceptance", f"parallel.tensor={tensor}", *batches]
+
+
 def resume(trial: Trial) -> dict[str, Any]:
     """A run left alone, and one whose rank is killed after a checkpoint and that is started again: the same losses."""
-    # Eight heads to divide; what is left of the processes are replicas, so that machines hold whole ones.
-    small = ("experiment=acceptance", f"parallel.tensor={math.gcd(trial.each, 8)}")
+    small = small_run(trial.ranks.processes, trial.each)
     trial.run(*small, "run.name=whole", "stage=[corpus,teacher,prune,distil,export]")
     whole, killed = trial.directory / "runs" / "whole", trial.directory / "runs" / "killed"
     overrides = (

@@ -28,7 +28,10 @@ def check_acceptance(config: Config, stages: Collection[str]) -> None:
     expect(bool(config.accept.parts), "accept.parts", f"some of {names}", "none", "Leave it out for all.")
     expect(bool(config.accept.bandwidth_bytes), "accept.bandwidth_bytes", "some sizes", "none", "Give one or more.")
     inside = os.environ.get("WORLD_SIZE", "1") == "1"
-    remedy = "Start it without torchrun or srun: it starts what it needs on this machine."
+    remedy = (
+        "Start it without torchrun: it starts what it needs on this machine. Several machines are tried by "
+        "launchers/slurm.sh stage=accept, or by torchrun -m pipelines.model.machines on each (docs/site.md)."
+    )
     expect(inside, "stage=accept", "one process", f"WORLD_SIZE={os.environ.get('WORLD_SIZE')}", remedy)
 
 

@@ -55,6 +55,16 @@ def test_every_layout_of_eight_processes_is_verified() -> None:
     assert list(accept.layouts(2)) == [(1, 1), (1, 2), (2, 1)]
 
 
+@pytest.mark.parametrize(("processes", "each"), [(1, 1), (2, 2), (3, 1), (6, 6), (18, 6), (40, 8), (128, 8)])
+def test_the_run_that_is_killed_fits_any_number_of_processes(
+    processes: int, each: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.validation.layouts.check_processes", lambda ranks: None)  # of this machine alone
+    here = [f"run.directory={tmp_path}", "parallel.device=cpu", f"parallel.processes={processes}"]
+    stages = ["corpus", "teacher", "prune", "distil", "export"]
+    validate(compose([*accept.small_run(processes, each), *here]), stages)
+
+
 def test_verify_asks_for_each_layout_by_name(trial: accept.Trial, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, ...]] = []
 
