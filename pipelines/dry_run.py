@@ -20,7 +20,6 @@ from typing import Any
 from pipelines import artifacts, device_memory, planning, processes
 from pipelines.config import Config, DistilConfig, Layout, TeacherPrecision, UserError, teacher_precision
 from pipelines.families import EMBEDDING, HEAD, LAYER, ModelShape
-from pipelines.launch import end_with_parent
 from pipelines.signals import FeatureLoss
 
 NEEDED = ("torch", "megatron", "safetensors")  # by what builds, and by nothing else of a plan
@@ -80,7 +79,7 @@ def _build(request: dict[str, Any]) -> list[dict[str, Any]]:
         capture_output=True,
         text=True,
         check=False,
-        preexec_fn=end_with_parent,
+        preexec_fn=processes.end_with_parent,
     )
     if done.returncode:
         raise RuntimeError(f"the dry run's process ended with {done.returncode}:\n{done.stderr.strip()[-4000:]}")

@@ -7,7 +7,6 @@ manifest, marker); the other ranks wait for its word.
 """
 
 import contextlib
-import ctypes
 import json
 import os
 import re
@@ -70,7 +69,7 @@ def run_stage(config: Config, stage: str, overrides: list[str]) -> None:
                 env=environment(count, exchange),
                 stderr=stderr,
                 start_new_session=True,  # Ctrl-C reaches the parent alone, which ends the children in order
-                preexec_fn=end_with_parent,
+                preexec_fn=processes.end_with_parent,
             )
         code = _wait(child)
         if code:
@@ -98,13 +97,6 @@ def environment(count: int, exchange: Path) -> dict[str, str]:
     threads = max(1, (os.cpu_count() or 1) // count)
     defaults = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     return {**defaults, **os.environ, EXCHANGE: str(exchange), processes.STARTED: str(time.time())}
-
-
-def end_with_parent() -> None:
-    """Linux: this process gets SIGTERM when its parent dies, so that kill -9 of the parent leaves no ranks behind."""
-    PR_SET_PDEATHSIG = 1
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _wait(child: "subprocess.Popen[bytes]") -> int:
@@ -214,7 +206,7 @@ def work(config: Config, stage: str) -> int:
     """Run one stage in this process, one rank of it, and return the exit code."""
     exchange = Exchange.of(config, stage)
     if exchange.ours:
-        end_with_parent()
+        processes.end_with_parent()
     terminal = os.fdopen(os.dup(2), "w") if not exchange.ours else None
     if console.rank() and not STAGES[stage].ranks:
         return 0

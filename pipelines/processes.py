@@ -4,8 +4,10 @@ torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE. Under srun the 
 itself knows the last two under other names.
 """
 
+import ctypes
 import os
 import re
+import signal
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +27,13 @@ def environment_outside_ranks(*without: str) -> dict[str, str]:
     """This process's environment without OF_A_RANK and OF_TORCHRUN, and `without` those of these names."""
     dropped = (*OF_A_RANK, *without)
     return {k: v for k, v in os.environ.items() if k not in dropped and not k.startswith(OF_TORCHRUN)}
+
+
+def end_with_parent() -> None:
+    """Linux: this process gets SIGTERM when its parent dies, so that kill -9 of the parent leaves no ranks behind."""
+    PR_SET_PDEATHSIG = 1
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def children(pid: int) -> list[int]:

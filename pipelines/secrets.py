@@ -27,9 +27,12 @@ def of_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str
     }
 
 
-def named_secret(variable: str) -> bool:
-    """Whether a variable's name says that its value is secret. HF_TOKEN_PATH and the like name a place."""
-    return bool(NAMES.search(variable.upper())) and not variable.upper().endswith(("_PATH", "_FILE", "_DIR"))
+def named_secret(variable: str, value: str = "") -> bool:
+    """Whether a variable's name says that its value is secret. HF_TOKEN_PATH and the like name a place, and so does
+    GOOGLE_APPLICATION_CREDENTIALS where its value is an absolute path."""
+    name = variable.upper()
+    place = name.endswith("CREDENTIALS") and bool(re.fullmatch(r"(/[\w.@+-]+)+", value))
+    return bool(NAMES.search(name)) and not place and not name.endswith(("_PATH", "_FILE", "_DIR"))
 
 
 def found_in(text: str, environment: Mapping[str, str] = os.environ) -> str:

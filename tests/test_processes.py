@@ -62,10 +62,11 @@ def test_ranks_that_cannot_know_their_machine_are_refused(environment: pytest.Mo
 
 
 def test_a_command_outside_the_ranks_keeps_all_else(environment: pytest.MonkeyPatch) -> None:
-    for name in (*processes.OF_A_RANK, "HF_TOKEN", "KEPT"):
+    dropped = (*processes.OF_A_RANK, "GROUP_RANK", "TORCHELASTIC_RUN_ID", "HF_TOKEN")
+    for name in (*dropped, "KEPT"):
         environment.setenv(name, "1")
     found = processes.environment_outside_ranks("HF_TOKEN")
-    assert found["KEPT"] == "1" and not {*processes.OF_A_RANK, "HF_TOKEN"} & found.keys()
+    assert found["KEPT"] == "1" and not {*dropped} & found.keys()
 
 
 def test_descendants_are_told_from_the_top() -> None:

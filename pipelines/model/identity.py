@@ -72,7 +72,11 @@ def main(arguments: list[str]) -> int:
             )
             return 2
         time.sleep(0.2)
-    print(json.dumps(identity(device)))
+    try:
+        print(json.dumps(identity(device)))
+    except UserError as error:
+        print(f"{socket.gethostname()}: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

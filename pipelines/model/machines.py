@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from pipelines import launch, processes, stopping
+from pipelines import processes, stopping
 from pipelines.config import UserError
 
 MEETING = "STILLHOUSE_MACHINES"  # environment variable of the first machine's command: number of machines, host:port
@@ -194,7 +194,7 @@ def perform(
             env=environment() | variables,
             stdout=out,
             stderr=errors,
-            preexec_fn=launch.end_with_parent,
+            preexec_fn=processes.end_with_parent,
         )
         try:
             while process.poll() is None:
@@ -283,7 +283,7 @@ def lead(address: str, size: int, overrides: list[str], announce: Callable[[str]
     child = subprocess.Popen(
         [sys.executable, "-m", "pipelines", *overrides],
         env=environment() | kept | {MEETING: f"{size},{address}:{store.port}"},
-        preexec_fn=launch.end_with_parent,
+        preexec_fn=processes.end_with_parent,
     )
     code = child.wait()
     store.set("end", "")

@@ -279,14 +279,16 @@ class _Broken(Exception):
 def _asked(kind: str, name: str, revision: str, request: Callable[[], Any], retried: bool = False) -> Any:
     """The hub's answer. Raises UserError with what it refuses and why, and _Broken for what is worth another
     attempt."""
+    from huggingface_hub import constants, get_token
     from huggingface_hub import errors as hub
-    from huggingface_hub import get_token
     from requests.exceptions import RequestException
 
     where = f"{_endpoint()}/{'datasets/' if kind == 'dataset' else ''}{name}"
     where = re.sub(r"//[^/@]*@", "//", where)
     setting = f"fetch.{kind}s"
     token = "with the token of HF_TOKEN or of hf auth login" if get_token() else "without a token"
+    if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
+        token = "without a token, as HF_HUB_DISABLE_IMPLICIT_TOKEN=1 asks"
     try:
         return request()
     except hub.GatedRepoError:

@@ -134,7 +134,7 @@ def _check_environment(cluster: ClusterConfig) -> None:
         remedy = "SLURM, torchrun or the script sets it: leave it out."
         expect(not ours, f"{setting}.name", "a variable of your own", name, remedy)
         remedy = "Scripts and configurations can be read by others: export it in your shell, which jobs inherit."
-        expect(not secrets.named_secret(name), f"{setting}.name", "no secret", name, remedy)
+        expect(not secrets.named_secret(name, variable.value), f"{setting}.name", "no secret", name, remedy)
         remedy = "Say in a few words what it is for: it stands beside it in the scripts."
         expect(bool(variable.why.strip()), f"{setting}.why", f"the reason for {name}", "none", remedy)
 

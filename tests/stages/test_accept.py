@@ -182,6 +182,14 @@ def test_the_interconnect_is_read_from_the_machine(tmp_path: Path, monkeypatch: 
     assert identity.interconnect() == "none"
 
 
+def test_a_machine_without_nvidia_smi_says_so_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert identity.main(["cuda", str(tmp_path)]) == 2
+    assert "accept: expected nvidia-smi to tell the GPUs, found" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("overrides", "sign"),
     [

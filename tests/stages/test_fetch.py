@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -222,6 +223,18 @@ def test_a_token_is_sent_encrypted_or_not_at_all(
     assert not fetch(hub, tmp_path), "no token is sent then"
 
 
+def test_a_refusal_says_that_no_token_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def request() -> None:
+        error = OSError("refused")
+        error.response = SimpleNamespace(status_code=401)  # type: ignore[attr-defined]
+        raise error
+
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    with pytest.raises(UserError, match="found 401 .* without a token, as HF_HUB_DISABLE_IMPLICIT_TOKEN=1 asks"):
+        stage._asked("model", NAME, "main", request)
+
+
 @pytest.mark.usefixtures("online")
 def test_a_data_set_s_files_are_chosen_by_pattern(tmp_path: Path) -> None:
     files = {"data/a.jsonl": b'{"text": "one"}\n', "data/b.jsonl": b"", "README.md": b"card", "load.py": b"import os"}
@@ -287,3 +300,6 @@ def test_a_variable_that_names_a_file_or_a_switch_is_no_secret(tmp_path: Path) -
     assert secrets.of_environment(environment) == {"MY_TOKEN": "abcdefgh1"}
     names = [*environment, "SITE_CREDENTIALS", "my_apikey"]
     assert [secrets.named_secret(name) for name in names] == [False, True, True, False, True, True]
+    values = ("/home/me/key.json", "{key: 1}", "", "k3y/of+mine")
+    assert [secrets.named_secret("GOOGLE_APPLICATION_CREDENTIALS", value) for value in values] == [False, *[True] * 3]
+    assert secrets.named_secret("MY_TOKEN", "/home/me/token"), "a token may begin with anything"
