@@ -15,6 +15,7 @@ from typing import Any
 
 from pipelines import console
 from pipelines.config import UserError
+from pipelines.failures import of_the_machine
 
 SMALL = 1 << 20  # bytes: below, a file is hashed at every look and needs no sidecar
 _BLOCK = 1 << 24  # bytes read at a time
@@ -51,7 +52,7 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
 
 
 def read_json(path: Path, remedy: str = "Copy it again.") -> Any:
-    """The content of a JSON file. Raises UserError where it is none."""
+    """The content of a JSON file. Raises UserError where it is none; OSError where the file system has failed."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -63,6 +64,8 @@ def read_json(path: Path, remedy: str = "Copy it again.") -> Any:
     except RecursionError:
         found = "values nested too deeply"
     except OSError as error:
+        if of_the_machine(error):
+            raise
         found = f"a file that cannot be read: {error.strerror}"
     raise UserError(f"{path}: expected JSON, found {found}. {remedy}")
 

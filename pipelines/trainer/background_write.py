@@ -7,6 +7,7 @@ leaves the collectives to the main thread: gloo and nccl take none from two thre
 
 import queue
 import threading
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -42,14 +43,15 @@ class Write:
     a wait between them; the CPU's are cloned where `copies`, since an optimizer changes them in place. Each file is
     synced to disk and summed as well.
 
-    checksums: {path relative to directory: CRC-32}. error: a traceback, empty where none failed. Both hold once `wait`
-    has returned.
+    written: {path relative to directory: (bytes, CRC-32)}. error: a traceback, empty where none failed. seconds: what
+    it took. They hold once `wait` has returned.
     """
 
     def __init__(self, request: Any, directory: Path, *, copies: bool) -> None:
         self.request, self.directory = request, directory
-        self.checksums: dict[str, int] = {}
-        self.error = ""
+        self.written: dict[str, tuple[int, int]] = {}
+        self.error, self.seconds = "", 0.0
+        self._found: Any = None  # what Megatron is to record
         self.arguments = list(request.async_fn_args)
         for _, _, (_, tensors) in self._buckets():
             for number, (item, tensor) in enumerate(tensors):
@@ -68,29 +70,36 @@ class Write:
     def goes_on(self) -> bool:
         return self.thread.is_alive()
 
-    def wait(self) -> None:
-        self.thread.join()
+    def wait(self, seconds: float | None = None) -> None:
+        """Until the files are written, or so many seconds."""
+        self.thread.join(seconds)
 
     def _run(self) -> None:
+        started = time.monotonic()
         try:
             if self._buckets():
-                rank, buckets, results = self.arguments
+                rank, buckets, _ = self.arguments
                 own: Any = queue.SimpleQueue()
                 self.request.async_fn(rank, buckets, own)
                 found = own.get_nowait()
                 if isinstance(found, Exception):
                     raise found
-                results.put(found)  # for `record`
+                self._found = found
             paths = [Path(path) for path, _, _ in self._buckets()]
             files.sync_files(paths)
-            self.checksums = {str(path.relative_to(self.directory)): files.crc32(path) for path in paths}
+            for path in paths:
+                self.written[str(path.relative_to(self.directory))] = path.stat().st_size, files.crc32(path)
         except BaseException:
             self.error = traceback.format_exc()
+        self.seconds = time.monotonic() - started
 
     def record(self) -> None:
         """Write what all files are into the directory. Every rank calls it, in its main thread, once all have ended.
 
         Megatron's collectives: a gather, a broadcast, and a barrier.
         """
+        if self._found is not None:
+            # Not before: Megatron's queue is one for all saves of the process, and takes out what was put in first.
+            self.arguments[2].put(self._found)
         for finalize in self.request.finalize_fns:
             finalize()

@@ -6,6 +6,7 @@ checkpoints/partial-...    one that a kill or a full disk cut short; removed by 
 checkpoints/damaged-...    one whose files have changed since; moved aside, never read again, left to the user
 """
 
+import errno
 import json
 import os
 import shutil
@@ -14,13 +15,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 
 from pipelines import console, files
 from pipelines.config import UserError
+from pipelines.failures import of_the_machine
 from pipelines.model import parallel
 from pipelines.stopping import Stopped
 from pipelines.trainer.background_write import Write
@@ -32,6 +34,10 @@ _PARTIAL, _DAMAGED = "partial-", "damaged-"
 SIZES, _CHECKSUMS = "sizes.json", "checksums.json"
 _RECORDS = (SIZES, _CHECKSUMS)
 _ABOUT = "about.json"
+_LEAVES = 5.0  # seconds that a rank which ends in an error of its own leaves to its thread
+_SEEN = 120.0  # seconds in which a node must see what others have written: twice what NFS keeps by default
+
+T = TypeVar("T")
 
 
 class Checkpoints(Checkpoint):
@@ -105,7 +111,8 @@ class Checkpoints(Checkpoint):
             except UserError as error:
                 console.say(str(error))
         else:
-            self._begun.write.wait()  # a thread is not to be in the middle of a file when Python ends
+            # What it writes is thrown away; a file system that hangs must not hold a rank whose peers have gone.
+            self._begun.write.wait(_LEAVES)
 
     def _save(self, trainer: Any, loss: float | None) -> None:
         """loss: of the validation at this step, where there was one. Two barriers, an all-reduce and an all-gather over
@@ -148,9 +155,9 @@ class Checkpoints(Checkpoint):
         begun, self._begun = self._begun, None
         begun.write.wait()
         with self._room_mended():
-            checksums = _checksums_of_all(begun.write)
+            written = _gathered(begun.write.written, begun.write.error)
             begun.write.record()
-            parallel.on_first_rank(lambda: self._finish(begun, checksums))
+            parallel.on_first_rank(lambda: self._finish(begun, written))
 
     @contextmanager
     def _room_mended(self) -> Iterator[None]:
@@ -179,13 +186,15 @@ class Checkpoints(Checkpoint):
         whole = whole_checkpoints(self.directory)
         refuse_without_room(self.directory, sum(sizes(whole[-1]).values()) if whole else self._expected)
 
-    def _finish(self, begun: "_Begun", checksums: dict[str, int]) -> None:
-        """On rank 0. checksums: of what the ranks have written; the rest is Megatron's and ours, from this rank."""
+    def _finish(self, begun: "_Begun", written: dict[str, tuple[int, int]]) -> None:
+        """On rank 0. written: (bytes, CRC-32) of the ranks' files; the rest is Megatron's and ours, from this rank."""
         partial = begun.write.directory
+        _wait_for({partial / name: size for name, (size, _) in written.items()})
+        checksums = {name: checksum for name, (_, checksum) in written.items()}
         files.write_json(partial / _ABOUT, {"step": begun.step, "validation_loss": begun.loss})
         rest = [name for name in sizes(partial) if name not in checksums]
         files.sync_files(partial / name for name in rest)
-        files.write_json(partial / _CHECKSUMS, checksums | {name: _crc32(partial / name) for name in rest})
+        files.write_json(partial / _CHECKSUMS, checksums | {name: files.crc32(partial / name) for name in rest})
         files.write_json(partial / SIZES, sizes(partial))
         os.replace(partial, self.directory / CHECKPOINT.format(begun.step))
         files.sync_directory(self.directory)
@@ -203,15 +212,37 @@ class _Begun:
     write: Write
 
 
-def _checksums_of_all(write: Write) -> dict[str, int]:
-    """{relative path: CRC-32} of what all ranks have written. Where one failed, every rank raises. One all-gather."""
+def _gathered(own: dict[str, T], error: str = "") -> dict[str, T]:
+    """What all ranks have of their files, by name. error: why this one could not write them; where one has an error,
+    every rank raises. One all-gather."""
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, (write.error, write.checksums))
-    if failed := [
-        f"rank {rank} has not written its files:\n{error}" for rank, (error, _) in enumerate(everyone) if error
-    ]:
+    torch.distributed.all_gather_object(everyone, (error, own))
+    if failed := [f"rank {rank} has not written its files:\n{told}" for rank, (told, _) in enumerate(everyone) if told]:
         raise RuntimeError("\n".join(failed))
     return {name: value for _, part in everyone for name, value in part.items()}
+
+
+def _wait_for(expected: dict[Path, int]) -> None:
+    """Until this node sees the files, with these sizes, that the ranks of all nodes have written and synced.
+
+    A network file system shows another node's files when what it keeps of their directory has grown old, a minute at
+    the most by NFS's defaults. Raises OSError, a stale file handle, where that does not come to pass.
+    """
+    deadline = time.monotonic() + _SEEN
+    while missing := sorted(str(path) for path, size in expected.items() if not _is_there(path, size)):
+        if time.monotonic() > deadline:
+            reason = f"{os.strerror(errno.ESTALE)}: written by another node, and not seen here after {_SEEN:g} s"
+            raise OSError(errno.ESTALE, reason, missing[0])
+        time.sleep(0.1)
+        for directory in {path.parent for path in expected}:
+            os.listdir(directory)  # which makes NFS look again
+
+
+def _is_there(path: Path, size: int) -> bool:
+    try:
+        return path.stat().st_size == size
+    except FileNotFoundError:
+        return False
 
 
 def surplus(whole: list[Path], keep: int, best: int) -> list[Path]:
@@ -293,7 +324,11 @@ def sizes(directory: Path) -> dict[str, int]:
 def _has_its_sizes(checkpoint: Path) -> bool:
     try:
         return bool(json.loads((checkpoint / SIZES).read_text()) == sizes(checkpoint))
-    except (OSError, json.JSONDecodeError):
+    except ValueError:  # no JSON, or no text
+        return False
+    except OSError as error:
+        if of_the_machine(error):
+            raise  # which says nothing of the checkpoint
         return False
 
 
@@ -307,7 +342,7 @@ def changed(checkpoint: Path) -> list[str]:
         recorded = json.loads(record.read_text())
     except FileNotFoundError:
         return []  # written before checksums were
-    except json.JSONDecodeError:
+    except ValueError:
         return [record.name]
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     own = sorted(recorded)[rank::ranks]
@@ -315,16 +350,12 @@ def changed(checkpoint: Path) -> list[str]:
     return [name for name in sorted(recorded) if found[name] != recorded[name]]
 
 
-def _gathered(own: dict[str, int]) -> dict[str, int]:
-    everyone: list[dict[str, int]] = [{}] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, own)
-    return {name: value for part in everyone for name, value in part.items()}
-
-
 def _crc32(path: Path) -> int:
     try:
         return files.crc32(path)
     except OSError as error:
+        if of_the_machine(error):
+            raise
         raise UserError(
             f"{path}: expected a file of the checkpoint that can be read, found: {error}. Mend the disk; or rename the "
             "checkpoint to begin with damaged-, and the same command continues from the one before."
