@@ -155,12 +155,14 @@ def _communication(figures: dict[str, Any]) -> dict[str, str]:
 def _disk(found: dict[str, Any]) -> dict[str, str]:
     tokens = f"{found['corpus_tokens']:,} tokens" + ("" if found["corpus_is_counted"] else ", each read once")
     models = ", ".join(f"{name} {size / 1e9:,.3g}" for name, size in found["models"].items() if size)
-    copy = f"{found['host_copy'] / 1e9:,.4g} GB per process for the checkpoint that is being written"
+    host = f"{found['host_peak'] / 1e9:,.4g} GB per process at a save"
+    if found["host_held"]:
+        host += f", {found['host_held'] / 1e9:,.4g} GB while its files are written (save_asynchronous)"
     return {
         "disk for the run": f"{found['total'] / 1e9:,.4g} GB at the most at a time",
         "  a checkpoint": f"{found['checkpoint'] / 1e9:,.4g} GB; {found['checkpoints'] / 1e9:,.4g} GB of those that "
         "are kept, with the one being written",
-        **({"  host memory": f"{copy} (distil.save_asynchronous)"} if found["host_copy"] else {}),
+        "  host memory": host,
         "  models": f"{models} GB",
         "  corpus": f"{found['corpus'] / 1e9:,.4g} GB ({tokens}), beside its text",
     }

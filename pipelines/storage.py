@@ -10,10 +10,12 @@ from typing import Any
 
 from pipelines import artifacts, index_header, planning, scores_origin
 from pipelines.choices import Quantization
-from pipelines.config import Config, DistilConfig, Precision, TeacherMode, TrainingConfig, layout
-from pipelines.device_memory import projections_by_stage
+from pipelines.config import Config, DistilConfig, Layout, Precision, TeacherMode, TrainingConfig, layout
+from pipelines.device_memory import parameters_per_device, projections_by_stage, projections_per_device
 from pipelines.families import ModelShape
 from pipelines.files import read_object
+
+_GATHERED = 12  # bytes per value: "param", "exp_avg" and "exp_avg_sq" in fp32
 
 
 def checkpoint_bytes(trained: int, training: TrainingConfig) -> int:
@@ -29,12 +31,25 @@ def distillation_checkpoint_bytes(training: DistilConfig, teacher: ModelShape, s
     return checkpoint_bytes(student.parameters() + projections_by_stage(teacher, student, 1, losses)[0], training)
 
 
-def run_bytes(config: Config, teacher: ModelShape, student: ModelShape) -> dict[str, Any]:
-    """{"checkpoint": of one, "checkpoints": at the most at a time, "host_copy", "corpus", "corpus_tokens", "models",
-    "total"}.
+def host_memory(training: TrainingConfig, checkpoint: int, on_device: int, ranks: Layout) -> tuple[int, int]:
+    """Bytes in the host's memory of one process: at a save, and while its files are written and the training goes on.
 
-    host_copy: of the distillation's, in the memory of each process's host while its files are written and the training
-    goes on; the ranks share a checkpoint evenly. It is not on the disk, and not in total. corpus: of the tokens and
+    checkpoint: its bytes, which the ranks share evenly. on_device: values that are trained on the fullest device. With
+    the distributed optimizer Megatron gathers at each save, on every data-parallel rank, the whole fp32 weights and two
+    moments of its tensor- and pipeline-parallel share (DistributedOptimizer.get_parameter_state_dp_zero), and copies
+    from them what this rank writes before it lets them go. What it gathers a bucket from comes on top.
+    """
+    share = math.ceil(checkpoint / ranks.processes)
+    gathered = _GATHERED * on_device if training.distributed_optimizer else 0
+    return gathered + share, share if training.save_asynchronous else 0
+
+
+def run_bytes(config: Config, teacher: ModelShape, student: ModelShape) -> dict[str, Any]:
+    """{"checkpoint": of one, "checkpoints": at the most at a time, "host_peak", "host_held", "corpus", "corpus_tokens",
+    "models", "total"}.
+
+    host_peak, host_held: see `host_memory`, the larger of the distillation's and the teacher's training; they are not
+    on the disk, and not in total. corpus: of the tokens and
     documents it has, where it is made already, else of as many tokens as the training reads, each once, or more where
     only then the calibration split has the sequences that pruning reads.
     """
@@ -43,6 +58,14 @@ def run_bytes(config: Config, teacher: ModelShape, student: ModelShape) -> dict[
     checkpoints = _at_a_time(training) * one
     if teaches:
         checkpoints += _at_a_time(config.teacher) * checkpoint_bytes(teacher.parameters(), config.teacher)
+    ranks = layout(config.parallel)
+    losses = planning.feature_losses_of(training, teacher, student)
+    beside = projections_per_device(teacher, student, ranks.pipeline, losses)
+    hosts = [host_memory(training, one, parameters_per_device(student, ranks.tensor, ranks.pipeline) + beside, ranks)]
+    if teaches:
+        own = checkpoint_bytes(teacher.parameters(), config.teacher)
+        on_device = parameters_per_device(teacher, ranks.tensor, ranks.pipeline)
+        hosts.append(host_memory(config.teacher, own, on_device, ranks))
     weight = _width(training.precision)
     pruned = 0 if config.student.path else _width(config.prune.precision) * student.parameters()
     start = 4 * teacher.parameters() if config.teacher.mode is TeacherMode.pretrain else 0  # a random one, in fp32
@@ -60,7 +83,8 @@ def run_bytes(config: Config, teacher: ModelShape, student: ModelShape) -> dict[
     return {
         "checkpoint": one,
         "checkpoints": checkpoints,
-        "host_copy": math.ceil(one / layout(config.parallel).processes) if training.save_asynchronous else 0,
+        "host_peak": max(peak for peak, _ in hosts),
+        "host_held": max(held for _, held in hosts),
         "models": models,
         "corpus": corpus,
         "corpus_tokens": tokens,

@@ -103,10 +103,22 @@ def recipe(*overrides: str) -> Config:
 def test_the_recipes_disk() -> None:
     found = plan(recipe())["disk"]
     assert found["checkpoint"] == 14 * 4_512_746_496
-    assert found["host_copy"] == found["checkpoint"] / 8, "shared evenly by all ranks"
-    assert plan(recipe("distil.save_asynchronous=false"))["disk"]["host_copy"] == 0
+    assert found["host_held"] == found["checkpoint"] / 8, "shared evenly by all ranks"
+    assert found["host_peak"] - found["host_held"] == pytest.approx(12 * 4_512_746_496 / 8, rel=1e-3), "norms are whole"
+    assert plan(recipe("distil.save_asynchronous=false"))["disk"]["host_held"] == 0
+    alike = plan(recipe("distil.distributed_optimizer=false"))["disk"]
+    assert alike["host_peak"] == alike["host_held"], "nothing is gathered"
     assert found["corpus_tokens"] == pytest.approx(94e9 / 0.9979, rel=1e-3)
     assert found["corpus"] == 4 * found["corpus_tokens"], "128,256 ids take four bytes"
+
+
+def test_a_teacher_that_is_trained_may_need_more_of_the_host() -> None:
+    larger = SMALL.replace(intermediate_size=4096)
+    both = compose(["experiment=quickstart", "parallel=tp1"])
+    taken = compose(["experiment=quickstart", "parallel=tp1", "teacher=take", "model.path=null"])
+    alone, with_teacher = (storage.run_bytes(config, larger, SMALL)["host_peak"] for config in (taken, both))
+    assert alone == storage.checkpoint_bytes(SMALL.parameters(), taken.distil)
+    assert with_teacher == storage.checkpoint_bytes(larger.parameters(), both.teacher)
 
 
 def test_layouts_that_fit_come_best_first_and_divide_everything() -> None:

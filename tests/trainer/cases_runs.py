@@ -39,7 +39,8 @@ def trained(
 
     What it left: message (of a UserError or a stop, else empty), figures, costs, finite (the weights), states ({step: a
     hash of this rank's weights and of what its optimizer keeps, after it}), writing (the steps at whose end this rank
-    wrote a checkpoint's files), rows, checkpoints (names); forks: how often this rank was forked.
+    wrote a checkpoint's files), gathered (bytes that Megatron's distributed optimizer gave this rank at a save), rows,
+    checkpoints (names); forks: how often this rank was forked.
     """
     from pipelines.model import parallel
 
@@ -101,6 +102,7 @@ def trained(
         "finite": finite,
         "states": states.found,
         "writing": states.writing,
+        "gathered": states.gathered,
         "forks": len(_forks) - forks,
         "rows": metrics.read_text().splitlines() if metrics.exists() else [],
         "checkpoints": sorted(path.name for path in checkpoints.iterdir()) if checkpoints.exists() else [],
@@ -132,6 +134,7 @@ def _states() -> Any:
     class States(Callback):
         found: dict[int, int] = {}
         writing: list[int] = []
+        gathered = 0
         step = 0
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
@@ -157,10 +160,19 @@ def _writes(states: Any, late: bool, stuck: int, full: int) -> Iterator[None]:
     from unittest import mock
 
     import torch
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     from pipelines.trainer import background_write, checkpoints
 
-    ours = background_write.files.sync_files
+    ours, gathers = background_write.files.sync_files, DistributedOptimizer.get_parameter_state_dp_zero
+
+    def gather(self: Any, *arguments: Any, **options: Any) -> Any:
+        found = gathers(self, *arguments, **options)
+        kept = [part for number, parts in found.items() if isinstance(number, int) for part in parts.values()]
+        tensors = [value for part in kept for value in part.values() if isinstance(value, torch.Tensor)]
+        assert all(tensor.device.type == "cpu" for tensor in tensors)
+        states.gathered = sum(tensor.nbytes for tensor in tensors)
+        return found
 
     def sync_files(paths: Any) -> None:
         if full and checkpoints.CHECKPOINT.format(full) in str(paths) and torch.distributed.get_rank() == 1:
@@ -177,6 +189,7 @@ def _writes(states: Any, late: bool, stuck: int, full: int) -> Iterator[None]:
     with (
         mock.patch.object(background_write.Write, "_run", run),
         mock.patch.object(background_write.files, "sync_files", sync_files),
+        mock.patch.object(DistributedOptimizer, "get_parameter_state_dp_zero", gather),
     ):
         yield
 

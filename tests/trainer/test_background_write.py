@@ -4,7 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.compose import compose
+from pipelines.config import layout as layout_of
+from pipelines.families import ModelShape
+from pipelines.storage import host_memory
 from tests.ranks import RankPool, RankPools
+from tests.trainer.cases_runs import STUDENT
+from tests.trainer.cases_training import SHAPE
 from tests.trainer.test_runs import CASE, SHORT, Run, Whole, rows, run, whole  # noqa: F401 two of them fixtures
 
 BACKGROUND = {"save_asynchronous": True, "late": True}
@@ -20,6 +26,11 @@ def test_steps_are_taken_meanwhile_and_nothing_else_changes(run: Run, layout: di
     assert at_once["writing"] == [] and {4, 7} <= set(meanwhile["writing"])
     assert meanwhile["checkpoints"] == at_once["checkpoints"] == ["step-0000009", "step-0000010"]
     assert meanwhile["forks"] == 0
+    training, shape = compose(["distil.distributed_optimizer=true"]).distil, ModelShape(**SHAPE).replace(**STUDENT)
+    gathered, _ = host_memory(training, 0, shape.parameters(), layout_of(compose(["parallel=tp2"]).parallel))
+    for rank in (meanwhile, second):
+        planned = gathered if "distributed_optimizer" in layout else 0
+        assert rank["gathered"] == pytest.approx(planned, rel=5e-3), "as the plan says; Megatron aligns each weight"
     for step in meanwhile["checkpoints"]:
         names = [
             {str(file.relative_to(tmp_path / name)) for file in (tmp_path / name / "checkpoints" / step).rglob("*")}
