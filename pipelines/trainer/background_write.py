@@ -41,7 +41,8 @@ class Write:
 
     What the request holds is in host memory then: a GPU's tensors in pinned memory, copied one after the other without
     a wait between them; the CPU's are cloned where `copies`, since an optimizer changes them in place. Each file is
-    synced to disk and summed as well.
+    synced to disk and summed as well. torch keeps pinned memory for the next save, each tensor's rounded up to a power
+    of two bytes: it does not go back to the system between saves.
 
     written: {path relative to directory: (bytes, CRC-32)}. error: a traceback, empty where none failed. seconds: what
     it took. They hold once `wait` has returned.
