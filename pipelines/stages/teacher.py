@@ -23,8 +23,12 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
         return _take(context)
     if config.teacher.mode is TeacherMode.pretrain:
         start, shape = context.directory / "start", shape_from_config(config.model.shape)
-        if not artifacts.is_hugging_face(start):
-            parallel.on_first_rank(lambda: write_random_model(start, shape, config.run.seed))
+
+        def write() -> None:  # one rank looks: a slower one would find what the first has just written
+            if not artifacts.is_hugging_face(start):
+                write_random_model(start, shape, config.run.seed)
+
+        parallel.on_first_rank(write)
     else:
         start = _as_hugging_face(context, context.directory / "start")
         shape = read_shape(start)
@@ -86,7 +90,8 @@ def _as_hugging_face(context: artifacts.StageContext, converted: Path) -> Path:
     given = _given(context.config)
     if artifacts.is_hugging_face(given):
         return given
-    if not artifacts.is_hugging_face(converted):  # an earlier attempt may have written it
+    # An earlier attempt may have written it. One rank looks, before any of them writes.
+    if not parallel.on_first_rank(lambda: artifacts.is_hugging_face(converted)):
         from pipelines.trainer.nemo_checkpoint import convert_to_hugging_face
 
         convert_to_hugging_face(given, converted, artifacts.corpus_directory(context.config) / "tokenizer")
