@@ -14,7 +14,7 @@ from pipelines.elsewhere import Nodes, checked_for
 from pipelines.iteration import Part, expand
 from pipelines.stages import STAGES
 from pipelines.validation import cluster as cluster_checks
-from pipelines.validation import validate
+from pipelines.validation import numbers, site, validate
 
 
 class Chain:
@@ -38,6 +38,8 @@ class Chain:
                     f"stage={name}: expected some of {known}, found one that is no part of a chain. "
                     f"Use `python -m pipelines stage={name}`."
                 )
+        site.check_secrets(submitted)  # all that the jobs' own checks cannot see: cluster.* is not passed on to them
+        numbers.check(submitted)
         cluster_checks.check(submitted, names)
         self.run, self.name = artifacts.run_directory(submitted).absolute(), submitted.run.name
         self.home = self.run / "slurm"
