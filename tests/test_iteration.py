@@ -4,6 +4,7 @@ import functools
 import json
 from pathlib import Path
 
+import numpy
 import pytest
 
 from pipelines import artifacts, iteration, planning
@@ -14,6 +15,7 @@ from pipelines.iteration import Part, expand
 from pipelines.plan_text import as_text
 from pipelines.stages import PIPELINE, STAGES
 from pipelines.stages.plan import steps_plan
+from pipelines.text.indexed import Writer
 from pipelines.validation import validate
 
 pytestmark = pytest.mark.usefixtures("machine_without_gpu")
@@ -130,9 +132,9 @@ def test_a_step_that_cannot_work_is_refused_by_its_place(overrides: list[str], p
 def test_what_distils_the_students_before_the_last_is_checked_with_prune_alone(tmp_path: Path) -> None:
     splits = {"calibration": [{"prefix": "data/text", "weight": 1.0}]}
     (tmp_path / "blend.json").write_text(json.dumps({"splits": splits, "vocab_size": 50, "eod": 0}))
-    for ending in (".bin", ".idx"):
-        (tmp_path / "data").mkdir(exist_ok=True)
-        (tmp_path / "data" / f"text{ending}").write_text("")
+    writer = Writer(tmp_path / "data" / "text", numpy.dtype(numpy.uint16))
+    writer.add(numpy.ones(100_000, dtype=numpy.uint16), numpy.array([100_000]))
+    writer.finish()
 
     def found(*overrides: str) -> str:
         with pytest.raises(UserError) as caught:

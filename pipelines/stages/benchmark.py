@@ -213,6 +213,7 @@ def scoring(config: Config, ranks: Layout, device: torch.device, directory: Path
     length, precision = settings.sequence_length, settings.precision.value
     model = build_model(shape, sequence_parallel=ranks.sequence_parallel, precision=precision, sequence_length=length)
     load_hugging_face(model, directory, shape)
+    dist.barrier()  # no rank reads any more
     parallel.on_first_rank(lambda: shutil.rmtree(directory))
     for size in settings.scoring_micro_batch_sizes:
         batches = step_benchmark.random_batches(size, settings.scoring_batches, length, shape.vocab_size, seed=1)

@@ -277,7 +277,7 @@ def test_candidates_are_distilled_and_a_half_trained_one_goes_on(ranks: RankPool
     assert again["counts"]["losses"] == again["counts"]["slices"] == 0
     first = [json.loads(line) for line in (half.parent / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in first if row["split"] == "train"] == [1, 2, 3, 4, 5, 6]
-    assert again["continued"] == 4  # the step of its checkpoint
+    assert again["continued"] in (2, 4)  # the step of a whole checkpoint; that of step 4 may have been in flight
     left, right = (content(tmp_path / name) for name in ("cut", "whole"))
     assert left["candidates"] == right["candidates"] and left["winner"] == right["winner"]
     longer = {**arguments, "settings": settings | {"prune.search.distil_tokens": 8 * 4 * 16}}
