@@ -46,6 +46,14 @@ def figures(found: Quality) -> dict[str, Any]:
     }
 
 
+def entries(
+    found: Mapping[str, Quality], intervals: Mapping[str, dict[str, list[float]]], told: Sequence[str] = FIGURES
+) -> dict[str, dict[str, Any]]:
+    """By model, those of its `figures` that are told, and "intervals" as `compared` gives them."""
+    every = {name: figures(one) for name, one in found.items()}
+    return {name: {key: every[name][key] for key in told} | {"intervals": intervals[name]} for name in found}
+
+
 def compared(
     found: Mapping[str, Quality], pairs: Sequence[tuple[str, str]] = PAIRS
 ) -> tuple[dict[str, dict[str, list[float]]], list[dict[str, Any]], int]:

@@ -9,7 +9,7 @@ import numpy
 
 from pipelines import artifacts
 from pipelines.config import Config, SourceKind, UserError, document_mask
-from pipelines.evaluation.comparison import FIGURES, compared, document_groups, figures
+from pipelines.evaluation.comparison import compared, document_groups, entries
 from pipelines.evaluation.sharded import Sharded
 from pipelines.evaluation_settings import DomainConfig
 from pipelines.model.parallel import on_first_rank
@@ -54,11 +54,7 @@ def measure(config: Config, domain: DomainConfig, sharded: Sharded, directory: P
         "tokens": found["teacher"].tokens,
         "bytes": round(found["teacher"].text_bytes or 0),
         "documents": documents,
-        "models": {
-            name: {figure: value for figure, value in figures(one).items() if figure in FIGURES}
-            | {"intervals": intervals[name]}
-            for name, one in found.items()
-        },
+        "models": entries(found, intervals),
         "differences": differences,
         "document_groups": document_groups(found),
     }

@@ -21,12 +21,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pipelines import artifacts, console
 from pipelines.config import Config, UserError
+from pipelines.evaluation.hugging_face import DTYPES
 from pipelines.model import measure, parallel
 from pipelines.model.quality import TEACHER
 from pipelines.model.windows import Windows, split_prefixes
 from pipelines.safetensors_header import weight_bytes
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FIGURES = ("time_to_first_token_ms", "prefill_tokens_per_second", "decode_tokens_per_second")
 PERCENTILES = (50, 90, 99)
 

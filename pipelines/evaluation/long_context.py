@@ -4,7 +4,7 @@ from typing import Any
 
 from pipelines import artifacts
 from pipelines.config import Config
-from pipelines.evaluation.comparison import compared, figures
+from pipelines.evaluation.comparison import compared, entries
 from pipelines.evaluation.sharded import Sharded
 from pipelines.model.windows import LongDocuments, mean_token_bytes, split_prefixes
 
@@ -31,10 +31,6 @@ def measure(config: Config, length: int, sharded: Sharded) -> dict[str, Any]:
         "sequence_length": length,
         "tokens": found["teacher"].tokens,
         "documents": documents,
-        "models": {
-            name: {figure: value for figure, value in figures(one).items() if figure in OF_A_MODEL}
-            | {"intervals": intervals[name]}
-            for name, one in found.items()
-        },
+        "models": entries(found, intervals, OF_A_MODEL),
         "differences": differences,
     }

@@ -21,7 +21,8 @@ from megatron.core.models.gpt import GPTModel
 from pipelines import artifacts, console
 from pipelines.choices import Quantization
 from pipelines.config import Config, UserError, document_mask, layout, without_context
-from pipelines.evaluation.comparison import FIGURES, compared, figures
+from pipelines.evaluation.comparison import compared, entries
+from pipelines.evaluation.sharded import precision
 from pipelines.families import ModelShape, read_shape
 from pipelines.model import parallel, quality
 from pipelines.model.build import build_model
@@ -129,10 +130,9 @@ class _Scores:
         self._found = self._measure(self._models)
         self.tokens, self.text_bytes = self._found[STUDENT].tokens, self._found[STUDENT].text_bytes or 0.0
         intervals, _, self.documents = compared(self._found)
+        told = entries(self._found, intervals)
         self.before = {
-            name: {"bytes": weight_bytes(directory), "parameters": shapes[name].parameters()}
-            | _told(self._found[name])
-            | {"intervals": intervals[name]}
+            name: {"bytes": weight_bytes(directory), "parameters": shapes[name].parameters()} | told[name]
             for name, directory in directories.items()
         }
 
@@ -146,11 +146,8 @@ class _Scores:
         to_student = None
         if of == STUDENT:
             to_student = self._measure({TEACHER: self._models[STUDENT], name: model})[name].kl
-        return _told(found) | {
-            "kl_to_student": to_student,
-            "intervals": intervals[name],
-            "differences": differences,
-        }
+        told = entries({name: found}, intervals)[name]
+        return told | {"kl_to_student": to_student, "differences": differences}
 
     def _measure(self, models: Mapping[str, GPTModel]) -> dict[str, quality.Quality]:
         settings, ranks = self._config.evaluate, parallel_state.get_data_parallel_world_size()
@@ -163,16 +160,11 @@ class _Scores:
         model = build_model(
             shape,
             sequence_parallel=self._ranks.sequence_parallel,
-            precision=(config.evaluate.precision or config.distil.precision).value,
+            precision=precision(config),
             sequence_length=config.evaluate.sequence_length,
         )
         load_hugging_face(model, source, shape)
         return model
-
-
-def _told(found: quality.Quality) -> dict[str, Any]:
-    every = figures(found)
-    return {name: every[name] for name in FIGURES}
 
 
 def _say(row: Mapping[str, Any], before: Mapping[str, Any]) -> None:
