@@ -137,10 +137,10 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
 
 
 def kill_after_checkpoint(directory: Path, name: str, *overrides: str) -> None:
-    """Start distil and end all of its processes with SIGKILL once a step behind the first checkpoint is logged."""
+    """Start distil and end all of its processes with SIGKILL once two checkpoints are there and step 7 is logged."""
     process = start(directory, f"run.name={name}", *overrides)
-    metrics = directory / name / "distil" / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and '"step": 7' in metrics.read_text(), process)
+    metrics, checkpoints = (directory / name / "distil" / found for found in ("metrics.jsonl", "checkpoints"))
+    wait_for(lambda: len(list(checkpoints.glob("step-*"))) > 1 and '"step": 7' in metrics.read_text(), process)
     for pid in reversed(descendants(process.pid)):
         os.kill(pid, signal.SIGKILL)
     process.wait()

@@ -12,7 +12,7 @@ from pipelines import plan_check, planning
 from pipelines.compose import compose
 from pipelines.config import Layout
 from pipelines.families import ModelShape
-from pipelines.report import page
+from pipelines.report import training
 from pipelines.report.record import read_run
 from tests.stages.sample_run import write_sample_run
 from tests.stages.test_report import make
@@ -72,7 +72,7 @@ def test_without_steps_or_checkpoints_nothing_is_made_up(tmp_path: Path) -> None
 def test_the_report_shows_both_and_older_runs_neither(tmp_path: Path) -> None:
     run = write_sample_run(tmp_path / "runs" / "quickstart")
     config = compose([f"run.directory={tmp_path / 'runs'}"])
-    assert page._planned(read_run(config)) == []
+    assert training.planned(read_run(config)) is None
     assert "of the plan" not in make(tmp_path / "runs")[0].text
     manifest = json.loads((run / "distil" / "manifest.json").read_text())
     entries = list(compared(left_behind(tmp_path), CPU, "2 cores").values())

@@ -169,6 +169,8 @@ def _load(task: Task) -> dict[str, Any]:
     elif task.is_file and not Path(task.source).is_file():
         raise UserError(f"evaluate.tasks.names: expected the task file {task.source}, found none. Check the path.")
     else:
+        if task.is_file:
+            _refuse_no_data(task)
         loaded = manager.load([task.source])
     for found in loaded["tasks"].values():
         own = found.get_config("num_fewshot")
@@ -177,6 +179,22 @@ def _load(task: Task) -> dict[str, Any]:
             found.set_config(key="num_fewshot", value=task.shots or 0)
         found.set_fewshot_seed(seed=SEED)
     return dict(loaded)
+
+
+def _refuse_no_data(task: Task) -> None:
+    """A reader of files that is given none takes every file below the working directory for its data."""
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as READERS
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    found = load_yaml(task.source, resolve_func=False)
+    below = found["task"] if isinstance(found.get("task"), list) else []
+    for each in (found, *(entry for entry in below if isinstance(entry, dict))):
+        reader, given = each.get("dataset_path"), each.get("dataset_kwargs") or {}
+        if reader in READERS and "custom_dataset" not in each and not {"data_files", "data_dir"} & set(given):
+            raise UserError(
+                f"{task.name}: expected data_files or data_dir under dataset_kwargs, since dataset_path is {reader}, "
+                f"found neither. Name the task's files in {task.source}."
+            )
 
 
 def _top(task: Task, loaded: dict[str, Any]) -> str:

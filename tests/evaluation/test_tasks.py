@@ -126,11 +126,16 @@ def test_our_own_sharded_likelihoods_give_the_same_accuracy(
 def test_a_mistake_in_one_task_is_a_gap_in_that_task(ranks: RankPools, root: Path, files: Path, tmp_path: Path) -> None:
     shutil.copytree(root, tmp_path / "runs")
     (tmp_path / "bad.jsonl").write_text('{"query": 1}\n')
-    (tmp_path / "wrong.yaml").write_text("task: wrong\ndataset_path: json\noutput_type: multiple_choice\n")
-    names = [str(tmp_path / "bad.jsonl"), str(tmp_path / "wrong.yaml"), "no_such_task", str(files / "plain.jsonl")]
+    (tmp_path / "empty.yaml").write_text("task: empty\ndataset_path: json\noutput_type: multiple_choice\n")
+    (tmp_path / "wrong.yaml").write_text(
+        "task: wrong\ndataset_path: json\ndataset_kwargs: {data_files: nowhere.jsonl}\noutput_type: multiple_choice\n"
+    )
+    made = [str(tmp_path / name) for name in ("bad.jsonl", "empty.yaml", "wrong.yaml")]
+    names = [*made, "no_such_task", str(files / "plain.jsonl")]
     found = run(ranks, tmp_path / "runs", names=names, metrics={"plain": "acc"})
-    assert set(found["missing"]) == {"tasks.bad", "tasks.wrong", "tasks.no_such_task"}
+    assert set(found["missing"]) == {"tasks.bad", "tasks.empty", "tasks.wrong", "tasks.no_such_task"}
     assert "line 1: expected a question with the fields" in found["missing"]["tasks.bad"]
+    assert "empty: expected data_files or data_dir under dataset_kwargs" in found["missing"]["tasks.empty"]
     assert "wrong: expected a task file that the harness runs" in found["missing"]["tasks.wrong"]
     assert "expected a task of the harness, found 'no_such_task'" in found["missing"]["tasks.no_such_task"]
     assert set(found["tasks"]["models"]["student"]) == {"plain"}
