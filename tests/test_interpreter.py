@@ -3,6 +3,7 @@
 import gc
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from pipelines import interpreter
 ROOT = Path(__file__).resolve().parent.parent
 ENDS = """
 import sys
+import weakref
 from pipelines.interpreter import QuickEnd
 end = QuickEnd()
 import atexit, threading, time
@@ -45,3 +47,21 @@ def test_a_module_is_loaded_without_looking_for_garbage(tmp_path: Path, monkeypa
         interpreter.load("broken_once")
     assert gc.isenabled()
     monkeypatch.delitem(sys.modules, "loaded_once")
+
+
+def test_what_was_there_before_is_not_searched_again_until_the_end() -> None:
+    class Ring:
+        def __init__(self) -> None:
+            self.itself = self
+
+    def made() -> weakref.ref[Ring]:
+        return weakref.ref(Ring())
+
+    before = gc.get_freeze_count()
+    with pytest.raises(RuntimeError, match="broken"), interpreter.settled():
+        assert gc.get_freeze_count() > before + 10_000
+        ring = made()
+        gc.collect()
+        assert ring() is None, "garbage of the body is found"
+        raise RuntimeError("broken")
+    assert gc.get_freeze_count() == 0

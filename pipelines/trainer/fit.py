@@ -21,7 +21,7 @@ from nemo.lightning.megatron_parallel import MegatronStep
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
 from nemo.lightning.pytorch.plugins import MegatronDataSampler, MegatronMixedPrecision
 
-from pipelines import console, gpus, planning, processes
+from pipelines import console, gpus, interpreter, planning, processes
 from pipelines.model import adam, parallel
 from pipelines.trainer import checkpoint_writer, checkpoints
 from pipelines.trainer.background_write import HeldBack
@@ -162,7 +162,8 @@ def fit(
     model = TrainedModel(config, build, _optimizer(schedule), guard, end_of_document)
     trainer = _trainer(schedule, config, device, callbacks)
     data = _data(schedule, blend, tokenizer, data_index.directory, seed, one_row=end_of_document is not None)
-    trainer.fit(model, data, ckpt_path=str(checkpoint) if checkpoint else None)
+    with interpreter.settled():
+        trainer.fit(model, data, ckpt_path=str(checkpoint) if checkpoint else None)
     # Lightning moves what it has trained to the CPU, where nccl cannot gather it.
     return unwrap(model.module).to(parallel.torch_device(device)), metrics.last_validation, _costs(metrics, guard)
 
