@@ -58,9 +58,20 @@ SMALL = [
     "evaluate.efficiency.prompt_tokens=[16]",
     "evaluate.efficiency.new_tokens=4",
     "evaluate.efficiency.rounds=1",
+    "evaluate.tasks.questions=10",
+    "evaluate.domains.0.tokens=4000",
+    "evaluate.generation.count=2",
+    "evaluate.generation.new_tokens=8",
+    "evaluate.behaviour.new_tokens=4",
     "export.nemo=true",
     "gates=[]",  # so few steps keep no bound
     "export.new_tokens=4",
+]
+QUALITY_ALONE = [
+    "evaluate.tasks.names=[]",
+    "evaluate.domains=[]",
+    "evaluate.generation.count=0",
+    "evaluate.behaviour.prompts=null",
 ]
 SECRETS = {"HF_TOKEN": "hf_" + "qR7" * 12, "WANDB_API_KEY": "0f" * 20, "AWS_SECRET_ACCESS_KEY": "not-to-be-written"}
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"} | SECRETS
@@ -304,7 +315,7 @@ def run_in_one_torchrun(directory: Path, name: str, *overrides: str) -> dict[str
     The other tests start one torchrun per stage; this is also the quicker way.
     """
     short = ["teacher.steps=40", "distil.steps=10", "distil.learning_rate=3e-3", "stage=all", f"run.name={name}"]
-    process = start(directory, *short, *overrides, launcher=TORCHRUN)
+    process = start(directory, *short, *QUALITY_ALONE, *overrides, launcher=TORCHRUN)
     output_of(process, directory)
     for stage in PIPELINE:
         assert (directory / name / stage / "complete").is_file()

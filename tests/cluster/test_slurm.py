@@ -21,7 +21,7 @@ from pipelines.artifacts import begin
 from pipelines.compose import compose
 from tests import slurm
 from tests.slurm import Slurm, wait_for
-from tests.test_pipeline import SMALL
+from tests.test_pipeline import QUALITY_ALONE, SMALL
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = str(ROOT / "launchers" / "slurm.sh")
@@ -302,7 +302,7 @@ def test_text_becomes_a_student_and_a_report_over_two_nodes(cluster: Slurm, tmp_
     run = Run(cluster, tmp_path, plays=False)
     settings = [s for s in SMALL if not s.startswith(("export.", "teacher.steps"))]
     stages = "stage=[corpus,teacher,prune,distil,evaluate,report]"
-    jobs = run.submit(*settings, stages, "teacher.steps=12", "distil.steps=25", "parallel=tp2")
+    jobs = run.submit(*settings, *QUALITY_ALONE, stages, "teacher.steps=12", "distil.steps=25", "parallel=tp2")
     metrics = run.home / "distil" / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and '"step": 2' in metrics.read_text(), "the distillation to train", 900)
     cluster.ask("scancel", "--batch", "--signal=USR1", jobs["distil"])
