@@ -103,8 +103,8 @@ def find(results: dict[str, Any], figure: str) -> float:
     model, *names = figure.split(".")
     if model == EXPORT:
         return _number(_walk(results, names, None, figure), figure)
-    own = results.get("models", {}).get(model)
-    if own is None:
+    own = results.get("models", {}).get(model, {})
+    if not own and names[0] not in results:
         raise LookupError(results.get("missing", {}).get(model, f"there is no {model} in what was measured"))
     if reason := _missing(results, names):
         raise LookupError(reason)

@@ -90,18 +90,19 @@ def compare(
 
     directories: by name. prompts(batch, length): ids (batch, length) int64. precision: "fp32" or "bf16". rounds: of
     timed requests per model, after one that does not count. advance: called after each turn of all models. No
-    collective. Raises UserError where a model does not open or does not fit into the device's memory.
+    collective. A model of another vocabulary reads ids of its own, as many. One that does not open is in "missing" with
+    the reason. Raises UserError where the teacher does not open, or where together they do not fit into the device.
     """
-    models = {name: _opened(directory, precision, device) for name, directory in directories.items()}
+    models, missing = _all_opened(directories, requests, precision, device)
     rows: list[dict[str, Any]] = []
     try:
-        _check_lengths(models, requests)
         for request in requests:
             times: dict[str, list[Times]] = {name: [] for name in models}
             ids = prompts(request.batch, request.prompt_tokens).to(device)
+            asked = {name: ids % model.config.vocab_size for name, model in models.items()}
             for turn in range(1 + rounds):
                 for name, model in models.items():
-                    found = answer(model, ids, request.new_tokens)
+                    found = answer(model, asked[name], request.new_tokens)
                     if turn:
                         times[name].append(found)
                 advance()
@@ -111,7 +112,7 @@ def compare(
         sizes = {
             name: {
                 "bytes_on_disk": weight_bytes(directories[name]),
-                "peak_bytes": _peak_bytes(model, ids, largest.new_tokens, device),
+                "peak_bytes": _peak_bytes(model, ids % model.config.vocab_size, largest.new_tokens, device),
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
             }
             for name, model in models.items()
@@ -133,6 +134,7 @@ def compare(
         "rounds": rounds,
         "rows": rows,
         "models": sizes,
+        "missing": missing,
     }
 
 
@@ -180,6 +182,23 @@ def _with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def _all_opened(
+    directories: Mapping[str, Path], requests: Sequence[Request], precision: str, device: torch.device
+) -> tuple[dict[str, PreTrainedModel], dict[str, str]]:
+    """(models by name, reasons for those that cannot answer the requests). Raises UserError for the teacher."""
+    models, missing = {}, {}
+    for name, directory in directories.items():
+        try:
+            model = _opened(directory, precision, device)
+            _check_lengths(name, model, requests)
+            models[name] = model
+        except UserError as error:
+            if name == TEACHER:
+                raise
+            missing[name] = str(error)
+    return models, missing
+
+
 def _opened(directory: Path, precision: str, device: torch.device) -> PreTrainedModel:
     try:
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=DTYPES[precision], local_files_only=True)
@@ -193,15 +212,14 @@ def _opened(directory: Path, precision: str, device: torch.device) -> PreTrained
         raise UserError(f"{directory}: expected a directory that transformers opens, found: {error}") from None
 
 
-def _check_lengths(models: Mapping[str, PreTrainedModel], requests: Sequence[Request]) -> None:
+def _check_lengths(name: str, model: PreTrainedModel, requests: Sequence[Request]) -> None:
     longest = max(each.prompt_tokens + each.new_tokens for each in requests)
-    for name, model in models.items():
-        limit = model.config.max_position_embeddings
-        if longest > limit:
-            raise UserError(
-                f"evaluate.efficiency: expected prompt_tokens and new_tokens within the {limit} positions of the "
-                f"{name}, found {longest}. Lower one of them."
-            )
+    limit = model.config.max_position_embeddings
+    if longest > limit:
+        raise UserError(
+            f"evaluate.efficiency: expected prompt_tokens and new_tokens within the {limit} positions of the {name}, "
+            f"found {longest}. Lower one of them."
+        )
 
 
 def _prompts(windows: Windows, batch: int) -> Tensor:

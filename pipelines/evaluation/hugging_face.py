@@ -1,5 +1,6 @@
 """The models of an evaluation in transformers, whole, each on this rank's device."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -7,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipelines import processes
 from pipelines.config import UserError
-from pipelines.families import read_shape
+from pipelines.safetensors_header import read_entries
 from pipelines.serving.reloaded import reload
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -36,7 +37,8 @@ def load(directory: Path, *, precision: str, device: str, spread: bool = False) 
     elif device == "cuda":
         torch.cuda.empty_cache()
         place = torch.device("cuda", processes.local_rank())
-        needed, (free, _) = read_shape(directory).parameters() * dtype.itemsize, torch.cuda.mem_get_info(place)
+        sizes = (entry.shape for entry in read_entries(directory).values())
+        needed, (free, _) = sum(map(math.prod, sizes)) * dtype.itemsize, torch.cuda.mem_get_info(place)
         if needed > ROOM * free:
             raise UserError(
                 f"{directory}: expected room for {needed / 1e9:.1f} GB of weights on one device, found "

@@ -27,7 +27,7 @@ def precision(config: Config) -> str:
 
 
 class Sharded:
-    """Every model of the run, read when first asked for; together they stay in memory until `release`."""
+    """Every model that has a shape, read when first asked for; together they stay in memory until `release`."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class Sharded:
 
     def models(self) -> dict[str, GPTModel]:
         if not self._models:
-            self._models = {name: self._load(name) for name in self.directories}
+            self._models = {name: self._load(name) for name in self.shapes}
         return self._models
 
     def release(self) -> None:

@@ -39,9 +39,9 @@ from pipelines import artifacts, console, files
 from pipelines.config import Config, Layout, UserError, document_mask, layout, without_context
 from pipelines.evaluation import behaviour, domains, drift, efficiency, generation, long_context, sharing, tasks
 from pipelines.evaluation.comparison import compared, document_groups, few_in_words, figures
+from pipelines.evaluation.fitting import fitting
 from pipelines.evaluation.parts import Parts
 from pipelines.evaluation.sharded import Sharded, precision
-from pipelines.families import ModelShape, read_shape
 from pipelines.model import parallel, quality
 from pipelines.model.windows import (
     Windows,
@@ -51,7 +51,6 @@ from pipelines.model.windows import (
     mean_token_bytes,
     split_prefixes,
 )
-from pipelines.vocabulary import check_vocabulary
 
 OF_OTHER_PARTS = ("evaluate.domains", "evaluate.long_context", "evaluate.baseline")
 FORM = 2  # of what the parts hold: raised where they tell more, so that an older version's are not taken
@@ -62,9 +61,9 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
     config = context.config
     ranks = without_context(layout(config.parallel))
     directories, missing = find_models(config)
-    shapes = {name: read_shape(directory) for name, directory in directories.items()}
     corpus = artifacts.corpus_directory(config)
-    _check(corpus, directories, shapes)
+    models = fitting(corpus, directories, ranks)
+    missing |= models.reasons
     parallel.initialize(ranks.tensor, ranks.pipeline, ranks.context, device=ranks.device, seed=config.run.seed)
     for name, reason in missing.items():
         console.say(f"evaluate  no {name}: {reason}")
@@ -73,7 +72,7 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
     for name in OF_OTHER_PARTS:
         settings.pop(name, None)
     settings["form"] = FORM
-    sharded = Sharded(config, ranks, directories, shapes, corpus)
+    sharded = Sharded(config, ranks, directories, models.shapes, corpus)
     results = parts.measure("quality", settings, lambda: _quality(config, ranks, sharded), needed=True)
     assert results is not None
     results |= _other_texts(context, parts, sharded, settings)
@@ -83,11 +82,11 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
             "efficiency",
             _settings_of(context, "efficiency") | {"precision": precision(config), "device": ranks.device},
             lambda: parallel.on_first_rank(
-                lambda: efficiency.of_models(config, directories, precision(config), ranks.device)
+                lambda: efficiency.of_models(config, models.whole, precision(config), ranks.device)
             ),
         )
         results |= {"efficiency": found} if found else {}
-    results |= _on_whole_models(context, ranks, directories, parts)
+    results |= _on_whole_models(context, ranks, models.whole, parts)
     if config.evaluate.baseline:
         results |= _drift(config.evaluate.baseline, parts, results)
     results |= {"missing": missing | parts.missing}
@@ -197,15 +196,6 @@ def find_models(config: Config) -> tuple[dict[str, Path], dict[str, str]]:
     if "teacher" in missing:
         raise UserError(f"evaluate: expected a teacher, found {missing['teacher']} Run stage=teacher first.")
     return directories, missing
-
-
-def _check(corpus: Path, directories: dict[str, Path], shapes: dict[str, ModelShape]) -> None:
-    """Raises UserError for what cannot be evaluated, before anything is built."""
-    sizes = {name: shape.vocab_size for name, shape in shapes.items()}
-    if len(set(sizes.values())) > 1:
-        raise UserError(f"evaluate: expected models of one vocabulary, found sizes {sizes}. Prune from this teacher.")
-    for name, directory in directories.items():
-        check_vocabulary(corpus, directory, sizes[name])
 
 
 def _on_whole_models(

@@ -8,7 +8,7 @@ that another launcher started pass here too, so that a stage need not check its 
 from collections.abc import Collection
 
 from pipelines import artifacts, iteration, planning
-from pipelines.config import Config, Layout, layout, searches
+from pipelines.config import Config, Layout, UserError, layout, searches
 from pipelines.families import ModelShape, read_shape
 from pipelines.stages import STAGES
 from pipelines.validation import (
@@ -118,7 +118,17 @@ def _validate(config: Config, stages: Collection[str]) -> list[str]:
 
 def _students(config: Config, stages: Collection[str], ranks: Layout, teacher: ModelShape) -> list[ModelShape]:
     """The shape of the student that the stages make or read; where it is yet to be found, shapes that stand for all it
-    may be, the largest first. Raises UserError where it cannot be the teacher's."""
+    may be, the largest first. Raises UserError where it cannot be the teacher's, unless evaluate alone reads it, where
+    it is a gap (evaluation/fitting.py)."""
+    try:
+        return _shapes_of_student(config, stages, ranks, teacher)
+    except UserError:
+        if WITH_STUDENT & set(stages) == {"evaluate"}:
+            return [teacher]
+        raise
+
+
+def _shapes_of_student(config: Config, stages: Collection[str], ranks: Layout, teacher: ModelShape) -> list[ModelShape]:
     start = artifacts.student_start_directory(config)
     if config.student.path and artifacts.is_hugging_face(start):
         student = read_shape(start)

@@ -12,7 +12,6 @@ from pipelines.safetensors_header import check_model
 from pipelines.vocabulary import TOKENIZERS
 
 NEEDS_TEACHER = frozenset({"teacher", "prune", "distil", "evaluate"})
-NEEDS_START = frozenset({"distil", "evaluate"})
 
 
 def check_run(config: Config, stages: Collection[str]) -> None:
@@ -112,7 +111,7 @@ def check_weights(config: Config, stages: Collection[str]) -> None:
     path = config.model.path
     if path and config.teacher.mode is not TeacherMode.pretrain and NEEDS_TEACHER & set(stages):
         given.append(path)
-    if config.student.path and NEEDS_START & set(stages):
+    if config.student.path and "distil" in stages:  # of evaluate, a gap
         given.append(config.student.path)
     for directory in given:
         if artifacts.is_hugging_face(directory):
