@@ -200,16 +200,23 @@ def documents() -> list[Path]:
     return sorted(path for pattern in ("*.md", "docs/**/*.md", "containers/*.md") for path in ROOT.glob(pattern))
 
 
+def documented_lines() -> list[str]:
+    """What the documents show to be typed: lines of blocks, continued ones whole, and code inside the text."""
+    lines = []
+    for path in documents():
+        text = path.read_text()
+        blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S)
+        shown = "\n".join(block for language, block in blocks if language in ("", "sh", "bash", "text"))
+        lines += shown.replace("\\\n", " ").splitlines()
+        lines += re.findall(r"--wrap '([^']+)'", shown.replace("\\\n", " "))
+        lines += re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+    return [line.strip().replace("$SLURM_ARRAY_TASK_ID", "1") for line in lines]
+
+
 def documented_commands() -> list[str]:
-    text = "".join(path.read_text() for path in documents())
-    blocks = re.findall(r"^```(?:sh|bash|text)?\n(.*?)^```", text, re.M | re.S)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    lines += [line.replace("$SLURM_ARRAY_TASK_ID", "1") for line in re.findall(r"--wrap '([^']+)'", "\n".join(lines))]
-    inline = re.findall(r"`((?:python -m pipelines|make|launchers/\S+) [^`\n]+)`", text)
     known = ("python -m pipelines", "stillhouse ", "make ", "launchers/")
-    return [
-        line.strip() for line in lines + inline if line.strip().startswith(known) and "=" in line or "make " in line
-    ]
+    lines = [line for line in documented_lines() if line.startswith(known)]
+    return [line for line in lines if "=" in line or line.startswith("make ")]
 
 
 def test_the_readme_has_commands() -> None:
