@@ -46,7 +46,7 @@ class TasksConfig:
     # Which of a task's metrics counts, as the harness names it, such as "exact_match,strict-match"; others: acc_norm
     # where the task has it, else acc, else its first.
     metrics: dict[str, str] = field(default_factory=dict)
-    # {model: {task: value}} to hold beside what is found, in the metric's unit: shares from 0 to 1.
+    # {model: {task: value}} to hold beside what is found, in the metric's unit: shares from 0 to 1; null: none.
     published: dict[str, Any] = field(default_factory=dict)
     limit: int | None = None  # the first so many questions of each task; None: all
     questions: int = 100  # in each set that is made from held-out text

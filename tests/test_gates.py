@@ -83,6 +83,8 @@ def test_figures_of_export_are_of_its_own_files(tmp_path: Path) -> None:
         ("{figure: student.lss, below: 1}", "Did you mean loss?"),
         ("{figure: student.domains.prsoe.loss, below: 1}", "Did you mean prose?"),
         ("{figure: student.domains.law.loss, below: 1}", "one of evaluate.domains, prose"),
+        ("{figure: student.tasks.corpus_chioce, below: 1}", "Did you mean corpus_choice?"),
+        ("{figure: student.tasks.mmlu, below: 1}", "one of evaluate.tasks.names, corpus_choice, corpus_cloze"),
         ("{figure: student, below: 1}", "expected student.NAME"),
         ("{figure: student.loss, of: student, below: 1}", "expected teacher or pruned, found student"),
         ("{figure: export.bytes, of: teacher, below: 1}", "none for a figure of export"),

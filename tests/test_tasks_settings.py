@@ -6,7 +6,7 @@ import pytest
 
 from pipelines.compose import compose
 from pipelines.config import UserError
-from pipelines.validation import tasks
+from pipelines.validation import gates, tasks
 
 
 @pytest.mark.parametrize(
@@ -19,8 +19,8 @@ from pipelines.validation import tasks
         (["names=[winogrande,winogrande]"], "expected every task once, found winogrande more often"),
         (["names=[mmlu]", "shots={mlmu: 5}"], r"evaluate.tasks.shots: expected tasks of .* \(mmlu\), found 'mlmu'"),
         (["names=[mmlu]", "shots={mmlu: -1}"], "evaluate.tasks.shots.mmlu: expected 0 or more, found -1"),
-        (["names=[mmlu]", "metrics={arc: acc}"], "evaluate.tasks.metrics: expected tasks of"),
-        (["names=[mmlu]", "published={student: {arc: 1}}"], "evaluate.tasks.published.student: expected tasks of"),
+        (["names=[mmlu]", "metrics={mmlu_: acc}"], "evaluate.tasks.metrics: expected tasks of"),
+        (["names=[mmlu]", "published={student: {mmul: 1}}"], "evaluate.tasks.published.student: expected tasks of"),
         (["names=[mmlu]", "published={student: {mmlu: high}}"], "published.student: expected a number for each task"),
         (["names=[mmlu]", "published={pupil: {mmlu: 1}}"], "expected teacher, pruned, student, found 'pupil'"),
     ],
@@ -50,3 +50,13 @@ def test_files_go_by_their_names(tmp_path: Path) -> None:
     (tmp_path / "odd.txt").write_text("")
     with pytest.raises(UserError, match=r"expected a .yaml or .jsonl, found .*odd.txt"):
         tasks.check(compose([f"evaluate.tasks.names=[{tmp_path}/odd.txt]"]), ["evaluate"])
+
+
+def test_fewer_tasks_than_an_experiment_s_leave_its_other_settings_without_effect() -> None:
+    """As docs/evaluation.md has it: metrics and published scores of the tasks that are left out remain."""
+    given = ["experiment=llama31_8b_to_4b_width", "evaluate.tasks.names=[mmlu,winogrande]"]
+    config = compose([*given, "evaluate.tasks.shots={mmlu: 5, winogrande: 0}"])
+    tasks.check(config, ["evaluate"])
+    gates.check(config)
+    with pytest.raises(UserError, match="one of evaluate.tasks.names, mmlu.*Add it to evaluate.tasks.names"):
+        gates.check(compose([given[0], "evaluate.tasks.names=[mmlu]"]))

@@ -126,8 +126,8 @@ def _results(
         for name in models
     }
     result: dict[str, Any] = {"harness": version, "models": shown}
-    if published := config.evaluate.tasks.published:
-        result["published"] = {name: dict(values) for name, values in published.items()}
+    if published := {name: dict(values) for name, values in config.evaluate.tasks.published.items() if values}:
+        result["published"] = published
     both = [(name, other) for place, name in enumerate(models) for other in models[:place]]
     result["differences"] = [
         {"task": task, "model": name, "other": other} | difference(good[name, task], good[other, task])

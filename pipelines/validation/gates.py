@@ -2,9 +2,10 @@
 
 import difflib
 from dataclasses import fields
+from pathlib import Path
 
 from pipelines.config import Config, expect
-from pipelines.evaluation_settings import MODEL_FIGURES, MODELS, EvaluateConfig
+from pipelines.evaluation_settings import MODEL_FIGURES, MODELS, TASK_FILES, EvaluateConfig, is_task_file
 from pipelines.gates import EXPORT
 
 FORM = "Write {figure: student.kl, below: 0.2}, or {figure: student.loss, of: teacher, below: 1.05}."
@@ -35,9 +36,21 @@ def check(config: Config) -> None:
             remedy = _did_you_mean(rest[1], measured) or "Add it to evaluate.domains, or leave the gate out."
             expected = f"one of evaluate.domains, {', '.join(measured) or 'of which there are none'}"
             expect(rest[1] in measured, f"{setting}.figure", expected, repr(gate.figure), remedy)
+        if rest[0] == "tasks" and len(rest) > 1 and (asked := named(config.evaluate.tasks.names)) is not None:
+            remedy = _did_you_mean(rest[1], asked) or "Add it to evaluate.tasks.names, or leave the gate out."
+            expected = f"one of evaluate.tasks.names, {', '.join(asked) or 'of which there are none'}"
+            expect(rest[1] in asked, f"{setting}.figure", expected, repr(gate.figure), remedy)
         if gate.of is not None:
             others = [model for model in MODELS if model != start]
             expect(gate.of in others, f"{setting}.of", " or ".join(others), gate.of, "Name the model to compare with.")
+
+
+def named(tasks: list[str]) -> list[str] | None:
+    """By what names results.json has them; None where a directory of task files is among them, or a path is none."""
+    files = [Path(name) for name in tasks if is_task_file(name)]
+    if any(path.suffix not in TASK_FILES or path.is_dir() for path in files):
+        return None
+    return [Path(name).stem if is_task_file(name) else name for name in tasks]
 
 
 def _did_you_mean(name: str, known: list[str]) -> str:

@@ -1,5 +1,6 @@
 """The tasks and prompts of an evaluation: names, files and numbers of those that are asked for."""
 
+import difflib
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
@@ -56,7 +57,7 @@ def check(config: Config, stages: Collection[str]) -> None:
     if not whole:
         known |= {file.stem for name in settings.names if Path(name).is_dir() for file in Path(name).iterdir()}
     for model, row in settings.published.items():
-        numbers = isinstance(row, dict) and all(isinstance(v, int | float) for v in row.values())
+        numbers = isinstance(row or {}, dict) and all(isinstance(v, int | float) for v in (row or {}).values())
         if model not in MODELS:
             raise UserError(f"evaluate.tasks.published: expected {', '.join(MODELS)}, found {model!r}. Correct it.")
         if not numbers:
@@ -65,9 +66,9 @@ def check(config: Config, stages: Collection[str]) -> None:
                 "{mmlu: 0.605}."
             )
     given: tuple[tuple[str, dict[str, Any]], ...] = (("shots", settings.shots), ("metrics", settings.metrics))
-    for setting, values in (*given, *((f"published.{model}", row) for model, row in settings.published.items())):
-        for name in values:
-            if name not in known:
+    for setting, values in (*given, *((f"published.{model}", row or {}) for model, row in settings.published.items())):
+        for name in values:  # those of an experiment whose names are not asked for have no effect
+            if name not in known and difflib.get_close_matches(name, known - set(values), n=1, cutoff=0.7):
                 raise UserError(
                     f"evaluate.tasks.{setting}: expected tasks of evaluate.tasks.names ({', '.join(sorted(known))}), "
                     f"found {name!r}. Correct the name."
