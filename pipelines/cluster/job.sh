@@ -9,6 +9,7 @@ found=                         # its progress when the stage was started
 attempt=0                      # starts of the stage in this allocation
 asked=                         # the signal that asked us to stop
 late=                          # the signal that was sent to processes that did not stop in time
+insured=                       # the job that was submitted before the stage had ended, to continue a preempted one
 leave_out=                     # nodes that failed their check
 step=
 mkdir -p "$state"
@@ -19,6 +20,7 @@ say() { printf '%s  %s\n' "$(date '+%F %T')" "$*"; }
 
 for_good() {  # code, reason
   rm -f "$running"
+  [ -z "$insured" ] || scancel "$insured"
   say "stage $stage of run $run ended for good: $2. The stages after it do not start;" \
     "once that is mended, the same launchers/slurm.sh command continues."
   exit "$1"
@@ -26,8 +28,11 @@ for_good() {  # code, reason
 
 # Being asked to stop
 
-ask() {  # signal: SLURM's warning (USR1), or its wish to end the job (TERM)
-  [ -z "$asked" ] || return 0
+ask() {  # signal: SLURM's warning (USR1), or its wish to end the job (TERM), which outdoes a warning before it
+  if [ -n "$asked" ]; then
+    [ "$1" != TERM ] || asked=TERM
+    return
+  fi
   asked=$1
   deadline=$((SECONDS + grace))
   say "SIG$1: asking stage $stage to save and stop, at most $grace s"
@@ -46,6 +51,11 @@ wait_for() {  # process: its exit code, in $code; one that outlasts the grace is
   while kill -0 "$1" 2>/dev/null; do
     sleep 1 &
     wait $!  # a trap ends this wait, not the process
+    if [ "$asked" = TERM ] && [ -z "$insured" ] && [ "$(ending)" = preempted ]; then
+      # At once: SLURM may kill this shell together with processes that take longer to end than it waits.
+      submit_new_job "preempted"
+      insured=$new
+    fi
     if [ -n "$asked" ] && [ -z "$late" ] && [ "$SECONDS" -ge "$deadline" ]; then
       late=TERM
       say "not stopped after $grace s: ending the processes"
@@ -61,10 +71,45 @@ wait_for() {  # process: its exit code, in $code; one that outlasts the grace is
 
 # Going on in another allocation
 
-job_state() { scontrol show job "$SLURM_JOB_ID" --oneliner | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p'; }
+ending() {  # why SLURM ends this job; nothing where it does not. JobState is COMPLETING then, whatever the reason
+  local job state reason preempted restarts
+  job=" $(scontrol show job "$SLURM_JOB_ID" --oneliner 2>/dev/null) "
+  value() { sed -n "s/.* $1=\([^ ]*\) .*/\1/p" <<<"$job"; }
+  state=$(value JobState) reason=$(value Reason) preempted=$(value PreemptTime) restarts=$(value Restarts)
+  case "$state" in '' | RUNNING | SUSPENDED) return ;; esac
+  if [ "$state" = PREEMPTED ] || [[ "$preempted" =~ ^[0-9] ]]; then
+    echo preempted  # and not requeued, which would forget the time of it
+  elif [ "${restarts:-0}" -gt "${SLURM_RESTART_COUNT:-0}" ]; then
+    echo requeued
+  elif [ "$state" = TIMEOUT ] || [ "$reason" = TimeLimit ]; then
+    echo "out of time"
+  else
+    echo cancelled
+  fi
+}
+
+obey() {  # what the stage did: ends this shell where SLURM ends the job, and does not start it again, or does by itself
+  local why
+  why=$(ending)
+  case "$why" in
+    cancelled)
+      say "$1: job $SLURM_JOB_ID was cancelled, and so nothing continues it. The jobs after it do not start;" \
+        "the same launchers/slurm.sh command goes on."
+      ;;
+    requeued) say "$1: SLURM starts job $SLURM_JOB_ID again" ;;
+    preempted) return ;;
+    *) [ "$asked" = TERM ] && [ -z "$why" ] || return 0
+      say "$1: SIGTERM to this shell ends the job, and nothing continues it. The jobs after it do not start;" \
+        "the same launchers/slurm.sh command goes on."
+      ;;
+  esac
+  exit 75
+}
 
 again() {  # reason: requeue this job, or continue in a new one
+  obey "$1"
   rm -f "$running"
+  if [ "$(ending)" = preempted ]; then continue_in_new_job "preempted"; fi  # SLURM does not requeue it, if asked
   if [ "$requeue" = true ] && [ -z "$leave_out" ]; then
     say "$1: requeueing job $SLURM_JOB_ID"
     if scontrol requeue "$SLURM_JOB_ID"; then
@@ -77,17 +122,18 @@ again() {  # reason: requeue this job, or continue in a new one
   continue_in_new_job "$1"
 }
 
-continue_in_new_job() {  # reason
+submit_new_job() {  # reason; its id in $new
   # Never beside this job: scontrol and SLURM's wish may have requeued it all the same, and then the new one waits for
   # the end of that start too. Both are one job to the run's lock.
-  local new='' before='' excluded name
+  local before='' excluded name
+  new=
   local options=(--parsable "--dependency=afterany:$SLURM_JOB_ID")
   scontrol update "JobId=$SLURM_JOB_ID" Requeue=0 ||
     say "SLURM may still start job $SLURM_JOB_ID again: the one that continues waits for it"
   if [ -f "$next" ]; then read -r before new <"$next"; fi
   if [ "$before" = "$SLURM_JOB_ID" ] && [ -n "$(squeue --noheader --jobs="$new" --states=PENDING 2>/dev/null)" ]; then
     say "$1: job $new, which waits for this one, continues"
-    exit 75
+    return
   fi
   excluded=$(scontrol show job "$SLURM_JOB_ID" --oneliner | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
   [ "$excluded" != '(null)' ] || excluded=
@@ -99,6 +145,10 @@ continue_in_new_job() {  # reason
     sbatch "${options[@]}" "$script"
   ) || for_good 1 "$1, and sbatch took no job to continue in"
   new=${new%%;*}
+  if [ "$(ending)" = cancelled ]; then
+    scancel "$new"
+    obey "$1"
+  fi
   printf '%s %s\n' "$SLURM_JOB_ID" "$new" >"$next"
   say "$1: job $new continues${excluded:+ without $excluded}"
   squeue --noheader --user="$(id -u)" --states=PENDING --format='%i|%E' | while IFS='|' read -r id needs; do
@@ -111,6 +161,10 @@ continue_in_new_job() {  # reason
       say "job $id cannot be made to wait for job $new: it will not start; submit the chain again when $new is done"
     fi
   done
+}
+
+continue_in_new_job() {  # reason
+  submit_new_job "$1"
   exit 75
 }
 
@@ -154,6 +208,10 @@ check_nodes() {  # each by itself; those that fail are left out in a new allocat
     wait_for "${tasks[number]}"
     number=$((number + 1))
     [ "$code" -ne 0 ] || continue
+    if [ "$code" -ne 3 ] && [ -n "$asked$(ending)" ]; then
+      say "the check of node $host was interrupted: the job is asked to stop, and the node counts as unchecked"
+      continue
+    fi
     failing+=("$host")
     say "node $host failed its check (exit code $code):"
     sed "s/^/  /" "$state/$part.check.$host"
@@ -213,18 +271,13 @@ read_verdict() {  # into $verdict, a number or nothing, and $message, its last l
 }
 
 stopped() {  # as it was asked
-  if [ "$asked" = TERM ]; then  # SLURM ends the job, and requeues it by itself where it should
-    rm -f "$running"
-    # Preempted, and so not waiting again: SLURM does not requeue it, whatever it was asked.
-    if [ "$(job_state)" = PREEMPTED ]; then continue_in_new_job "preempted"; fi
-    say "stage $stage has saved and stopped as SLURM asked; it continues when this job, or the chain, starts again"
-    exit 75
-  fi
+  rm -f "$running"
+  obey "stage $stage has saved and stopped"
   # A limit that is too short for anything to be saved would go on for ever.
-  if [ "$(progress)" = "$found" ]; then
-    count_restart "stage $stage has stopped without anything new to save"
-  else
+  if [ "$(progress)" != "$found" ]; then
     rm -f "$counter"
+  elif [ "$(ending)" != preempted ]; then
+    count_restart "stage $stage has stopped without anything new to save"
   fi
   again "stage $stage has saved and stopped"
 }
@@ -234,8 +287,9 @@ say "stage $stage of run $run, job $SLURM_JOB_ID on ${hosts[*]}"
 if [ -e "$running" ]; then count_restart "the last attempt ended without a word, as when a node fails"; fi
 while true; do
   check_nodes
-  if [ "$asked" = TERM ]; then stopped; fi
   if [ -n "$asked" ]; then
+    rm -f "$running"
+    obey "stage $stage was asked to stop before it began"
     count_restart "stage $stage was asked to stop before it began"
     again "no time is left"
   fi
@@ -250,16 +304,10 @@ while true; do
       ;;
     75:*) stopped ;;
     :*)
-      if [ "$asked" = TERM ]; then
-        if [ "$(job_state)" = PREEMPTED ]; then
-          count_restart "preempted before it had saved"
-          continue_in_new_job "preempted"
-        fi
-        say "stage $stage ended with the job before it had saved; it continues from its last checkpoint"
-        exit 143
-      fi
+      obey "stage $stage ended before it had saved"
+      why=$(ending)
       count_restart "stage $stage ended without a word (exit code $code), as when a process is killed"
-      [ -z "$asked" ] || again "the time is up"
+      [ -z "$asked$why" ] || again "${why:-the time is up}"
       ;;
     *) for_good "$verdict" "${message:-its log in $run_directory/logs says why}" ;;
   esac

@@ -1,5 +1,6 @@
 """What is written into batch scripts and what is left to do, without SLURM; their shell is run where it counts."""
 
+import functools
 import json
 import os
 import shlex
@@ -15,7 +16,7 @@ from pipelines.artifacts import begin
 from pipelines.cluster import queue, script
 from pipelines.cluster.__main__ import main
 from pipelines.cluster.chain import Chain
-from pipelines.cluster_settings import StagesConfig
+from pipelines.cluster_settings import ClusterConfig, StagesConfig
 from pipelines.compose import compose
 from pipelines.config import UserError
 from pipelines.stages import PIPELINE, STAGES
@@ -308,13 +309,24 @@ def test_a_site_is_needed_before_anything_is_checked() -> None:
 STOPPED = '{"code": 75, "message": "stopped as asked", "stage": "distil"}'
 
 
-def run_with_stand_ins(place: Path, state: str, srun: str) -> tuple[str, list[str]]:
-    """(what the script of distil prints, what it asks SLURM), where SLURM refuses to requeue and says this state."""
+@functools.cache
+def local_site() -> ClusterConfig:
+    return compose(["cluster=local", "cluster.preflight=false"]).cluster
+
+
+def run_with_stand_ins(
+    place: Path, state: str, srun: str, stopped: bool = True, afterwards: str = ""
+) -> tuple[str, list[str]]:
+    """(what the script of distil prints, what it asks SLURM), where SLURM refuses to requeue and says this of the job.
+
+    stopped: the stage says that it has saved; afterwards: what SLURM says once a new job is submitted.
+    """
     commands = {
         "scontrol": 'case "$1 $2" in "show hostnames") echo node1 ;; requeue*) exit 1 ;;\n'
-        f'"show job") echo "JobId=101 JobState={state} ExcNodeList=(null)" ;; esac',
-        "srun": f"echo '{STOPPED}' >\"$STILLHOUSE_VERDICT\"; {srun}",
-        "sbatch": "echo 102",
+        f'"show job") echo "JobId=101 JobState=$(cat {place}/state) ExcNodeList=(null)" ;; esac',
+        "srun": f"echo '{STOPPED}' >\"$STILLHOUSE_VERDICT\"; {srun}" if stopped else srun,
+        "sbatch": f"echo 102; {f'echo {shlex.quote(afterwards)} >{place}/state' if afterwards else ''}",
+        "scancel": "exit 0",
         "squeue": 'echo "103|afterok:101(unfulfilled)"; echo "102|afterany:101(unfulfilled)"',
     }
     for name, body in commands.items():
@@ -322,9 +334,12 @@ def run_with_stand_ins(place: Path, state: str, srun: str) -> tuple[str, list[st
         stand_in.parent.mkdir(exist_ok=True)
         stand_in.write_text(f'#!/bin/bash\necho "{name} $*" >>{place}/asked\n{body}\n')
         stand_in.chmod(0o755)
-    chain = Chain([*LOCAL, "cluster.preflight=false"])
-    chain.write()
-    job = next(job for job in chain.jobs if job.stage == "distil")
+    (place / "state").write_text(state)
+    cluster = local_site()
+    home = place / "runs" / "r" / "slurm"
+    home.mkdir(parents=True, exist_ok=True)
+    job = script.Job("r", "04-distil", "distil", True, of_stage(cluster, "distil"), (), home.parent / "distil", home)
+    job.script.write_text(script.render(job, cluster, place))
     slurm = {"SLURM_JOB_ID": "101", "SLURM_JOB_NODELIST": "node[1-2]"}
     environment = os.environ | slurm | {"PATH": f"{place}/bin:{os.environ['PATH']}"}
     done = subprocess.run(["bash", str(job.script)], cwd=place, env=environment, capture_output=True, text=True)
@@ -348,7 +363,55 @@ def test_a_job_that_may_not_be_requeued_continues_in_one_new_job_that_waits_for_
     assert not [line for line in asked if line.startswith("sbatch")]
 
 
-def test_a_preempted_job_that_slurm_does_not_requeue_continues_in_a_new_one(place: Path) -> None:
-    said, asked = run_with_stand_ins(place, "PREEMPTED", "kill -TERM $PPID; sleep 1; exit 1")
+# What `scontrol show job` of SLURM 22.05 says in each case: its state alone does not tell them apart.
+CANCELLED = "COMPLETING Reason=None Requeue=1 Restarts=0 PreemptTime=None"
+PREEMPTED = "COMPLETING Reason=None Requeue=0 Restarts=0 PreemptTime=2026-11-22T22:52:20"
+REQUEUED = "COMPLETING Reason=None Requeue=1 Restarts=1"
+TIMEOUT = "COMPLETING Reason=TimeLimit Requeue=1 Restarts=0 PreemptTime=None"
+WARNED = "kill -USR1 $PPID; sleep 1; kill -TERM $PPID; sleep 1; exit 1"
+ENDED = "kill -TERM $PPID; sleep 1; exit 1"
+
+
+def started(asked: list[str]) -> list[str]:
+    """What of it would let the run go on."""
+    return [line for line in asked if line.startswith(("sbatch", "scontrol requeue"))]
+
+
+@pytest.mark.parametrize("state", [PREEMPTED, "PREEMPTED Reason=None"])
+@pytest.mark.parametrize("srun", [WARNED, ENDED])
+def test_a_preempted_job_that_slurm_does_not_requeue_continues_in_a_new_one(place: Path, state: str, srun: str) -> None:
+    said, asked = run_with_stand_ins(place, state, srun)
     assert "preempted: job 102 continues" in said
-    assert "sbatch --parsable --dependency=afterany:101 SCRIPT" in asked
+    assert started(asked) == ["sbatch --parsable --dependency=afterany:101 SCRIPT"]
+
+
+@pytest.mark.parametrize(
+    ("srun", "stopped"),
+    [(WARNED, True), (ENDED, True), (WARNED, False), (ENDED, False), ("exit 143", False), ("exit 1", True)],
+)
+def test_a_cancelled_job_is_not_continued(place: Path, srun: str, stopped: bool) -> None:
+    """Whatever signals came before, and where its processes end before this shell hears of it."""
+    said, asked = run_with_stand_ins(place, CANCELLED, srun, stopped)
+    assert "job 101 was cancelled, and so nothing continues it" in said.splitlines()[-1]
+    assert not started(asked)
+    assert [line.split()[0] for line in asked].count("srun") == 1
+
+
+def test_what_slurm_starts_again_by_itself_gets_no_second_job(place: Path) -> None:
+    said, asked = run_with_stand_ins(place, REQUEUED, WARNED)
+    assert "SLURM starts job 101 again" in said and not started(asked)
+
+
+def test_a_job_whose_shell_alone_is_ended_saves_and_is_not_continued(place: Path) -> None:
+    said, asked = run_with_stand_ins(place, "RUNNING", ENDED)
+    assert "has saved and stopped: SIGTERM to this shell ends the job" in said and not started(asked)
+
+
+def test_a_job_that_meets_its_limit_while_it_saves_continues(place: Path) -> None:
+    said, asked = run_with_stand_ins(place, TIMEOUT, WARNED)
+    assert started(asked) == ["scontrol requeue 101", "sbatch --parsable --dependency=afterany:101 SCRIPT"]
+
+
+def test_a_job_that_is_cancelled_while_it_submits_takes_the_new_one_with_it(place: Path) -> None:
+    said, asked = run_with_stand_ins(place, "RUNNING", "kill -USR1 $PPID; sleep 1; exit 1", afterwards=CANCELLED)
+    assert "scancel 102" in asked and "job 102 continues" not in said and "was cancelled" in said

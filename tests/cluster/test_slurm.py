@@ -163,6 +163,35 @@ def test_a_requeued_job_is_not_stopped_by_its_own_old_stop_file(begun: Run, clus
     assert begun.is_complete("teacher")
 
 
+def test_a_job_that_is_cancelled_after_a_warning_has_saved_and_is_not_continued(begun: Run, cluster: Slurm) -> None:
+    begun.play(teacher={"steps": 600, "unsaved": True})
+    jobs = begun.submit()
+    wait_for(lambda: begun.notes("teacher.from"), "the teacher to train", 240)
+    cluster.ask("scancel", "--batch", "--signal=USR1", jobs["teacher"])
+    cluster.ask("scancel", jobs["teacher"])
+    assert cluster.end(jobs["teacher"]) == "CANCELLED"
+    assert cluster.end(jobs["prune"], 30) in ("CANCELLED", "GONE")
+    assert "was cancelled, and so nothing continues it" in begun.log("teacher", jobs["teacher"]).splitlines()[-1]
+    assert not [
+        line for line in cluster.ask("squeue", "--noheader", "--format=%o").splitlines() if str(begun.home) in line
+    ]
+    assert cluster.show(jobs["teacher"])["Restarts"] == "0" and not begun.is_complete("teacher")
+
+
+def test_a_job_that_another_preempts_and_slurm_does_not_requeue_continues_in_a_new_one(
+    begun: Run, cluster: Slurm
+) -> None:
+    begun.play(teacher={"steps": 60})
+    jobs = begun.submit("stage=teacher", "cluster.requeue=false", "cluster.exclusive=true")
+    wait_for(lambda: begun.notes("teacher.from"), "the teacher to train", 240)
+    urgent = ["--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
+    cluster.ask("sbatch", *urgent)
+    assert cluster.end(jobs["teacher"]) == "PREEMPTED"
+    new = re.search(r"preempted: job (\d+) continues", begun.log("teacher", jobs["teacher"]))
+    assert new and cluster.end(new[1]) == "COMPLETED", begun.logs()
+    assert begun.is_complete("teacher")
+
+
 def test_a_killed_rank_is_started_again_in_place(begun: Run, cluster: Slurm) -> None:
     begun.play(teacher={"steps": 30, "fault": "kill"})
     jobs = begun.submit("stage=teacher")
