@@ -61,7 +61,7 @@ class ClusterConfig:
     partition: str | None = None
     qos: str | None = None
     constraint: str | None = None  # features that nodes must have
-    time: str = "04:00:00"  # limit of one job, as SLURM writes it: minutes, H:M:S or days-H:M:S; a stage takes several
+    time: str = "04:00:00"  # limit of one job: H:M:S, D-H, D-H:M or D-H:M:S, in quotes in YAML; a stage takes several
     nodes: int = 1
     gpus_per_node: int = 8  # 0: nodes without GPUs
     processes_per_node: int | None = None  # None: one per GPU, two on nodes without

@@ -19,7 +19,9 @@ FEATURES = re.compile(r"[A-Za-z0-9_.,:@+&|*()\[\]-]+")
 PATH = re.compile(r"[A-Za-z0-9_./,:@+=~-]+")
 NAME = re.compile(r"[A-Za-z0-9_.,@+=][A-Za-z0-9_.,@+=-]*")
 OPTION = re.compile(r"--[a-z][a-z0-9-]*(=[A-Za-z0-9_./,:@+=~&|*()\[\]-]+)?")
-TIME = re.compile(r"((?P<days>\d+)-)?(?P<first>\d+)(:(?P<second>\d+))?(:(?P<third>\d+))?")
+TIME = re.compile(
+    r"((?P<days>\d+)-(?=\d+(:\d+){0,2}$)|(?=\d+:\d+:\d+$))(?P<hours>\d+)(:(?P<minutes>\d+))?(:(?P<rest>\d+))?"
+)
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 OURS = ("SLURM_", "SBATCH_", "STILLHOUSE_", "TORCHELASTIC_")
 OF_SHELLS = ("BASH_ENV", "ENV")  # files that a script's shell runs first
@@ -72,16 +74,29 @@ def of_stage(cluster: ClusterConfig, stage: str) -> StageNodesConfig:
 
 
 def seconds(time: str) -> int | None:
-    """What a time limit is in seconds: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S; None where it is none of these."""
+    """What a time limit is in seconds: H:M:S, D-H, D-H:M or D-H:M:S; None where it is none of these."""
     found = TIME.fullmatch(time)
     if not found:
         return None
-    first, second, third = (int(found[name] or 0) for name in ("first", "second", "third"))
-    if found["days"] or found["third"]:
-        hours, minutes, rest = first, second, third
-    else:
-        hours, minutes, rest = 0, first, second
-    return 86400 * int(found["days"] or 0) + 3600 * hours + 60 * minutes + rest
+    days, hours, minutes, rest = (int(found[name] or 0) for name in ("days", "hours", "minutes", "rest"))
+    return 86400 * days + 3600 * hours + 60 * minutes + rest
+
+
+def _time_meant(time: str) -> str:
+    """What to write in place of a time that is none, or is one to SLURM and another to people."""
+    if time.isdecimal():
+        whole, minutes = (f"{n // 3600:02}:{n // 60 % 60:02}:{n % 60:02}" for n in (int(time), 60 * int(time)))
+        return (
+            f"Quote it in YAML, where {whole.removeprefix('0')} without quotes is the number {time}: "
+            f'time: "{whole}". If {time} minutes are meant: "{minutes}".'
+        )
+    if two := re.fullmatch(r"(\d+):(\d+)", time):
+        first, second = two.groups()
+        return (
+            f"SLURM takes it for minutes and seconds. Write all three: {first:0>2}:{second:0>2}:00 for hours and "
+            f"minutes, 00:{first:0>2}:{second:0>2} for minutes and seconds."
+        )
+    return 'Write it so, in quotes in YAML: "04:00:00" is four hours, "1-12" a day and a half.'
 
 
 def _check_words(config: Config) -> None:
@@ -150,8 +165,7 @@ def _check_times(config: Config, stages: Collection[str]) -> None:
         setting = "cluster.time" if own is None else f"cluster.stages.{stage}.time"
         time = cluster.time if own is None else own
         limit = seconds(time)
-        remedy = 'Quote it in YAML: "04:00:00" without quotes is a number there.'
-        expect(limit is not None, setting, "minutes, H:M:S, D-H or D-H:M:S", repr(time), remedy)
+        expect(limit is not None, setting, "H:M:S, D-H, D-H:M or D-H:M:S", repr(time), _time_meant(time))
         expected = f"more than cluster.warning_seconds={warning}, in seconds"
         expect(limit is None or limit > warning, setting, expected, f"{time} = {limit}", "Raise it.")
 

@@ -138,7 +138,13 @@ def test_settings_are_checked_for_the_nodes_and_not_for_this_machine(place: Path
         (["run.name='a\nb'"], "run.name"),
         (["run.directory='a%j'"], "run.directory"),
         (["cluster.time=4h"], "cluster.time"),
-        (["cluster.time='1:00'"], "more than cluster.warning_seconds"),
+        (["cluster.time=00:01:00"], "more than cluster.warning_seconds"),
+        (["cluster.time='4:00'"], "04:00:00 for hours and minutes, 00:04:00 for minutes and seconds"),
+        (
+            ["cluster.time=43200"],
+            'Quote it in YAML, where 12:00:00 without quotes is the number 43200: time: "12:00:00"',
+        ),
+        (["cluster.stages.distil.time=90"], 'If 90 minutes are meant: "01:30:00"'),
         (["cluster.grace_seconds=100"], "cluster.grace_seconds"),
         (["cluster.stages.corpus.nodes=2"], "it has no ranks"),
         (["cluster.sbatch_arguments=['--comment=a b']"], "cluster.sbatch_arguments[0]"),
@@ -229,9 +235,10 @@ def test_an_image_is_named_as_enroot_names_it(image: str, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("time", "limit"),
-    [("30", 1800), ("1:30", 90), ("04:00:00", 14400), ("1-0", 86400), ("1-02:03", 93780), ("1-02:03:04", 93784)],
+    [("04:00:00", 14400), ("1-0", 86400), ("1-02:03", 93780), ("1-02:03:04", 93784)]
+    + [(time, None) for time in ("30", "1:30", "1:2:3:4", "1-1:2:3:4", "", "1-", "UNLIMITED")],
 )
-def test_time_limits_are_read_as_slurm_reads_them(time: str, limit: int) -> None:
+def test_time_limits_are_read_as_slurm_reads_them(time: str, limit: int | None) -> None:
     assert seconds(time) == limit
 
 

@@ -124,7 +124,7 @@ def warned(cluster: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     run = Run(cluster, tmp_path_factory.mktemp("warned"))
     run.make_corpus()
     run.play(teacher={"steps": 1200, "unsaved": True})
-    limits = ["cluster.time='3:00'", "cluster.warning_seconds=90", "cluster.grace_seconds=10"]
+    limits = ["cluster.time=00:03:00", "cluster.warning_seconds=90", "cluster.grace_seconds=10"]
     yield run, run.submit("stage=teacher", *limits)["teacher"]
     run.end()
 
