@@ -6,6 +6,7 @@ batch scripts (pipelines/cluster), and validation/cluster.py says what each may 
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 
 class GpuRequest(Enum):
@@ -21,7 +22,7 @@ class VariableConfig:
     """An environment variable of every process, with the reason why it is set."""
 
     name: str = ""
-    value: str = ""
+    value: Any = ""  # a text, as it is to be: nothing expands it; Any, or true and numbers would become text unseen
     why: str = ""
 
 

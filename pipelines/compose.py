@@ -9,7 +9,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from pipelines import cluster_settings, evaluation_settings, prune_settings
+from pipelines import cluster_settings, evaluation_settings, processes, prune_settings
 from pipelines import config as configuration
 from pipelines.config import Config, UserError
 
@@ -35,6 +35,7 @@ def compose(overrides: list[str]) -> Config:
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     _register()
     overrides = [_expand_home(o.lstrip("+")) for o in overrides]  # every key exists: +key=value means key=value
@@ -45,6 +46,8 @@ def compose(overrides: list[str]) -> Config:
             raise UserError(f"{override}: a setting cannot be removed. Give it another value with key=value.")
         if not group or not equals:
             raise UserError(_not_an_override(override))
+        if listed := _list_above(group):
+            raise UserError(f"{override}: expected a whole list, found a name within one. Write {_type_of(listed)}.")
         if group.startswith("hydra"):
             raise UserError(
                 f"{override}: there is no such setting. Hydra's own settings have no use here: leave it out."
@@ -58,9 +61,12 @@ def compose(overrides: list[str]) -> Config:
             tree = hydra_compose("config", overrides=others)
         for key, value in mappings.items():
             OmegaConf.update(tree, key, value, merge=False)  # Hydra cannot merge a mapping into null
+        OmegaConf.register_new_resolver("now", _no_time, replace=True)  # in place of Hydra's, which each start brings
         config = OmegaConf.to_object(tree)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error, overrides)) from None
+    except YAMLError as error:
+        raise UserError(_not_yaml(error)) from None
     assert isinstance(config, Config)
     return _home_expanded(config)
 
@@ -72,7 +78,31 @@ def _register() -> None:
     from omegaconf import OmegaConf
 
     ConfigStore.instance().store(name="schema", node=Config)
+    OmegaConf.register_new_resolver("oc.env", _of_environment, replace=True)
     OmegaConf.register_new_resolver("one_minus", lambda a: round(1 - a, 12), replace=True)  # conf/signals
+
+
+_NONE = object()
+
+
+def _no_time(*pattern: str) -> str:
+    """In place of Hydra's ${now:}: every rank, and every job of a chain, composes the settings by itself."""
+    raise UserError(
+        f"${{now:{','.join(pattern)}}}: expected a value that is the same in every process and at each start, found "
+        "the time. Write a name that stays: by it the same command continues a run."
+    )
+
+
+def _of_environment(name: str, default: Any = _NONE) -> Any:
+    """OmegaConf's ${oc.env:NAME}, but for variables that each process or job has of its own."""
+    from omegaconf.resolvers import oc
+
+    if name.startswith(processes.OF_A_JOB) or name in (*processes.OF_A_RANK, "HOSTNAME"):
+        raise UserError(
+            f"${{oc.env:{name}}}: expected a variable that is the same in every process and job, found one that each "
+            f"has of its own. Let the shell expand it once, as in key=${name}, or write the value."
+        )
+    return oc.env(name) if default is _NONE else oc.env(name, default)
 
 
 MAPPINGS = (  # settings that hold names and values of their own
@@ -137,6 +167,9 @@ def explain(error: Exception, overrides: list[str]) -> str:
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
+    if ours := next((part for part in chain if isinstance(part, UserError)), None):
+        where = _full_key("\n".join(str(part) for part in chain))
+        return f"{where}: {ours}" if where else str(ours)
     text = "\n".join(str(part) for part in chain)
     overridden = re.search(r"Could not override '([^']+)'", text)
     if match := re.search(r"Could not find '([^'/]+)/([^']*)'", text):
@@ -196,6 +229,24 @@ def _parses(override: str) -> bool:
     return True
 
 
+def _not_yaml(error: Exception) -> str:
+    """Of a file of conf/, or of a site's own."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error).splitlines()[0]
+    where = f"{mark.name}, line {mark.line + 1}" if mark else "a file of settings"
+    tab = " Indent with spaces: YAML takes no tabs." if "\\t" in problem else " Mend the file."
+    return f"{where}: expected YAML, found: {problem}.{tab}"
+
+
+def _list_above(key: str) -> str:
+    """The setting that is a list, and of which a key names neither the whole nor an entry by its number."""
+    parts = key.split(".")
+    for length in range(1, len(parts)):
+        above = ".".join(parts[:length])
+        if "list[" in str(_kind_of(above)) and not parts[length].isdigit():
+            return above
+    return ""
+
+
 def known_keys(kind: Any = Config, prefix: str = "") -> list[str]:
     """Every dotted path of the schema, groups too."""
     keys = []
@@ -241,17 +292,27 @@ def _wrong_value(key: str, problem: str, overrides: list[str]) -> str:
     return f"{given[-1] if given else key}: {problem.strip().rstrip('.')}.{expected}"
 
 
-def _type_of(key: str) -> str:
+def _kind_of(key: str) -> Any:
+    """The type of a setting in the schema; None of one that is not there."""
     kind: Any = Config
     for name in key.split("."):
         kinds = {entry.name: entry.type for entry in fields(kind)} if is_dataclass(kind) else {}
         if name not in kinds:
-            return ""
+            return None
         kind = kinds[name]
+    return kind
+
+
+def _type_of(key: str) -> str:
+    kind = _kind_of(key)
+    if kind is None:
+        return ""
     if isinstance(kind, type) and issubclass(kind, Enum):
         return " or ".join(kind.__members__)
     if kind == list[configuration.SourceConfig]:
         return f"a list of sources, as in '{key}=[{{path: text.jsonl}}, {{path: more.parquet, weight: 2}}]'"
+    if kind == list[cluster_settings.VariableConfig]:
+        return f"a list of variables, as in '{key}=[{{name: NCCL_DEBUG, value: INFO, why: a reason}}]'"
     if kind == list[evaluation_settings.GateConfig]:
         return f"a list of gates, as in '{key}=[{{figure: student.kl, below: 0.2}}]'"
     if kind == list[evaluation_settings.DomainConfig]:

@@ -20,6 +20,7 @@ OF_A_RANK = (
     *("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE"),
 )
 OF_TORCHRUN = "TORCHELASTIC_"  # how the names of torchrun's other variables begin
+OF_A_JOB = ("SLURM_", "SBATCH_", "STILLHOUSE_", OF_TORCHRUN)  # beginnings of the names that each job has of its own
 STARTED = "STILLHOUSE_STARTED"  # environment variable: seconds since 1970 at which the parent started this stage
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from dataclasses import fields, is_dataclass
 from importlib.machinery import ModuleSpec
@@ -11,7 +12,7 @@ import pytest
 
 from pipelines import config as configuration
 from pipelines import planning
-from pipelines.compose import compose, known_keys
+from pipelines.compose import compose, conf_directory, known_keys
 from pipelines.config import Config, ParallelConfig, UserError, layout
 from pipelines.evaluation_settings import GateConfig
 from pipelines.prune_settings import OfLayerConfig
@@ -79,6 +80,12 @@ def model(tmp_path: Path) -> Path:
         ("model.shape.rope_scaling={", ["rope_scaling={", "expected key=value"]),
         ("model.path=${HOME}/model", ["${HOME}/model", "${oc.env:NAME}"]),
         ("model.path=${oc.env:NO_SUCH_NAME}/model", ["NO_SUCH_NAME", "environment"]),
+        ("run.name=a-${now:%H}", ["run.name: ${now:%H}", "the same in every process and at each start"]),
+        ("run.name=a-${oc.env:SLURM_JOB_ID}", ["run.name: ${oc.env:SLURM_JOB_ID}", "key=$SLURM_JOB_ID"]),
+        ("run.name=a-${oc.env:RANK,0}", ["${oc.env:RANK}", "each has of its own"]),
+        ("+cluster.environment.A=1", ["expected a whole list", "'cluster.environment=[{name: NCCL_DEBUG"]),
+        ("cluster.environment={A: 1}", ["'cluster.environment=[{name: NCCL_DEBUG"]),
+        ("data.sources.A=1", ["expected a whole list", "[{path: text.jsonl}"]),
         ("data.sources=text.jsonl", ["data.sources=text.jsonl", "[{path: text.jsonl}"]),
         ("data.sources=[text.jsonl]", ["data.sources=[text.jsonl]", "[{path: text.jsonl}"]),
         ("student.hidden_size=abc", ["student.hidden_size=abc", "Expected a whole number or null"]),
@@ -90,6 +97,34 @@ def test_what_cannot_be_composed_is_named_with_what_could(override: str, parts: 
     message = str(caught.value)
     assert all(part in message for part in parts), message
     assert "\n" not in message
+
+
+def test_a_variable_of_the_environment_is_read_or_its_default_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOMEBODY", "me")
+    assert compose(["run.name=a-${oc.env:SOMEBODY}"]).run.name == "a-me"
+    assert compose(["run.name=a-${oc.env:NOBODY,you}"]).run.name == "a-you"
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("name: x\n\ttime: y\n", "line 2: expected YAML, found: found character '\\t'"),
+        ("name: [\n", "line 2: expected YAML"),
+        (
+            "name: x\nenviroment: []\n",
+            "cluster.enviroment: there is no such setting. Did you mean cluster.environment?",
+        ),
+    ],
+)
+def test_a_file_that_is_no_yaml_is_named_with_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, part: str
+) -> None:
+    copied = shutil.copytree(conf_directory(), tmp_path / "conf")
+    (copied / "cluster" / "site.yaml").write_text(text)
+    monkeypatch.setattr("pipelines.compose.conf_directory", lambda: copied)
+    with pytest.raises(UserError) as caught:
+        compose(["cluster=site"])
+    assert part in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_of_two_values_for_a_setting_the_wrong_one_is_named() -> None:

@@ -23,8 +23,16 @@ TIME = re.compile(
     r"((?P<days>\d+)-(?=\d+(:\d+){0,2}$)|(?=\d+:\d+:\d+$))(?P<hours>\d+)(:(?P<minutes>\d+))?(:(?P<rest>\d+))?"
 )
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-OURS = ("SLURM_", "SBATCH_", "STILLHOUSE_", "TORCHELASTIC_")
-OF_SHELLS = ("BASH_ENV", "ENV")  # files that a script's shell runs first
+OF_SHELLS = (
+    "BASH_ENV",
+    "ENV",
+    "SHELLOPTS",
+    "BASHOPTS",
+    "POSIXLY_CORRECT",
+    "IFS",
+    "SECONDS",
+    "PWD",
+)  # change the script
 SPARE = 60  # seconds between the end of the grace and that of the job: SLURM looks at its jobs twice a minute
 # What the scripts set themselves. SLURM takes any beginning of an option that is no other's.
 OF_SBATCH = (
@@ -43,7 +51,13 @@ OF_SRUN = (
 def check(config: Config, stages: Collection[str]) -> None:
     """Raises UserError for what no batch script can hold, or no job could do. stages: those that become jobs."""
     cluster = config.cluster
-    remedy = "Give cluster=NAME, one of conf/cluster; copy conf/cluster/ngc.yaml for a site of your own."
+    for number, variable in enumerate(cluster.environment):
+        found = variable.value
+        remedy = 'Quote it: "on" and "1" without quotes are true and a number in YAML and on the command line.'
+        expect(isinstance(found, str), f"cluster.environment[{number}].value", "a text", repr(found), remedy)
+    remedy = (
+        "Give cluster=NAME, one of conf/cluster, whose file has a name: too; copy ngc.yaml there for a site of yours."
+    )
     expect(cluster.name is not None, "cluster", "a site", "none", remedy)
     _check_words(config)
     for setting, text in _texts(config):
@@ -145,11 +159,20 @@ def _check_environment(cluster: ClusterConfig) -> None:
     for number, variable in enumerate(cluster.environment):
         setting, name = f"cluster.environment[{number}]", variable.name
         expect(bool(VARIABLE.fullmatch(name)), f"{setting}.name", "a variable's name", repr(name), "Change it.")
-        ours = name.startswith(OURS) or name in (*processes.OF_A_RANK, *OF_SHELLS)
-        remedy = "SLURM, torchrun or the script sets it: leave it out."
-        expect(not ours, f"{setting}.name", "a variable of your own", name, remedy)
         remedy = "Scripts and configurations can be read by others: export it in your shell, which jobs inherit."
         expect(not secrets.named_secret(name, variable.value), f"{setting}.name", "no secret", name, remedy)
+        ours = name.startswith(processes.OF_A_JOB) or name in (*processes.OF_A_RANK, *OF_SHELLS)
+        ours = ours or name.islower() and not name.endswith("_proxy")  # as the scripts' own are written
+        remedy = "SLURM, torchrun, the shell or the script sets it: leave it out."
+        expect(not ours, f"{setting}.name", "a variable of your own", name, remedy)
+        remedy = (
+            "The script finds srun and scontrol by it: export it in the shell that you submit from, which the jobs "
+            "inherit, and give an interpreter in full by cluster.python."
+        )
+        expect(name != "PATH", f"{setting}.name", "another variable", name, remedy)
+        expected, remedy = "text as it is to be, which nothing expands", "Write it in full, in place of $NAME and ~."
+        plain = not re.search(r"\$[A-Za-z_{(]|^~", variable.value)
+        expect(plain, f"{setting}.value", expected, repr(variable.value), remedy)
         remedy = "Say in a few words what it is for: it stands beside it in the scripts."
         expect(bool(variable.why.strip()), f"{setting}.why", f"the reason for {name}", "none", remedy)
 
