@@ -336,16 +336,14 @@ def gpu_count() -> int:
 def layout(parallel: ParallelConfig) -> Layout:
     """The layout that `parallel` asks for on this machine; inside a started job WORLD_SIZE is the number of processes.
 
-    Raises UserError where the degrees do not divide the processes, or the device is not there.
+    Raises UserError where the degrees do not divide the processes. Whether the device is there is asked of stages that
+    need ranks (validation/layouts.py).
     """
     gpus = gpu_count()
-    if parallel.device is Device.cuda and gpus == 0:
-        raise UserError(
-            "parallel.device=cuda: expected an NVIDIA GPU, found none. Use parallel.device=auto, and no --gpus."
-        )
-    device = "cuda" if gpus and parallel.device is not Device.cpu else "cpu"
+    asked = parallel.device is Device.cuda  # of a machine without a GPU where nothing is started: planning, a corpus
+    device = "cuda" if asked or gpus and parallel.device is not Device.cpu else "cpu"
     world = elsewhere.started_processes()
-    default = gpus if device == "cuda" else _default_cpu_processes(parallel)
+    default = gpus if gpus and device == "cuda" else _default_processes(parallel)
     processes = parallel.processes or world or default
     if world and world != processes:
         raise UserError(
@@ -367,7 +365,7 @@ def layout(parallel: ParallelConfig) -> Layout:
     return Layout(processes, tensor, parallel.pipeline, parallel.context, data, device, parallel.sequence_parallel)
 
 
-def _default_cpu_processes(parallel: ParallelConfig) -> int:
+def _default_processes(parallel: ParallelConfig) -> int:
     """What the given degrees need; two where the tensor degree is open."""
     needed = (parallel.tensor or 1) * parallel.pipeline * parallel.context
     return needed if parallel.tensor else max(2, needed)

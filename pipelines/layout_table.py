@@ -7,8 +7,9 @@ tensor-parallel ranks inside one machine. The time of a step is
     + bytes of each group (traffic.py) / speed of its link
 
 with the last stage's heads counted to the slowest stage, no communication behind computation, links by gpus.LINKS
-inside a machine and plan.network_bytes_per_second between machines. So it is a model for the order of layouts: where
-communication hides behind computation, as gradients' does, a run is faster, and none is promised.
+inside a machine and plan.network_bytes_per_second between machines. This model is for the ratio of one layout to
+another. The experiment's own layout takes the time that planning.prediction tells of it, all of it at
+plan.share_of_peak, and the others as much more or less as the model says: one basis for the plan and its table.
 """
 
 from collections.abc import Iterator
@@ -22,18 +23,29 @@ from pipelines.signals import FeatureLoss, across_tokens, pipeline_stage
 from pipelines.traffic import communication
 
 USABLE = 0.9  # of a device's memory: communication buffers, CUDA's context and the allocator's waste take the rest
-SHOWN = 16  # layouts in the table
+SHOWN = 16  # layouts in the table, beside the experiment's own
 CONTEXTS = (1, 2, 4, 8)
 
 
 def layouts(config: Config, teacher: ModelShape, student: ModelShape, ranks: Layout) -> dict[str, Any]:
     """{"devices", "gpu", "memory_bytes", "usable_bytes", "divide": how many layouts the models and the batch can be
-    divided by, "fit": how many of them fit, "layouts": the best, each with what decides}."""
+    divided by, "fit": how many of them fit, "layouts": the best, each with what decides, and the experiment's own}.
+
+    ranks: the experiment's own, which divides.
+    """
     name = gpus.named_gpu(config.plan.gpu)
     assert name is not None, config.plan.gpu
     usable = USABLE * gpus.MEMORY[name]
+    mine = row(config, teacher, student, ranks, config.distil)
     rows = [row(config, teacher, student, *each) for each in candidates(config, teacher, student, ranks)]
-    fitting = sorted((r for r in rows if r["bytes_per_device"] <= usable), key=lambda r: r["seconds_per_step"])
+    rows = [r for r in rows if not _alike(r, mine)] + [mine]
+    anchor = _planned_seconds(config, teacher, student, ranks) / mine["seconds_per_step"]
+    for each in rows:
+        each |= _timed(config, each, anchor) | {"own": each is mine, "fits": each["bytes_per_device"] <= usable}
+    fitting = sorted((r for r in rows if r["fits"]), key=lambda r: r["seconds_per_step"])
+    for place, each in enumerate(fitting, 1):
+        each["place"] = place
+    shown = fitting[:SHOWN]
     return {
         "devices": ranks.processes,
         "gpu": name,
@@ -45,7 +57,45 @@ def layouts(config: Config, teacher: ModelShape, student: ModelShape, ranks: Lay
         "divide": len(rows),
         "fit": len(fitting),
         "least_bytes": min((r["bytes_per_device"] for r in rows), default=0),
-        "layouts": fitting[:SHOWN],
+        "layouts": shown if mine in shown else [*shown, mine],
+    }
+
+
+def best(config: Config, teacher: ModelShape, student: ModelShape, ranks: Layout) -> tuple[Layout, DistilConfig] | None:
+    """The fastest layout of as many devices that fits; None where none does. ranks: of which the number counts."""
+    name = gpus.named_gpu(config.plan.gpu)
+    assert name is not None, config.plan.gpu
+    usable, fitting = USABLE * gpus.MEMORY[name], []
+    for each in candidates(config, teacher, student, ranks):
+        found = row(config, teacher, student, *each)
+        if found["bytes_per_device"] <= usable:
+            fitting.append((found["seconds_per_step"], len(fitting), each))
+    return min(fitting)[-1] if fitting else None
+
+
+def _alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(one[name] == other[name] for name in ("layout", "recompute"))
+
+
+def _planned_seconds(config: Config, teacher: ModelShape, student: ModelShape, ranks: Layout) -> float:
+    """Of a step on the experiment's own layout, as `planning.prediction` reckons its hours."""
+    flops, training = planning.step_flops(config.distil, teacher, student, ranks), config.distil
+    tokens, settings = training.global_batch_size * training.sequence_length, config.plan
+    peak = gpus.peak_flops(settings.gpu)
+    assert peak is not None, settings.gpu
+    return tokens * flops.total / (settings.share_of_peak * peak * ranks.processes)
+
+
+def _timed(config: Config, entry: dict[str, Any], anchor: float) -> dict[str, Any]:
+    """The times of a row in those of the plan. anchor: planned seconds to a second of the model."""
+    training, seconds = config.distil, anchor * entry["seconds_per_step"]
+    tokens, devices = training.global_batch_size * training.sequence_length, entry["layout"]["processes"]
+    waits = {group: round(anchor * value, 4) for group, value in entry["communication_seconds"].items()}
+    return {
+        "seconds_per_step": round(seconds, 4),
+        "communication_seconds": waits,
+        "tokens_per_second_per_device": round(tokens / seconds / devices, 1),
+        "hours": round(training.steps * seconds / 3600, 2),
     }
 
 
@@ -100,20 +150,17 @@ def _parted(loss: FeatureLoss, teacher: ModelShape, student: ModelShape, pipelin
 def row(
     config: Config, teacher: ModelShape, student: ModelShape, ranks: Layout, training: DistilConfig
 ) -> dict[str, Any]:
-    """What a layout takes and how fast it is by the model above."""
+    """What a layout takes, and the seconds of a step by the model above."""
     held = planning.step_bytes(training, teacher, student, ranks)["total"]
     sent = communication(teacher, student, ranks, training)["bytes_per_device"]
     compute = compute_seconds(config, teacher, student, ranks, training)
     waits = {group: size / link(config, group, ranks) for group, size in sent.items()}
-    seconds = compute + sum(waits.values())
-    tokens = training.global_batch_size * training.sequence_length
     return {
         "layout": asdict(ranks),
         "recompute": training.recompute,
         "bytes_per_device": held,
-        "seconds_per_step": round(seconds, 4),
-        "communication_seconds": {group: round(value, 4) for group, value in waits.items() if value},
-        "tokens_per_second_per_device": round(tokens / seconds / ranks.processes, 1),
+        "seconds_per_step": compute + sum(waits.values()),
+        "communication_seconds": {group: value for group, value in waits.items() if value},
     }
 
 
@@ -148,28 +195,36 @@ def link(config: Config, group: str, ranks: Layout) -> float:
 
 def as_text(found: dict[str, Any]) -> list[str]:
     memory = f"{found['memory_bytes'] / 1e9:g} GB, of which {USABLE:.0%} counted"
-    lines = [
-        f"{found['fit']} of {found['divide']} layouts of {found['devices']} x {found['gpu']} fit ({memory}), best "
-        "first by predicted speed:",
-    ]
-    if not found["layouts"]:
-        least = f"the smallest takes {found['least_bytes'] / 1e9:,.1f} GB per device. " if found["divide"] else ""
-        return [*lines, f"  none: {least}Use more devices, shorter sequences, or a smaller micro batch."]
+    refused = found.get("refused")
+    lines = [f"the experiment's own layout does not hold: {refused}", ""] if refused else []
+    devices = f"{found['devices']} x {found['gpu']}"
+    lines.append(f"{found['fit']} of {found['divide']} layouts of {devices} fit ({memory}), best first:")
+    if not found["fit"]:
+        least = f"the smallest takes {found['least_bytes'] / 1e9:,.1f} GB per device"
+        lines.append(f"  none: {least}. Use more devices, shorter sequences, or a smaller micro batch.")
     lines.append(
-        f"  {'tensor':>6} {'pipeline':>8} {'context':>7} {'data':>5}  {'recompute':<9} {'GiB':>8}"
-        f" {'tokens/s':>9}  communication in a step"
+        f"  {'':<7} {'tensor':>6} {'pipeline':>8} {'context':>7} {'data':>5}  {'recompute':<9} {'GiB':>8}"
+        f" {'tokens/s':>9} {'hours':>10}  communication in a step"
     )
-    for entry in found["layouts"]:
-        ranks, waits = entry["layout"], entry["communication_seconds"]
-        shown = ", ".join(f"{group} {value:.2f} s" for group, value in waits.items()) or "none"
-        lines.append(
-            f"  {ranks['tensor']:>6} {ranks['pipeline']:>8} {ranks['context']:>7} {ranks['data']:>5}  "
-            f"{'yes' if entry['recompute'] else 'no':<9} {entry['bytes_per_device'] / 2**30:>8,.1f} "
-            f"{entry['tokens_per_second_per_device']:>9,.0f}  {shown} of {entry['seconds_per_step']:,.2f} s"
-        )
+    lines += [_line(entry) for entry in found["layouts"]]
+    which = "1: the first layout" if refused else "own: the experiment's own layout"
     return [
         *lines,
-        f"  tokens/s per device: products at {found['share_of_peak']:.0%} of the peak, the pipeline's bubble, and all "
-        f"communication on top, at {found['link_bytes_per_second'] / 1e9:g} GB/s inside a machine and "
+        f"  {which} is taken to reach {found['share_of_peak']:.0%} of the peak, as in the plan above; the others "
+        "are faster or slower by their products, what they compute twice, the pipeline's bubble, and all communication "
+        f"on top, at {found['link_bytes_per_second'] / 1e9:g} GB/s inside a machine and "
         f"{found['network_bytes_per_second'] / 1e9:g} GB/s per device between machines",
     ]
+
+
+def _line(entry: dict[str, Any]) -> str:
+    ranks, waits = entry["layout"], entry["communication_seconds"]
+    told = ", ".join(f"{group} {value:.2f} s" for group, value in waits.items()) or "none"
+    place = f"{entry['place']}" if entry["fits"] else "-"
+    return (
+        f"  {place + (' own' if entry['own'] else ''):<7} {ranks['tensor']:>6} {ranks['pipeline']:>8} "
+        f"{ranks['context']:>7} {ranks['data']:>5}  {'yes' if entry['recompute'] else 'no':<9} "
+        f"{entry['bytes_per_device'] / 2**30:>8,.1f} {entry['tokens_per_second_per_device']:>9,.0f} "
+        f"{entry['hours']:>10,.2f}  {told} of {entry['seconds_per_step']:,.2f} s"
+        + ("" if entry["fits"] else "; does not fit")
+    )

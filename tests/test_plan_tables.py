@@ -157,14 +157,15 @@ def test_small_memory_leaves_few_layouts_and_says_what_would_be_needed() -> None
     many = plan(recipe("plan.layouts=true", "plan.gpu=H200"))["layouts"]
     assert 0 < few["layouts"]["fit"] < many["fit"]
     none = plan(recipe("plan.layouts=true", "parallel.processes=1", "parallel.tensor=1", "plan.gpu=L40S"))
-    assert none["layouts"]["layouts"] == []
+    (own,) = none["layouts"]["layouts"]
+    assert own["own"] and not own["fits"] and none["layouts"]["fit"] == 0 and "does not fit" in as_text(none)
     least = none["layouts"]["least_bytes"]
     assert least > 48e9 and f"none: the smallest takes {least / 1e9:,.1f} GB per device" in as_text(none)
 
 
 def test_the_table_is_read_as_text() -> None:
     text = as_text(plan(recipe("plan.layouts=true")))
-    assert "layouts of 8 x H100 fit (80 GB, of which 90% counted), best first by predicted speed" in text
+    assert "layouts of 8 x H100 fit (80 GB, of which 90% counted), best first:" in text
     assert "at 450 GB/s inside a machine and 50 GB/s per device between machines" in text
     assert "without recompute" in text and "communication per step" in text and "disk for the run" in text
 
@@ -172,8 +173,60 @@ def test_the_table_is_read_as_text() -> None:
 def test_a_slower_network_prefers_layouts_that_send_less() -> None:
     options = ["parallel.processes=32", "plan.layouts=true", "plan.network_bytes_per_second="]
     fast, slow = (plan(recipe(*options[:2], options[2] + speed))["layouts"]["layouts"][0] for speed in ("1e12", "1e9"))
-    assert slow["seconds_per_step"] > fast["seconds_per_step"]
     assert slow["layout"] != fast["layout"]
+
+
+def test_the_experiments_own_layout_is_in_the_table_with_the_hours_of_its_plan() -> None:
+    for overrides in (["parallel.processes=256"], ["parallel.tensor=1", "parallel.sequence_parallel=false"]):
+        found = plan(recipe("plan.layouts=true", *overrides))
+        rows = found["layouts"]["layouts"]
+        (own,) = (row for row in rows if row["own"])
+        assert own["layout"] == found["layout"] and own["recompute"]
+        assert own["hours"] == pytest.approx(found["prediction"]["hours"], rel=1e-3)
+        speed = found["prediction"]["tokens_per_second_per_device"]
+        assert own["tokens_per_second_per_device"] == pytest.approx(speed, rel=1e-3)
+        assert len(rows) <= layout_table.SHOWN + 1 and f"{own['place']} own" in as_text(found)
+    assert own["place"] > 1 and rows[0]["hours"] < own["hours"], "others are faster"
+
+
+def test_a_layout_that_does_not_divide_is_told_beside_those_that_do() -> None:
+    config = recipe("plan.layouts=true", "parallel.processes=4")
+    assert validate(config, ["plan"]) == []
+    found = plan(config)
+    refused, rows = found["layouts"]["refused"], found["layouts"]["layouts"]
+    assert "found 8 * 1 * 1 = 8 with 4 processes" in refused and refused in as_text(found)
+    assert found["layout"] == rows[0]["layout"] and found["prediction"]["hours"] == rows[0]["hours"]
+    assert not any(row["own"] for row in rows) and "1: the first layout is taken to reach 40%" in as_text(found)
+    for other in (["parallel.tensor=16", "parallel.processes=16"], ["distil.global_batch_size=3", "parallel.tensor=2"]):
+        assert plan(recipe("plan.layouts=true", *other))["layouts"]["refused"], "KV groups, and the batch"
+
+
+@pytest.mark.parametrize("overrides", [["distil.global_batch_size=3", "distil.micro_batch_size=2"], ["plan.gpu=X"]])
+def test_what_no_layout_mends_is_refused_as_ever(overrides: list[str]) -> None:
+    with pytest.raises(UserError, match=overrides[0].partition("=")[0]):
+        validate(recipe("plan.layouts=true", "parallel.processes=4", *overrides), ["plan"])
+
+
+def test_where_no_layout_fits_both_are_said() -> None:
+    with pytest.raises(UserError, match="8 with 1 processes.* No other layout of 1 x L40S fits either"):
+        plan(recipe("plan.layouts=true", "parallel.processes=1", "plan.gpu=L40S"))
+
+
+def test_a_plan_for_gpus_needs_none(machine_without_gpu: None) -> None:
+    config = recipe("parallel.device=cuda")
+    assert validate(config, ["plan"]) == [] and plan(config)["layout"]["device"] == "cuda"
+    with pytest.raises(UserError, match="expected an NVIDIA GPU, found none"):
+        validate(recipe("parallel.device=cuda", "model.path=null"), ["verify"])
+
+
+@pytest.mark.parametrize(("share", "good"), [("1", True), ("0.4", True), ("1.01", False), ("0", False)])
+def test_a_gpu_reaches_its_whole_peak_at_most(share: str, good: bool) -> None:
+    config = recipe(f"plan.share_of_peak={share}")
+    if good:
+        assert validate(config, ["plan"]) == []
+        return
+    with pytest.raises(UserError, match="plan.share_of_peak: expected a number above 0 and at most 1, found"):
+        validate(config, ["plan"])
 
 
 def test_the_share_of_the_peak_is_a_setting() -> None:

@@ -8,9 +8,20 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from pipelines import artifacts, capacity, dry_run, gpus, grid, iteration, layout_table, plan_text, planning
+from pipelines import (
+    artifacts,
+    capacity,
+    dry_run,
+    gpus,
+    grid,
+    iteration,
+    layout_table,
+    plan_text,
+    planning,
+    validation,
+)
 from pipelines.activations import activation_bytes, chunk_of_logits
-from pipelines.config import Config, Format, Layout, Precision, TeacherMode, layout, searches
+from pipelines.config import Config, Format, Layout, Precision, TeacherMode, UserError, layout, searches
 from pipelines.device_memory import training_bytes
 from pipelines.evaluation_settings import GENERATED, is_task_file
 from pipelines.families import ModelShape
@@ -47,7 +58,14 @@ def steps_plan(config: Config) -> dict[str, Any]:
 
 def plan(config: Config, *, dry: bool = True) -> dict[str, Any]:
     """planning.plan's figures, and `pruning` (prune_costs.py) unless the student is given; with `search` where
-    prune.target is set, `capacity` where the student is far below, `dry_run` where it is asked for and `dry`."""
+    prune.target is set, `capacity` where the student is far below, `dry_run` where it is asked for and `dry`. With
+    plan.layouts, of the table's first layout where the experiment's own does not divide."""
+    if dry and (refusal := validation.layout_refusal(config)):
+        figures = plan(_on_the_best_layout(config, refusal))
+        figures["layouts"]["refused"] = str(refusal)
+        for entry in figures["layouts"]["layouts"]:
+            entry["own"] = False
+        return figures
     teacher, ranks = planning.teacher_shape(config), planning.planned_layout(config)
     student, found = _search(config, teacher) if searches(config) else (planning.student_shape(config), {})
     if far := capacity.advice(config, ranks, teacher, student):
@@ -61,6 +79,22 @@ def plan(config: Config, *, dry: bool = True) -> dict[str, Any]:
     if config.plan.layouts and dry:
         found["layouts"] = layout_table.layouts(config, teacher, student, ranks)
     return planning.plan(config, student) | _beside(config, teacher, student, ranks) | found
+
+
+def _on_the_best_layout(config: Config, refusal: UserError) -> Config:
+    """The settings on the fastest layout of as many devices. Raises UserError where none fits."""
+    try:
+        processes = layout(config.parallel).processes
+    except UserError:
+        processes = layout(replace(config.parallel, tensor=1, pipeline=1, context=1)).processes
+    whole = replace(config.parallel, processes=processes, tensor=1, pipeline=1, context=1)
+    ranks = planning.planned_layout(replace(config, parallel=whole))
+    found = layout_table.best(config, planning.teacher_shape(config), planning.student_shape(config), ranks)
+    if found is None:
+        raise UserError(f"{refusal} No other layout of {processes} x {config.plan.gpu} fits either: use more devices.")
+    fitting, training = found
+    values = {name: getattr(fitting, name) for name in ("tensor", "pipeline", "context", "sequence_parallel")}
+    return replace(config, parallel=replace(whole, **values), distil=training)
 
 
 def _tasks(config: Config, names: list[str]) -> list[dict[str, Any]]:

@@ -6,9 +6,10 @@ that another launcher started pass here too, so that a stage need not check its 
 """
 
 from collections.abc import Collection
+from dataclasses import replace
 
 from pipelines import artifacts, iteration, planning
-from pipelines.config import Config, Layout, UserError, layout, searches
+from pipelines.config import Config, Layout, ParallelConfig, UserError, layout, searches
 from pipelines.families import ModelShape, read_shape
 from pipelines.stages import STAGES
 from pipelines.validation import (
@@ -52,6 +53,8 @@ def validate(config: Config, stages: Collection[str]) -> list[str]:
     site.check_secrets(config)
     gates.check(config)
     if not config.iterate.students:
+        if set(stages) == {"plan"} and layout_refusal(config):
+            return []  # the plan tells it beside its table
         return _validate(config, stages)
     steps.check(config, stages)
     found = []
@@ -66,8 +69,24 @@ def validate(config: Config, stages: Collection[str]) -> list[str]:
     return found + _validate(iteration.final_view(config), steps.stages_with(config, stages))
 
 
+def layout_refusal(config: Config) -> UserError | None:
+    """What speaks against the layout of a plan that lists others (plan.layouts); None where nothing does. Raises
+    UserError for what another layout does not mend."""
+    if not config.plan.layouts or searches(config):  # a search needs the layout to find the student's shape
+        return None
+    try:
+        _validate(config, ["plan"])
+    except UserError as error:
+        alone = ParallelConfig(processes=1, tensor=1, device=config.parallel.device)
+        _validate(replace(config, parallel=alone), ["plan"])
+        return error
+    return None
+
+
 def _validate(config: Config, stages: Collection[str]) -> list[str]:
     ranks = layout(config.parallel)
+    if any(STAGES[name].ranks for name in stages):
+        layouts.check_processes(ranks)
     report.check(config, stages)
     site.check(config, stages)
     site.check_acceptance(config, stages)
@@ -88,8 +107,6 @@ def _validate(config: Config, stages: Collection[str]) -> list[str]:
         layouts.check_division(ranks, teacher, "teacher")
     if WITH_STUDENT & DIVIDED & set(stages):
         layouts.check_division(ranks, student, "student")
-    if any(STAGES[name].ranks for name in stages):
-        layouts.check_processes(ranks)
     layouts.check_gpu(config, stages)
     layouts.check_context(config, used, ranks, teacher)
     for name, length in layouts.lengths(config, used):

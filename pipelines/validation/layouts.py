@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator
 
 from pipelines import config as configuration
 from pipelines import elsewhere, gpus
-from pipelines.config import Config, DistilConfig, Layout, TeacherMode, expect, teacher_precision
+from pipelines.config import Config, DistilConfig, Layout, TeacherMode, UserError, expect, teacher_precision
 from pipelines.families import ModelShape
 from pipelines.validation.training import trainings
 
@@ -36,6 +36,11 @@ def check_gpu(config: Config, stages: Collection[str]) -> None:
 def check_processes(ranks: Layout) -> None:
     """No more processes than one machine's GPUs, or than its processors can bear; another launcher knows its own
     machines."""
+    if ranks.device == "cuda" and not configuration.gpu_count():
+        raise UserError(
+            "parallel.device=cuda: expected an NVIDIA GPU, found none. Use parallel.device=auto, and no --gpus; "
+            "stage=plan needs none."
+        )
     if ranks.device == "cuda" and elsewhere.started_processes() is None:
         remedy = "Lower it, use parallel.device=cpu, or start the ranks on more machines (launchers/slurm.sh)."
         most, found = configuration.gpu_count(), ranks.processes

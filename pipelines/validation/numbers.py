@@ -10,14 +10,16 @@ from pipelines.config import Config, UserError
 
 @dataclass(frozen=True)
 class Range:
-    """low <= value < high; above: low < value."""
+    """low <= value < high; above: low < value; whole: value <= high."""
 
     low: float
     high: float = math.inf
     above: bool = False
+    whole: bool = False
 
     def holds(self, value: float) -> bool:
-        return (self.low < value if self.above else self.low <= value) and value < self.high
+        enough = self.low < value if self.above else self.low <= value
+        return enough and (value <= self.high if self.whole else value < self.high)
 
     def describe(self, value: float) -> str:
         """The side of the range that a value misses; both where it has an upper end of its own."""
@@ -25,7 +27,7 @@ class Range:
             return f"less than {MANY:,}" if MANY <= value < math.inf else f"{self.low:g} or more"
         if self.high < math.inf:
             start = f"above {self.low:g} and" if self.above else f"from {self.low:,g} to"
-            return f"a number {start} below {self.high:,.0f}"
+            return f"a number {start} {'at most' if self.whole else 'below'} {self.high:,.0f}"
         return f"a number above {self.low:g}" if self.above else f"{self.low:g} or more"
 
 
@@ -58,7 +60,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("limit_bytes", "document_bytes", "tokenizer_vocab_size", "rank"), ONE_OR_MORE),
     **dict.fromkeys(("divergence_parameter", "gradient_filter"), BETWEEN_0_AND_1),
     **dict.fromkeys(("parameters", "bytes_per_gpu", "seconds", "tokens_per_second"), POSITIVE),
-    **dict.fromkeys(("ratio", "smallest", "share_of_peak"), Range(0, 1 + 1e-9, above=True)),
+    **dict.fromkeys(("ratio", "smallest", "share_of_peak", "top_p"), Range(0, 1, above=True, whole=True)),
     **dict.fromkeys(("depth_samples", "measured", "candidates", "sequences", "layer", "layers"), ONE_OR_MORE),
     **dict.fromkeys(("hidden", "indices", "random_seed", "distil_tokens"), NOT_NEGATIVE),
     **dict.fromkeys(("nodes", "processes_per_node", "warning_seconds", "grace_seconds"), ONE_OR_MORE),
@@ -71,7 +73,6 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("bytes", "loss_below"), POSITIVE),
     "long_context": ONE_OR_MORE,
     "count": NOT_NEGATIVE,
-    "top_p": Range(0, 1 + 1e-9, above=True),
     "seed": SEED,
 }
 
