@@ -21,7 +21,8 @@ writes it to <directory>/soak.json, and returns 1 where a promise of docs/faults
 bit by bit, no checkpoint lost that was there, the newest undamaged one continued from, at most checkpoint_interval
 steps lost, once more unless distil.save_asynchronous=false, once more where one was damaged. The runs lie in
 <directory>/disk, where a file system in memory is mounted for the time where this user may; where not, `disk` is left
-out, and said so. OVERRIDES are of the distillation, such as parallel=dp2.
+out, and said so. OVERRIDES are settings of the distillation as python -m pipelines takes them, such as parallel=dp2 or
+distil.save_asynchronous=false. Ctrl-C and SIGTERM end the training that is running, unmount, and remove the disk.
 """
 
 import argparse
@@ -39,6 +40,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,6 +89,7 @@ class Soak:
         self.metrics, self.checkpoints = self.distil / "metrics.jsonl", self.distil / "checkpoints"
         self.damaged: set[str] = set()
         self.broken: list[str] = []  # what a fault has seen
+        self.running: subprocess.Popen[str] | None = None  # the newest start
 
     def run(self) -> tuple[list[Round], list[str]]:
         if not (self.base / "prune" / "complete").exists():
@@ -124,9 +127,16 @@ class Soak:
     def _start(self, name: str, *overrides: str) -> "subprocess.Popen[str]":
         # To a file: nobody reads while the run is being killed. And not on the disk that fills.
         with open(self.output, "w") as output:
-            return subprocess.Popen(
+            self.running = subprocess.Popen(
                 self._command(name, *overrides), cwd=ROOT, text=True, stdout=output, stderr=subprocess.STDOUT
             )
+        return self.running
+
+    def end(self) -> None:
+        """No process of the newest start is left."""
+        if self.running is not None and self.running.poll() is None:
+            self._kill(descendants(self.running.pid))
+            self.running.wait()
 
     def _finished(self, name: str, *overrides: str) -> None:
         started = time.monotonic()
@@ -359,25 +369,50 @@ def mounted(directory: Path) -> bool:
     return False
 
 
+def cleared(disk: Path) -> None:
+    """What a soak has left there, and its mount where a kill -9 has left that too, are gone."""
+    if disk.is_mount():
+        subprocess.run(["umount", "-l", str(disk)], check=False)
+    shutil.rmtree(disk, ignore_errors=True)
+
+
+def count(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, found {text}")
+    return number
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--directory", type=Path, default=Path("runs/soak"))
-    parser.add_argument("--rounds", type=int, default=3 * len(KINDS))
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--directory", type=Path, default=Path("runs/soak"), help="of the runs and soak.json")
+    parser.add_argument("--rounds", type=count, default=3 * len(KINDS), help="starts that meet a fault")
+    parser.add_argument("--seed", type=int, default=1, help="of the moments and the order of the faults")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of faults; all")
     parser.add_argument("--base", type=Path, help="a finished run of teacher and prune; none: one is made")
     options, overrides = parser.parse_known_args(arguments)
+    if wrong := [word for word in overrides if "=" not in word or word.startswith("-")]:
+        parser.error(f"{wrong[0]}: expected key=value of the distillation, as in parallel=dp2")
     disk = (options.directory / "disk").resolve()
-    shutil.rmtree(disk, ignore_errors=True)  # of an earlier soak
+    cleared(disk)  # of an earlier soak
     disk.mkdir(parents=True)
+    signal.signal(signal.SIGTERM, interrupt)
     in_memory = mounted(disk)
     kinds = [kind for kind in options.kinds if kind != "disk" or in_memory]
     if kinds != options.kinds:
         print("disk: left out, for want of a file system of its own that may be filled")
+    soak = Soak(disk, options.base, options.rounds, kinds, options.seed, overrides)
     try:
-        rounds, differences = Soak(disk, options.base, options.rounds, kinds, options.seed, overrides).run()
+        rounds, differences = soak.run()
+    except (KeyboardInterrupt, SystemExit):
+        soak.end()
+        cleared(disk)
+        raise
     finally:
-        if in_memory:
+        if in_memory and disk.is_mount():
             subprocess.run(["umount", "-l", str(disk)], check=False)
     print(f"\n{table(rounds)}\n")
     print(differences or "losses and weights equal those of the uninterrupted run bit by bit")
