@@ -239,32 +239,6 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     return read_object(path, "Remove the directory.")
 
 
-def changes(manifest: dict[str, Any], now_settings: dict[str, Any], now_inputs: dict[str, Any]) -> list[str]:
-    """What differs between a manifest and now, one line each: `distil.steps: 200 -> 300`.
-
-    A setting that the manifest does not know and that is off is no difference: the version that wrote it had none.
-    """
-    lines = []
-    before = manifest.get("settings", {})
-    off = {key: value for key, value in now_settings.items() if value is None or value is False or value == []}
-    before = {key: value for key, value in off.items() if key not in before} | before
-    for key in sorted(before.keys() | now_settings.keys()):
-        if key not in before or key not in now_settings or before[key] != now_settings[key]:
-            old, new = (json.dumps(side[key]) if key in side else "(not there)" for side in (before, now_settings))
-            lines.append(f"{key}: {old} -> {new}")
-    known = manifest.get("inputs", {})
-    for name in sorted(known.keys() | now_inputs.keys()):
-        old_files, new_files = (side.get(name, {}).get("files", {}) for side in (known, now_inputs))
-        different = [f for f in sorted(old_files.keys() | new_files.keys()) if old_files.get(f) != new_files.get(f)]
-        if different:
-            file = different[0]
-            old, new = (files.get(file, "(not there)")[:12] for files in (old_files, new_files))
-            more = f" and {len(different) - 1} more files" if len(different) > 1 else ""
-            where = (now_inputs.get(name) or known[name])["path"]
-            lines.append(f"input {name} ({where}): {file} {old} -> {new}{more}")
-    return lines
-
-
 class State(Enum):
     new = "new"
     unfinished = "unfinished"  # same settings and inputs: it continues
@@ -283,26 +257,35 @@ class Examination:
 def examine(config: Config, stage: Stage) -> Examination:
     """Whether a stage is to be started, continued or left alone.
 
-    Raises UserError on changes without overwrite, unless the stage only shows what others wrote.
+    Raises UserError on changes, and on files that were altered since, without overwrite, unless the stage only shows
+    what others wrote.
     """
     directory = stage_directory(config, stage.name)
     now_settings, now_inputs = settings(config, stage), inputs(config, stage)
     manifest = read_manifest(directory)
     if not manifest:
         return Examination(State.new, [], now_settings, now_inputs)
-    differences = changes(manifest, now_settings, now_inputs)
+    differences = lineage.changes(manifest, now_settings, now_inputs)
     _refuse(config, stage, differences)
     if differences:
         return Examination(State.changed, differences, now_settings, now_inputs)
-    state = State.finished if is_complete(directory) else State.unfinished
-    return Examination(state, [], now_settings, now_inputs)
+    if not is_complete(directory):
+        return Examination(State.unfinished, [], now_settings, now_inputs)
+    altered = lineage.alterations(manifest, directory, sidecar_directory(config))
+    if altered and not (config.overwrite or stage.derived):
+        shown = "\n  ".join(altered[:20])
+        raise UserError(
+            f"stage {stage.name}: {directory} is finished, but its files are not as it wrote them:\n  {shown}\n"
+            "Put them back, give overwrite=true to make them again, or another run.name."
+        )
+    return Examination(State.changed if altered else State.finished, altered, now_settings, now_inputs)
 
 
 def refuse_changed_settings(config: Config, stage: Stage) -> None:
     """What `examine` refuses and needs no input to be there: told before earlier stages spend hours."""
     manifest = read_manifest(stage_directory(config, stage.name))
     if manifest:
-        _refuse(config, stage, changes(manifest, settings(config, stage), manifest.get("inputs", {})))
+        _refuse(config, stage, lineage.changes(manifest, settings(config, stage), manifest.get("inputs", {})))
 
 
 def _refuse(config: Config, stage: Stage, differences: list[str]) -> None:

@@ -1,5 +1,6 @@
-"""What made a result: code, versions, layout, machine, command. Imports no torch."""
+"""What made a result: code, versions, layout, machine, command; and what differs from it now. Imports no torch."""
 
+import json
 import os
 import platform
 import socket
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import config as configuration
+from pipelines.files import file_hash
 
 PACKAGES = (
     "stillhouse",
@@ -73,3 +75,43 @@ def to_yaml(tree: dict[str, Any]) -> str:
     import yaml
 
     return str(yaml.safe_dump(tree, sort_keys=False))
+
+
+def changes(manifest: dict[str, Any], now_settings: dict[str, Any], now_inputs: dict[str, Any]) -> list[str]:
+    """What differs between a manifest and now, one line each: `distil.steps: 200 -> 300`.
+
+    A setting that the manifest does not know and that is off is no difference: the version that wrote it had none.
+    """
+    lines = []
+    before = manifest.get("settings", {})
+    off = {key: value for key, value in now_settings.items() if value is None or value is False or value == []}
+    before = {key: value for key, value in off.items() if key not in before} | before
+    for key in sorted(before.keys() | now_settings.keys()):
+        if key not in before or key not in now_settings or before[key] != now_settings[key]:
+            old, new = (json.dumps(side[key]) if key in side else "(not there)" for side in (before, now_settings))
+            lines.append(f"{key}: {old} -> {new}")
+    known = manifest.get("inputs", {})
+    for name in sorted(known.keys() | now_inputs.keys()):
+        old_files, new_files = (side.get(name, {}).get("files", {}) for side in (known, now_inputs))
+        different = [f for f in sorted(old_files.keys() | new_files.keys()) if old_files.get(f) != new_files.get(f)]
+        if different:
+            file = different[0]
+            old, new = (files.get(file, "(not there)")[:12] for files in (old_files, new_files))
+            more = f" and {len(different) - 1} more files" if len(different) > 1 else ""
+            where = (now_inputs.get(name) or known[name])["path"]
+            lines.append(f"input {name} ({where}): {file} {old} -> {new}{more}")
+    return lines
+
+
+def alterations(manifest: dict[str, Any], directory: Path, sidecars: Path) -> list[str]:
+    """Which of a finished stage's files hold something else now, one line each: `hf/config.json: 1f0c -> 93ab`.
+
+    What was removed, to save room, is no alteration: a stage that needs it says so. Nor is a text for people, such as
+    the model card.
+    """
+    lines = []
+    for name, before in manifest.get("outputs", {}).items():
+        path = directory / name
+        if path.suffix != ".md" and path.is_file() and (now := file_hash(path, sidecars)) != before:
+            lines.append(f"{name}: {before[:12]} -> {now[:12]}")
+    return lines

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import artifacts, files, lock
+from pipelines import artifacts, files, lineage, lock
 from pipelines.artifacts import State
 from pipelines.choices import Quantization
 from pipelines.config import Config, Optimizer, Tracker, UserError
@@ -152,7 +152,7 @@ def test_the_distillation_decides_a_search_that_distils_its_candidates_and_no_ot
     config.distil.checkpoint_interval += 1
     assert artifacts.settings(config, STAGES["prune"]) == before
     config.distil.learning_rate, config.distil.validation_batches = 4e-3, 8
-    changed = artifacts.changes({"settings": before}, artifacts.settings(config, STAGES["prune"]), {})
+    changed = lineage.changes({"settings": before}, artifacts.settings(config, STAGES["prune"]), {})
     assert changed == ["distil.learning_rate: 0.003 -> 0.004", "distil.validation_batches: 7 -> 8"]
 
 
@@ -222,6 +222,21 @@ def test_a_directory_that_is_being_emptied_is_complete_no_more(config: Config, m
         artifacts.begin(config, "corpus", print)
     assert (directory / "blend.json").exists() and not artifacts.is_complete(directory)
     assert not (directory / "lock").exists()
+
+
+def test_a_finished_stage_whose_files_were_altered_is_no_finished_stage(config: Config) -> None:
+    make(config, "corpus", {"blend.json": "{}"})
+    files_of_it = {"hf/config.json": "{}", "hf/README.md": "card", "hf/weights": "w", "checkpoints/a": "w"}
+    directory = make(config, "teacher", files_of_it)
+    for name in ("hf/README.md", "checkpoints/a", "hf/more.json"):
+        (directory / name).write_text("another")
+    (directory / "hf" / "weights").unlink()
+    assert state(config, "teacher") is State.finished, "a text for people, training state, what is new, what is gone"
+    (directory / "hf" / "config.json").write_text('{"hidden_size": 49}')
+    with pytest.raises(UserError, match=r"not as it wrote them:\n  hf/config.json: [0-9a-f]{12} -> [0-9a-f]{12}\nPut"):
+        state(config, "teacher")
+    config.overwrite = True
+    assert state(config, "teacher") is State.changed
 
 
 def test_checkpoints_are_no_outputs_and_no_inputs(config: Config) -> None:
