@@ -75,11 +75,25 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
             target = root / f"{kind}s" / name
             fetched[name] = fetch(kind, name, revision or "main", target, settings, context.config.overwrite)
     if settings.tasks:
-        harness.version()
+        _ask_for_tasks(settings.tasks)
         for task, repositories in harness.download(settings.tasks, root / "tasks").items():
             console.say(f"fetch  task {task}: {', '.join(repositories)}, in {root / 'tasks'}")
             fetched[task] = {"kind": "task", "repositories": repositories}
     return fetched
+
+
+def _ask_for_tasks(names: list[str]) -> None:
+    """One question to the hub, before the library datasets asks many times and waits in between. Raises UserError."""
+    from huggingface_hub import HfApi
+
+    harness.version()
+    console.say(f"fetch  tasks {', '.join(names)}: looking into the harness's list")
+    described = harness.described([harness.Task(name, name) for name in names])
+    data = [repository for row in described for repository in row["data"] if "/" in repository]
+    if data:
+        console.say(f"fetch  asking {_endpoint()} for {', '.join(data[:5])}{' and more' * (len(data) > 5)}")
+        api = HfApi(endpoint=_endpoint())
+        _asked("dataset", data[0], "main", lambda: api.repo_info(data[0], repo_type="dataset"), setting="fetch.tasks")
 
 
 def fetch(
@@ -276,16 +290,18 @@ class _Broken(Exception):
     """A connection that ended; the next attempt may get further."""
 
 
-def _asked(kind: str, name: str, revision: str, request: Callable[[], Any], retried: bool = False) -> Any:
-    """The hub's answer. Raises UserError with what it refuses and why, and _Broken for what is worth another
-    attempt."""
+def _asked(
+    kind: str, name: str, revision: str, request: Callable[[], Any], retried: bool = False, setting: str = ""
+) -> Any:
+    """The hub's answer. setting: that names the repository. Raises UserError with what it refuses and why, and _Broken
+    for what is worth another attempt."""
     from huggingface_hub import constants, get_token
     from huggingface_hub import errors as hub
     from requests.exceptions import RequestException
 
     where = f"{_endpoint()}/{'datasets/' if kind == 'dataset' else ''}{name}"
     where = re.sub(r"//[^/@]*@", "//", where)
-    setting = f"fetch.{kind}s"
+    setting = setting or f"fetch.{kind}s"
     token = "with the token of HF_TOKEN or of hf auth login" if get_token() else "without a token"
     if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
         token = "without a token, as HF_HUB_DISABLE_IMPLICIT_TOKEN=1 asks"

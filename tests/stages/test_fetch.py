@@ -303,3 +303,17 @@ def test_a_variable_that_names_a_file_or_a_switch_is_no_secret(tmp_path: Path) -
     values = ("/home/me/key.json", "{key: 1}", "", "k3y/of+mine")
     assert [secrets.named_secret("GOOGLE_APPLICATION_CREDENTIALS", value) for value in values] == [False, *[True] * 3]
     assert secrets.named_secret("MY_TOKEN", "/home/me/token"), "a token may begin with anything"
+
+
+@pytest.mark.usefixtures("online")
+def test_without_network_tasks_are_refused_at_the_first_question(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a name that the harness does not know before any question."""
+    monkeypatch.setattr(stage.harness, "download", lambda *_: pytest.fail("asked for data without a hub"))
+    hub.__exit__()
+    message = fetch(hub, tmp_path, "fetch.models=[]", "fetch.tasks=[winogrande]")
+    assert message.startswith("fetch.tasks: expected an answer from http://127.0.0.1")
+    assert "ConnectionError" in message and "where there is network" in message
+    message = fetch(hub, tmp_path, "fetch.models=[]", "fetch.tasks=[winogrand]")
+    assert "found 'winogrand'; there are winogrande" in message
