@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 STOP_FILE = "STILLHOUSE_STOP_FILE"  # environment variable: a path; once a file is there, the run stops
+GRACE = "STILLHOUSE_GRACE_SECONDS"  # environment variable: how long after being asked to stop processes may go on
 VERDICT = "STILLHOUSE_VERDICT"  # environment variable: a path, to which the reason of an end other than 0 is written
 EXCHANGE = "STILLHOUSE_EXCHANGE"  # environment variable: the directory where parent and ranks leave each other word
 EXIT_STOPPED = 75  # stopped as asked, and what was done is kept; the same command continues (EX_TEMPFAIL)

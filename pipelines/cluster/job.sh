@@ -15,6 +15,7 @@ step=
 mkdir -p "$state"
 # The first job of this stage: jobs that continue it inherit the name, and so may take over what it has locked.
 export STILLHOUSE_JOB=${STILLHOUSE_JOB:-$SLURM_JOB_ID}
+export STILLHOUSE_GRACE_SECONDS=$grace  # the training warns where its saves take longer
 
 say() { printf '%s  %s\n' "$(date '+%F %T')" "$*"; }
 

@@ -8,6 +8,7 @@ checkpoints/damaged-...    one whose files have changed since; moved aside, neve
 
 import errno
 import json
+import math
 import os
 import shutil
 import time
@@ -20,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 
-from pipelines import console, files
+from pipelines import console, files, stopping
 from pipelines.config import UserError
 from pipelines.failures import of_the_machine
 from pipelines.model import parallel
@@ -79,6 +80,7 @@ class Checkpoints(Checkpoint):
         self.bytes_per_value, self.stops, self.validation = bytes_per_value, stops, validation
         self.asynchronous, self.writes = asynchronous, writes
         self.seconds = 0.0
+        self._measured = False  # whether a save of this start has been held to the time that a stop leaves
         self._begun: _Begun | None = None
 
     def is_writing(self) -> bool:
@@ -142,12 +144,12 @@ class Checkpoints(Checkpoint):
         weights = trainer.lightning_module.parameters()
         finite = all(bool(torch.isfinite(weight).all()) for weight in weights if weight.requires_grad)
         refuse_non_finite({"weight": finite}, step)
-        partial = self.directory / (_PARTIAL + CHECKPOINT.format(step))
+        partial, started = self.directory / (_PARTIAL + CHECKPOINT.format(step)), time.monotonic()
         with self._room_mended():
             parallel.on_first_rank(self._refuse_without_room)
             trainer.save_checkpoint(partial)
             write = Write(trainer.strategy.checkpoint_io.take(), partial, copies=not waits)
-            self._begun = _Begun(step, loss, write)
+            self._begun = _Begun(step, loss, write, started)
 
     def _commit(self) -> None:
         """Give what was begun its name, once every rank has written its files. Every rank calls it."""
@@ -198,6 +200,10 @@ class Checkpoints(Checkpoint):
         files.write_json(partial / SIZES, sizes(partial))
         os.replace(partial, self.directory / CHECKPOINT.format(begun.step))
         files.sync_directory(self.directory)
+        if not self._measured:
+            self._measured = True
+            if warning := short_grace(time.monotonic() - begun.started, os.environ.get(stopping.GRACE, "")):
+                console.say(f"warning: {warning}")
         for old in surplus(whole_checkpoints(self.directory), self.keep, self.best):
             # A kill in the middle of a removal leaves nothing that looks damaged.
             shutil.rmtree(old.rename(old.with_name(_PARTIAL + old.name)))
@@ -205,11 +211,26 @@ class Checkpoints(Checkpoint):
 
 @dataclass
 class _Begun:
-    """A checkpoint on its way. loss: of the validation at its step, where there was one."""
+    """A checkpoint on its way. loss: of the validation at its step, where there was one. started: by the clock of
+    time.monotonic."""
 
     step: int
     loss: float | None
     write: Write
+    started: float
+
+
+def short_grace(seconds: float, grace: str) -> str:
+    """A warning where a job's grace period is shorter than two saves: the one that is being written when the job is
+    asked to stop, and that of the last step. seconds: from the beginning of a save until it was whole. grace: in
+    seconds, as the job says it; empty outside of jobs."""
+    if not grace.isdecimal() or int(grace) >= 2 * seconds:
+        return ""
+    return (
+        f"a checkpoint took {seconds:,.1f} s, and the job leaves {grace} s (cluster.grace_seconds) from being asked to "
+        f"stop to the end of its processes: less than two of them may take. Set cluster.grace_seconds to "
+        f"{math.ceil(2 * seconds):,} or more, and cluster.warning_seconds above it."
+    )
 
 
 def _gathered(own: dict[str, T], error: str = "") -> dict[str, T]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines import files
+from pipelines import files, stopping
 from pipelines.config import UserError
 from pipelines.failures import of_the_machine
 from pipelines.trainer import checkpoints
@@ -119,8 +119,32 @@ def test_an_error_of_one_rank_does_not_wait_for_a_file_system_that_hangs(
     monkeypatch.setattr(files, "sync_files", lambda paths: hangs.wait(60))
     saving = object.__new__(checkpoints.Checkpoints)
     write = Write(request(tmp_path / "one", Results()), tmp_path, copies=False)
-    saving._begun = checkpoints._Begun(3, None, write)
+    saving._begun = checkpoints._Begun(3, None, write, time.monotonic())
     started = time.monotonic()
     saving.on_exception(None, None, RuntimeError("CUDA error: unspecified launch failure"))
     assert time.monotonic() - started < 20 and write.goes_on()
     hangs.set()
+
+
+@pytest.mark.parametrize(("grace", "told"), [("480", False), ("200", False), ("199", True), ("", False)])
+@pytest.mark.usefixtures("no_gpu")
+def test_the_first_save_is_held_to_the_time_that_a_job_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], grace: str, told: bool
+) -> None:
+    monkeypatch.setenv(stopping.GRACE, grace)
+    clock = SimpleNamespace(monotonic=lambda: 1100.0)
+    sizes = {"interval": 1, "keep": 1, "best": 0, "steps": 3, "bytes_per_value": 1}
+    at_once = {"asynchronous": False, "writes": lambda: False}
+    saving = checkpoints.Checkpoints(tmp_path, **sizes, stops=lambda: False, validation=dict, **at_once)
+    for step in (1, 2):
+        partial = tmp_path / f"partial-step-{step:07}"
+        partial.mkdir()
+        write = Write(request(partial / "one", Results()), partial, copies=False)
+        write.wait()
+        with monkeypatch.context() as patched:
+            patched.setattr(checkpoints, "time", clock)
+            saving._finish(checkpoints._Begun(step, None, write, started=1000.0), {})
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("a checkpoint took 100.0 s, and the job leaves 199 s") == told, "once at the most"
+    assert ("Set cluster.grace_seconds to 200 or more" in said) == told
+    assert [path.name for path in checkpoints.whole_checkpoints(tmp_path)] == ["step-0000002"]
