@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pipelines import artifacts
 from pipelines.config import Config, TeacherMode
-from pipelines.report import cells, summary, terms
+from pipelines.report import cells, summary, terms, variants
 from pipelines.report.record import MODELS, RunRecord
 from pipelines.report.terms import Terms, licence
 
@@ -63,6 +63,7 @@ def render(
         tasks=_tasks(results["tasks"]),
         speeds=_speeds(results["efficiency"]),
         forms=_forms(results["quantized"]),
+        forms_on=_forms_on(results),
         form=form,
         teacher=teacher,
         header=terms.header(under),
@@ -138,6 +139,12 @@ def _forms(found: dict[str, Any]) -> list[list[str]]:
         kl = "{:.4f}".format(entry["kl"]) if cells.is_number(entry.get("kl")) else cells.NONE
         rows.append([name, f"{entry['bytes']:,}", f"{entry['loss']:.4f}{mark}", kl])
     return rows
+
+
+def _forms_on(results: dict[str, Any]) -> str:
+    """On what the forms were scored, where that is not what the models above were."""
+    found = results["quantized"]
+    return f", {found['split']} split, {found['tokens']:,} tokens" if variants.other_windows(results) else ""
 
 
 def _kept(found: dict[str, Any]) -> list[dict[str, Any]]:

@@ -121,6 +121,7 @@ def variants(
 
 def _variant(axes: Axes, x: float, row: dict[str, Any], label: str | None) -> None:
     colour, marker, filled, _ = KINDS[row["kind"]]
+    filled = filled and row.get("measured") != "elsewhere"
     if row["interval"]:
         axes.plot([x, x], row["interval"], color=colour, linewidth=1.1, zorder=2)
     style = {"marker": marker, "facecolors": colour if filled else "none", "edgecolors": colour}

@@ -81,7 +81,9 @@ class Decision:
 
 def decide(rows: Sequence[Row], limits: Limits, differences: dict[str, Any] | None = None) -> Decision:
     """rows: of variants.rows, of one run or several of one teacher, which counts once; those measured on other text are
-    left out. differences: {run: "differences" of its results.json}."""
+    left out, and the answer says why where they could be compared. differences: {run: "differences" of its
+    results.json}."""
+    omitted = _left_out(rows)
     compared = [dict(row) for row in rows if row["measured"] == variants.TEST]
     teachers = [row for row in compared if row["kind"] == "teacher"]
     compared = [row for row in compared if not any(row is other for other in teachers[1:])]
@@ -101,7 +103,7 @@ def decide(rows: Sequence[Row], limits: Limits, differences: dict[str, Any] | No
     # Without a limit the teacher is what the others are held against, and would always be as good as itself.
     open_to = [row for row in compared if not row["breaks"] and (limits.given or row["kind"] != "teacher")]
     if not open_to:
-        return Decision(compared, None, _nothing(compared, limits))
+        return Decision(compared, None, _nothing(compared, limits) + omitted)
     best = min(open_to, key=lambda row: row["loss"])
     near = [row for row in open_to if row is best or beyond(row, best) is False]
     chosen = min(near, key=lambda row: (_size(row), -(row["tokens_per_second"] or 0.0), row["loss"]))
@@ -110,7 +112,20 @@ def decide(rows: Sequence[Row], limits: Limits, differences: dict[str, Any] | No
     index = next(number for number, row in enumerate(compared) if row is chosen)
     teacher = next((row for row in compared if row["kind"] == "teacher"), None)
     known = len(open_to) > 1 and any(beyond(row, best) is not None for row in open_to if row is not best)
-    return Decision(compared, index, _words(chosen, best, near, open_to, limits, teacher, known, beyond))
+    return Decision(compared, index, _words(chosen, best, near, open_to, limits, teacher, known, beyond) + omitted)
+
+
+def _left_out(rows: Sequence[Row]) -> str:
+    """What could be compared and is not, as sentences with the reason, once for each."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    several = len({row["run"] for row in rows}) > 1
+    for row in rows:
+        if row.get("left_out"):
+            reasons.setdefault((row["run"], row["left_out"]), []).append(row["name"])
+    return "".join(
+        f" Not compared: {_listed(names)}{f' of {run}' if several else ''}, since {reason}."
+        for (run, reason), names in reasons.items()
+    )
 
 
 def label(row: Row, *, several: bool) -> str:

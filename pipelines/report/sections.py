@@ -51,6 +51,7 @@ def evaluated(results: dict[str, Any], directory: Path) -> dict[str, Any]:
         "speeds": efficiency.speeds(results["efficiency"]),
         "sizes": efficiency.sizes(results["efficiency"]),
         "quantized": quantized(results),
+        "quantized_words": _quantized_in_words(results),
         "gaps": gaps(results),
     }
 
@@ -133,6 +134,14 @@ def quantized(results: dict[str, Any]) -> dict[str, Any] | None:
     return cells.table("Quantized forms", [*head, ("KL", "to the student"), "agreement"], rows, "Form")
 
 
+def _quantized_in_words(results: dict[str, Any]) -> str:
+    found, reason = results["quantized"], variants.other_windows(results)
+    if not cells.is_number(found.get("tokens")):
+        return ""
+    text = f"Each beside the model that it was made of, on the same {found['tokens']:,} tokens."
+    return f"{text} The models above are no measure for them: {reason}." if reason else text
+
+
 def gaps(results: dict[str, Any]) -> list[dict[str, str]]:
     """The parts of an evaluation that were asked for and not measured, with their reasons."""
     known = {*MODELS, "evaluate", "distil", "prune"}
@@ -173,7 +182,7 @@ def _against_size(rows: Sequence[dict[str, Any]], decision: decide.Decision, dir
     if len(front) > 1:
         caption += " The pale line is the front: nothing below it is smaller."
     if any(row["measured"] == variants.ELSEWHERE for _, row in points):
-        caption += " Hollow marks were measured on other text than the split and are no rivals, only whereabouts."
+        caption += " Hollow marks were measured on other text than the rest and are no rivals, only whereabouts."
     svg = charts.variants(points, front, label, "quality_against_size", directory, arrows=True)
     return plot(svg, "Quality against size", caption)
 

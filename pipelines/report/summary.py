@@ -118,6 +118,7 @@ def results(record: RunRecord) -> dict[str, Any]:
         "split": record.evaluation.get("split"),
         "tokens": record.evaluation.get("tokens"),
         "bytes": record.evaluation.get("bytes"),
+        **{name: record.evaluation.get(name) for name in ("documents", "sequence_length", "document_mask")},
         "unigram_entropy": record.corpus.get("unigram_entropy"),
         "models": {role: model for role, model in models.items() if model},
         **{part: record.evaluation.get(part) or empty() for part, empty in PARTS.items()},

@@ -10,14 +10,18 @@ from pipelines.safetensors_header import weight_bytes
 
 TEST, ELSEWHERE = "test", "elsewhere"  # where a loss was measured: on the evaluated split, or on other text
 DECODE, FORWARD = "decode", "forward pass"  # what tokens_per_second is of
+WINDOWS = ("split", "sequence_length", "document_mask", "tokens", "documents")  # what a loss was measured on
 
 
 def rows(record: RunRecord, results: dict[str, Any]) -> list[dict[str, Any]]:
     """One row per variant whose loss is known: run, name, kind, parameters, bytes (of the weights on disk; reckoned
     from the student's where a candidate or a step was not kept), loss (nats/token) with interval, measured (TEST or
-    ELSEWHERE), kl, agreement, tokens_per_second and speed (what it is of); None where not known."""
+    ELSEWHERE), left_out (why it is ELSEWHERE, where it could be TEST), kl, agreement, tokens_per_second and speed (what
+    it is of); None where not known."""
     found = [_model(record, results, role) for role in MODELS if role in results["models"]]
-    found += [_quantized(record, entry) for entry in results["quantized"].get("variants", [])]
+    reason = other_windows(results)
+    where = {"measured": ELSEWHERE if reason else TEST, "left_out": reason}
+    found += [_quantized(record, entry) | where for entry in results["quantized"].get("variants", [])]
     student = next((row for row in found if row["kind"] == "student"), None)
     per_parameter = student["bytes"] / student["parameters"] if student and student["bytes"] else None
     for row in [*_steps(record, results), *_candidates(record)]:
@@ -28,7 +32,26 @@ def rows(record: RunRecord, results: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _row(record: RunRecord, name: str, kind: str, **known: Any) -> dict[str, Any]:
     empty = dict.fromkeys(("parameters", "bytes", "loss", "interval", "kl", "agreement", "tokens_per_second", "speed"))
-    return {"run": record.name, "name": name, "kind": kind, "measured": TEST} | empty | known
+    return {"run": record.name, "name": name, "kind": kind, "measured": TEST, "left_out": ""} | empty | known
+
+
+def other_windows(results: dict[str, Any]) -> str:
+    """Why the losses of quantized forms say nothing beside those of the evaluated models: the export has measured them
+    on other windows. Empty where it has not, and where nothing was evaluated."""
+    found = results["quantized"]
+    both = [name for name in WINDOWS if found.get(name) is not None and results.get(name) is not None]
+    if not results["models"] or not any(found[name] != results[name] for name in both):
+        return ""
+    different = [name for name in both if found[name] != results[name]]
+    told = [", ".join(f"{name} {_plain(facts[name])}" for name in different) for facts in (found, results)]
+    return (
+        f"export measured them with {told[0]}, evaluate its models with {told[1]}. Run stage=export overwrite=true "
+        "with the evaluate.* settings of the evaluation to compare them"
+    )
+
+
+def _plain(value: Any) -> str:
+    return f"{value:,}" if cells.is_number(value) else str(value).lower()
 
 
 def _model(record: RunRecord, results: dict[str, Any], role: str) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """Quantized variants of a model beside it: size, and quality on the same held-out windows as the stage evaluate's.
 
-quantized.json: {"split", "tokens", "bytes", "documents", "before": {"student" | "teacher": figures}, "variants":
-[figures and {"name", "of", "method", "bits", "group", "library", "directory", "relative_difference", "kl_to_student",
-"differences", "obstacles" (tools.py)} or {"name", "of", "method", "refused": reason}]}; figures: "bytes" (of the
-weights' files), "parameters", "loss" (nats/token), "bits_per_byte", "kl" (KL(teacher || model), nats/token),
-"agreement" (share), the last two null without a teacher, and "intervals"; these and "differences", from the model
-before, as results.json has them.
+quantized.json: {"split", "sequence_length", "document_mask", "tokens", "bytes", "documents", "before": {"student" |
+"teacher": figures}, "variants": [figures and {"name", "of", "method", "bits", "group", "library", "directory",
+"relative_difference", "kl_to_student", "differences", "obstacles" (tools.py)} or {"name", "of", "method", "refused":
+reason}]}; figures: "bytes" (of the weights' files), "parameters", "loss" (nats/token), "bits_per_byte", "kl"
+(KL(teacher || model), nats/token), "agreement" (share), the last two null without a teacher, and "intervals"; these and
+"differences", from the model before, as results.json has them.
 """
 
 import shutil
@@ -73,6 +73,8 @@ def measure(config: Config, student: Path, place: Path) -> dict[str, Any]:
             _say(row, scores.before[of])
     return {
         "split": config.evaluate.split,
+        "sequence_length": config.evaluate.sequence_length,
+        "document_mask": document_mask(config, "evaluate"),
         "tokens": scores.tokens,
         "bytes": round(scores.text_bytes),
         "documents": scores.documents,

@@ -11,6 +11,7 @@ import pytest
 from pipelines.__main__ import main
 from pipelines.report import decide, variants
 from pipelines.report.decide import Limits
+from tests.report.pages import make
 from tests.report.test_page import write_whole_run
 from tests.stages.sample_run import write_sample_run
 
@@ -125,6 +126,30 @@ def test_of_several_runs_the_teacher_counts_once_and_names_have_their_run() -> N
 def test_nothing_to_decide_on() -> None:
     assert "Run stage=evaluate" in decide.decide([], Limits()).why
     assert "only the teacher" in decide.decide(ROWS[:1], Limits()).why
+
+
+def test_forms_that_were_scored_on_other_windows_are_left_out_with_the_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_whole_run(tmp_path / "quickstart")
+    path = run / "export" / "quantized.json"
+    evaluation = json.loads((run / "evaluate" / "results.json").read_text())
+    same = {"split": evaluation["split"], "tokens": evaluation["tokens"]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | same))
+    where = ["stage=decide", f"run.directory={tmp_path}", "format=json"]
+    assert main(where) == 0
+    assert json.loads(capsys.readouterr().out)["recommended"]["name"] == "int8"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokens": 2048}))
+    assert main(where) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["recommended"]["name"] == "student"
+    assert {"int8", "int4"}.isdisjoint(entry["name"] for entry in found["variants"])
+    told = "int8 and int4, since export measured them with tokens 2,048, evaluate its models with tokens "
+    assert told + f"{evaluation['tokens']:,}" in found["why"] and "overwrite=true" in found["why"]
+    document, results, _ = make(tmp_path)
+    assert results["decision"]["recommended"]["name"] == "student"
+    assert document.text.count("Not compared: int8 and int4") and "no measure for them: export" in document.text
+    assert "| form, test split, 2,048 tokens |" in (run / "report" / "MODEL_CARD.md").read_text()
 
 
 def test_the_stage_prints_a_table_or_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
