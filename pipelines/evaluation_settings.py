@@ -8,6 +8,7 @@ from pipelines.choices import DomainKind, Precision, SourceKind
 GENERATED = (CHOICE, CLOZE) = ("corpus_choice", "corpus_cloze")  # sets of questions made from held-out text
 TASK_FILES = (".yaml", ".yml", ".jsonl")
 MODELS = ("teacher", "pruned", "student")
+FEW = 20  # documents, below which the percentiles of a bootstrap lie too close together
 MODEL_FIGURES = (  # of each model in results.json, besides what the parts of evaluate add
     *("loss", "perplexity", "bits_per_byte", "kl", "agreement", "overlap", "calibration_error", "kl_by_entropy"),
     *("by_token_class", "parameters", "non_embedding_parameters", "tokens_per_second"),
@@ -134,3 +135,12 @@ def prompt_files(settings: EvaluateConfig) -> list[str | None]:
     behaviour = settings.behaviour
     prompts = None if behaviour.prompts == SHIPPED else behaviour.prompts
     return [settings.generation.prompts, prompts, behaviour.lexicon, behaviour.refusals]
+
+
+def few_in_words(documents: int) -> str:
+    """What to think of intervals over so few documents; empty where there are enough."""
+    if documents >= FEW:
+        return ""
+    if documents < 2:
+        return f"no intervals: {documents} document{'s' * (documents != 1)}, where it takes two or more"
+    return f"intervals rest on {documents} documents; with fewer than {FEW} they are too narrow"

@@ -15,7 +15,6 @@ FIGURES = ("loss", "bits_per_byte", "kl", "agreement")  # those with an interval
 PAIRS = (("student", "teacher"), ("student", "pruned"))  # whose differences are told
 _OF_CLASS = ("loss", "kl", "agreement")
 GROUPS = 256  # of documents, in results.json
-FEW = 20  # documents, below which the percentiles of a bootstrap lie too close together
 
 
 def figures(found: Quality) -> dict[str, Any]:
@@ -120,15 +119,6 @@ def ratio(columns: Mapping[str, Tensor], figure: str) -> Tensor:
     else:
         found = columns[figure] / columns["tokens"]
     return torch.where(found.isfinite(), found, torch.nan)
-
-
-def few_in_words(documents: int) -> str:
-    """What to think of intervals over so few documents; empty where there are enough."""
-    if documents >= FEW:
-        return ""
-    if documents < 2:
-        return f"no intervals: {documents} document{'s' * (documents != 1)}, where it takes two or more"
-    return f"intervals rest on {documents} documents; with fewer than {FEW} they are too narrow"
 
 
 def document_groups(found: Mapping[str, Quality]) -> dict[str, Any]:

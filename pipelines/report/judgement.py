@@ -54,7 +54,8 @@ def drift(found: list[dict[str, Any]]) -> dict[str, Any] | None:
     rows = []
     for entry in found:
         values = [cells.cell(_short(entry.get(key))) for key in ("before", "now")]
-        change = cells.cell(_short(entry.get("difference"), signed=True), mark=cells.noise(entry))
+        interval = cells.between((entry.get("low"), entry.get("high")), "{:+.2g}")
+        change = cells.cell(_short(entry.get("difference"), signed=True), interval, mark=cells.noise(entry))
         rows.append(cells.row(str(entry["figure"]), [*values, change]))
     return cells.table("This evaluation against the stored baseline", ("baseline", "now", "change"), rows, "Figure")
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipelines.evaluation_settings import few_in_words
 from pipelines.report import cells, charts, decide, efficiency, judgement, quality, tasks, variants
 from pipelines.report.record import MODELS, RunRecord
 from pipelines.report.training import plot, present
@@ -57,46 +58,47 @@ def evaluated(results: dict[str, Any], directory: Path) -> dict[str, Any]:
 
 
 def _quality_plots(models: dict[str, Any], directory: Path) -> list[dict[str, Any]]:
-    return present(
-        plot(
-            quality.reliability(models, directory),
-            "Reliability",
-            "How often a model is right where it is so sure; on the diagonal it is as right as it is sure. "
-            "A dot's area is its share of the tokens.",
-        ),
-        plot(
-            quality.positions(models, "loss", "loss, nats/token", "position_loss", directory),
-            "Loss by position",
-            "What a longer context is worth to each model: further down is better.",
-        ),
-        plot(
-            quality.positions(models, "kl", "KL to the teacher, nats/token", "position_kl", directory),
-            "KL by position",
-            "Whether the student leaves the teacher as the context grows.",
-        ),
+    reliability = plot(
+        quality.reliability(models, directory),
+        "Reliability",
+        "How often a model is right where it is so sure; on the diagonal it is as right as it is sure. "
+        "A dot's area is its share of the tokens.",
     )
+    captions = (
+        "What a longer context is worth to each model: further down is better.",
+        "Whether the student leaves the teacher as the context grows.",
+    )
+    return present(reliability, *_by_position(models, "position", "", captions, directory))
 
 
 def _long_plots(found: dict[str, Any], directory: Path) -> list[dict[str, Any]]:
-    models = quality.longest(found)
-    return present(
-        plot(
-            quality.positions(models, "loss", "loss, nats/token", "long_loss", directory),
-            "Loss by position in the longest sequences",
-            "Where a line turns up, the model has no use for text so far away.",
-        ),
-        plot(
-            quality.positions(models, "kl", "KL to the teacher, nats/token", "long_kl", directory),
-            "KL by position in the longest sequences",
-            "Whether the student leaves the teacher beyond the length that it was trained on.",
-        ),
+    captions = (
+        "Where a line turns up, the model has no use for text so far away.",
+        "Whether the student leaves the teacher beyond the length that it was trained on.",
     )
+    return present(*_by_position(quality.longest(found), "long", " in the longest sequences", captions, directory))
+
+
+def _by_position(
+    models: dict[str, Any], name: str, where: str, captions: tuple[str, str], directory: Path
+) -> list[dict[str, Any] | None]:
+    """Loss and KL by the place in the sequence; None for what was not measured."""
+    figures = (("loss", "Loss", "loss, nats/token"), ("kl", "KL", "KL to the teacher, nats/token"))
+    return [
+        plot(
+            quality.positions(models, figure, label, f"{name}_{figure}", directory),
+            f"{title} by position{where}",
+            caption,
+        )
+        for (figure, title, label), caption in zip(figures, captions, strict=True)
+    ]
 
 
 def _intervals_in_words(results: dict[str, Any]) -> str:
     if not any(model.get("intervals") for model in results["models"].values()):
         return ""
-    return "Small figures are 95% intervals by bootstrap over documents."
+    few = few_in_words(results["documents"]) if isinstance(results["documents"], int) else ""
+    return "Small figures are 95% intervals by bootstrap over documents." + (f" Mind: {few}." if few else "")
 
 
 def _tasks_in_words(found: dict[str, Any]) -> str:

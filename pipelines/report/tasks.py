@@ -120,7 +120,7 @@ def behaviour(found: dict[str, Any]) -> list[dict[str, Any]]:
             shown.append(cells.difference(cells.find(found.get("differences"), **wanted), "{:.1%}"))
             prompts = next((entry["prompts"] for entry in entries.values() if entry.get("prompts")), 0)
             rows.append(cells.row(category, shown, note=f"{prompts} prompts" if prompts else ""))
-        made = cells.table(caption, [*roles, f"student {cells.MINUS} teacher"], rows, caption)
+        made = cells.table(caption, [*roles, f"student {cells.MINUS} teacher"], rows, "Category")
         if made:
             tables.append(made)
     return tables

@@ -38,10 +38,11 @@ import torch
 from pipelines import artifacts, console, files
 from pipelines.config import Config, Layout, UserError, document_mask, layout, without_context
 from pipelines.evaluation import behaviour, domains, drift, efficiency, generation, long_context, sharing, tasks
-from pipelines.evaluation.comparison import compared, document_groups, few_in_words, figures
+from pipelines.evaluation.comparison import compared, document_groups, figures
 from pipelines.evaluation.fitting import fitting
 from pipelines.evaluation.parts import Parts
 from pipelines.evaluation.sharded import Sharded, precision
+from pipelines.evaluation_settings import few_in_words
 from pipelines.model import parallel, quality
 from pipelines.model.windows import (
     Windows,

@@ -15,6 +15,7 @@ from tests.report.test_compare import NAMES, configured, write_runs
 from tests.report.test_page import contrast, write_whole_run
 
 pytestmark = pytest.mark.skipif(installed() is None, reason="no Chromium is installed here")
+DARK = {"name": "prefers-color-scheme", "value": "dark"}
 LOUD = ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled")
 PROPERTY = "getComputedStyle(document.querySelector({!r})).{}"
 
@@ -94,6 +95,26 @@ def test_it_prints_on_pages_that_hold_what_the_screen_shows(browser: Chromium, p
     assert printed.startswith(b"%PDF-")
     counted = len(re.findall(rb"/Type\s*/Page\b", printed))
     assert 5 <= counted <= 40
+
+
+def test_no_table_is_cut_on_paper_and_no_heading_stands_alone(browser: Chromium, pages: dict[str, Path]) -> None:
+    """At the width of a page of US letter within its margins, in dark surroundings."""
+    for name in ("report", "comparison"):
+        browser.window(700)
+        browser.open(pages[name])
+        browser.call("Emulation.setEmulatedMedia", media="print", features=[DARK])
+        outside = "[...document.querySelectorAll('table, figure, .sample')]"
+        outside += ".filter(e => e.getBoundingClientRect().right > window.innerWidth + 1).map(e => e.innerText)"
+        assert browser.evaluate(outside) == []
+        assert browser.evaluate(PROPERTY.format("body", "backgroundColor")) == "rgb(255, 255, 255)"
+        assert browser.evaluate(PROPERTY.format("h1", "color")) == "rgb(17, 17, 17)"
+        for kept in ("h2", "h3", ".intro:not(.small)"):
+            assert browser.evaluate(PROPERTY.format(kept, "breakAfter")) == "avoid"
+        assert browser.evaluate(PROPERTY.format("table", "breakInside")) == "avoid"
+        if name == "report":  # what is folded says so instead of a heading with nothing below it
+            folded = "getComputedStyle(document.querySelector('details:not([open]) > summary'), '::after').content"
+            assert "folded" in browser.evaluate(folded)
+    browser.call("Emulation.setEmulatedMedia", media="")
 
 
 def test_a_browser_without_a_window_answers_what_is_asked(browser: Chromium, pages: dict[str, Path]) -> None:

@@ -105,6 +105,14 @@ def test_the_parts_are_in_results_json_too(whole: Made) -> None:
     assert results["quantized"]["variants"][0]["name"] == "int8"
 
 
+def test_intervals_say_of_how_few_documents_they_are(whole: Made) -> None:
+    """The change since the baseline has its interval; fewer than 20 documents are told below the models' table."""
+    text = words(whole[0])
+    assert whole[1]["documents"] == 14
+    assert "Mind: intervals rest on 14 documents; with fewer than 20 they are too narrow." in text
+    assert "\N{MINUS SIGN}0.051 to +0.011" in text and "are compared by pairs" in text
+
+
 def test_it_can_be_read_without_seeing_it(whole: Made) -> None:
     """Headings without a gap, tables with captions and headers of rows and columns, a label on every drawing."""
     document, _, directory = whole
