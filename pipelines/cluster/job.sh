@@ -8,6 +8,7 @@ next=$state/$part.next         # a job of this stage, and the one that was submi
 found=                         # its progress when the stage was started
 attempt=0                      # starts of the stage in this allocation
 asked=                         # the signal that asked us to stop
+limited=                       # whether the time limit asked us
 late=                          # the signal that was sent to processes that did not stop in time
 insured=                       # the job that was submitted before the stage had ended, to continue a preempted one
 leave_out=                     # nodes that failed their check
@@ -36,9 +37,19 @@ ask() {  # signal: SLURM's warning (USR1), or its wish to end the job (TERM), wh
   fi
   asked=$1
   deadline=$((SECONDS + grace))
+  if [ "$1" = USR1 ]; then limited=$(near_limit); fi
   say "SIG$1: asking stage $stage to save and stop, at most $grace s"
   [ -z "${STILLHOUSE_STOP_FILE:-}" ] || : >"$STILLHOUSE_STOP_FILE"
 }
+near_limit() {  # yes, where the job's time is up but for the warning; SLURM may give that a minute early
+  local job end
+  job=$(scontrol show job "$SLURM_JOB_ID" --oneliner 2>/dev/null)
+  [[ ! "$job" =~ \ PreemptTime=[0-9] ]] || return 0
+  end=$(sed -n 's/.* EndTime=\([0-9][^ ]*\).*/\1/p' <<<"$job")
+  [ -n "$end" ] && end=$(date -d "$end" +%s) || return 0
+  [ $((end - $(date +%s))) -gt $((warning + 90)) ] || echo yes
+}
+
 trap 'ask USR1' USR1
 trap 'ask TERM' TERM
 
@@ -169,11 +180,11 @@ continue_in_new_job() {  # reason
   exit 75
 }
 
-progress() {  # the newest checkpoint or, of a pruning, a number that changes with what it has measured
+progress() {  # the newest checkpoint or, of a stage that keeps what it has measured, a number that changes with that
   local newest directory=${checkpoints%/checkpoints}
   newest=$(ls -1 "$checkpoints" 2>/dev/null | grep '^step-' | sort | tail -n 1)
-  if [ -z "$newest" ] && [ "$stage" = prune ]; then
-    newest=measured-$(cat "$directory"/{search.json,scores.safetensors} "$directory"/candidates/*/checkpoints/step-*/*.json \
+  if [ -z "$newest" ] && [[ "$stage" =~ ^(prune|evaluate)$ ]]; then
+    newest=measured-$(cat "$directory"/{search.json,scores.safetensors,parts/*} "$directory"/candidates/*/checkpoints/step-*/*.json \
       2>/dev/null | cksum | cut -d' ' -f1)
   fi
   printf '%s\n' "$newest"
@@ -188,6 +199,11 @@ count_restart() {  # reason: one restart more, or the end
   count=$((count + 1))
   printf '%s %s\n' "$count" "$newest" >"$counter"
   say "$1: restart $count of at most $restarts, from ${newest:-the beginning}"
+}
+
+time_is_up() {  # ends for good what a whole job was too short for; a start that a failure has cut counts as a restart
+  [ -n "$limited" ] && [ "$attempt" -le 1 ] && [ "$(progress)" = "$found" ] || return 0
+  for_good 1 "the time limit $limit of its job came, and nothing new was saved in it. Raise $limit_setting"
 }
 
 # The nodes
@@ -278,6 +294,7 @@ stopped() {  # as it was asked
   if [ "$(progress)" != "$found" ]; then
     rm -f "$counter"
   elif [ "$(ending)" != preempted ]; then
+    time_is_up
     count_restart "stage $stage has stopped without anything new to save"
   fi
   again "stage $stage has saved and stopped"
@@ -285,12 +302,14 @@ stopped() {  # as it was asked
 
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 say "stage $stage of run $run, job $SLURM_JOB_ID on ${hosts[*]}"
+found=$(progress)
 if [ -e "$running" ]; then count_restart "the last attempt ended without a word, as when a node fails"; fi
 while true; do
   check_nodes
   if [ -n "$asked" ]; then
     rm -f "$running"
     obey "stage $stage was asked to stop before it began"
+    time_is_up
     count_restart "stage $stage was asked to stop before it began"
     again "no time is left"
   fi
@@ -306,6 +325,7 @@ while true; do
     75:*) stopped ;;
     :*)
       obey "stage $stage ended before it had saved"
+      time_is_up
       why=$(ending)
       count_restart "stage $stage ended without a word (exit code $code), as when a process is killed"
       [ -z "$asked$why" ] || again "${why:-the time is up}"

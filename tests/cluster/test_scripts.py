@@ -6,7 +6,8 @@ import os
 import shlex
 import shutil
 import subprocess
-from dataclasses import fields
+import time
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -328,7 +329,13 @@ def local_site() -> ClusterConfig:
 
 
 def run_with_stand_ins(
-    place: Path, state: str, srun: str, stopped: bool = True, afterwards: str = ""
+    place: Path,
+    state: str,
+    srun: str,
+    stopped: bool = True,
+    afterwards: str = "",
+    code: int = 75,
+    preflight: bool = False,
 ) -> tuple[str, list[str]]:
     """(what the script of distil prints, what it asks SLURM), where SLURM refuses to requeue and says this of the job.
 
@@ -348,7 +355,7 @@ def run_with_stand_ins(
         stand_in.write_text(f'#!/bin/bash\necho "{name} $*" >>{place}/asked\n{body}\n')
         stand_in.chmod(0o755)
     (place / "state").write_text(state)
-    cluster = local_site()
+    cluster = replace(local_site(), preflight=preflight)
     home = place / "runs" / "r" / "slurm"
     home.mkdir(parents=True, exist_ok=True)
     job = script.Job("r", "04-distil", "distil", True, of_stage(cluster, "distil"), (), home.parent / "distil", home)
@@ -356,7 +363,7 @@ def run_with_stand_ins(
     slurm = {"SLURM_JOB_ID": "101", "SLURM_JOB_NODELIST": "node[1-2]"}
     environment = os.environ | slurm | {"PATH": f"{place}/bin:{os.environ['PATH']}"}
     done = subprocess.run(["bash", str(job.script)], cwd=place, env=environment, capture_output=True, text=True)
-    assert done.returncode == 75, done.stdout + done.stderr
+    assert done.returncode == code, done.stdout + done.stderr
     asked = (place / "asked").read_text().replace(str(job.script), "SCRIPT").splitlines()
     (place / "asked").unlink()
     return done.stdout, asked
@@ -423,6 +430,31 @@ def test_a_job_whose_shell_alone_is_ended_saves_and_is_not_continued(place: Path
 def test_a_job_that_meets_its_limit_while_it_saves_continues(place: Path) -> None:
     said, asked = run_with_stand_ins(place, TIMEOUT, WARNED)
     assert started(asked) == ["scontrol requeue 101", "sbatch --parsable --dependency=afterany:101 SCRIPT"]
+
+
+NOW = time.strftime("%Y-%m-%dT%H:%M:%S")
+SILENT = "kill -USR1 $PPID; sleep 2; exit 1"  # is warned, and ends without having saved
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_a_stage_that_outlasts_its_limit_without_saving_ends_for_good_and_says_time(place: Path, stopped: bool) -> None:
+    said, asked = run_with_stand_ins(place, f"RUNNING EndTime={NOW}", SILENT, stopped, code=1)
+    last = said.splitlines()[-1]
+    assert "ended for good: the time limit 00:30:00 of its job came, and nothing new was saved in it" in last
+    assert "Raise cluster.stages.distil.time" in last and not started(asked)
+
+
+@pytest.mark.parametrize("state", ["RUNNING EndTime=2999-01-01T00:00:00", f"RUNNING EndTime={NOW} PreemptTime={NOW}"])
+def test_a_stage_that_is_warned_for_another_reason_goes_on_in_another_job(place: Path, state: str) -> None:
+    said, asked = run_with_stand_ins(place, state, SILENT)
+    assert "restart 1 of at most 3" in said and started(asked)
+
+
+def test_a_check_that_a_warning_interrupts_is_told_as_that_and_leaves_no_node_out(place: Path) -> None:
+    srun = "kill -USR1 $(ps -o ppid= -p $PPID); sleep 2; exit 138"  # timeout stands between
+    said, asked = run_with_stand_ins(place, "RUNNING", srun, stopped=False, preflight=True)
+    assert "the check of node node1 was interrupted" in said and "failed its check" not in said
+    assert "was asked to stop before it began" in said and not any("--exclude" in line for line in asked)
 
 
 def test_a_job_that_is_cancelled_while_it_submits_takes_the_new_one_with_it(place: Path) -> None:
