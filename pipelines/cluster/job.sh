@@ -152,7 +152,7 @@ submit_new_job() {  # reason; its id in $new
   excluded=${excluded:+$excluded${leave_out:+,}}$leave_out
   [ -z "$excluded" ] || options+=("--exclude=$excluded")
   new=$(
-    for name in "${!SLURM_@}"; do [[ "$name" =~ ^SLURM_(CONF|JWT)$ ]] || unset "$name"; done
+    for name in "${!SLURM_@}" "${!SBATCH_@}"; do [[ "$name" =~ ^SLURM_(CONF|JWT)$ ]] || unset "$name"; done
     unset STILLHOUSE_STOP_FILE STILLHOUSE_VERDICT
     sbatch "${options[@]}" "$script"
   ) || for_good 1 "$1, and sbatch took no job to continue in"

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from pipelines.config import UserError
 
-# Of sbatch: they would outdo what the scripts say. The other SBATCH_ variables are the user's own.
-OVERRIDING = ("SIGNAL", "REQUEUE", "NO_REQUEUE", "OPEN_MODE", "OUTPUT", "ERROR", "EXPORT", "ARRAY_INX", "JOB_NAME")
+# Of SLURM's variables, what its commands need to find the cluster and to be let in. The others are of the job that
+# this shell may be in, or defaults of sbatch and squeue that outdo what the scripts say, and are left out.
+NEEDED = ("SLURM_CONF", "SLURM_JWT")
+LEFT_OUT = ("SLURM", "SBATCH_", "SQUEUE_", "SCANCEL_", "SALLOC_", "SRUN_", "STILLHOUSE_")
 
 
 @dataclass(frozen=True)
@@ -24,15 +26,17 @@ class Unanswered(UserError):
 
 
 def jobs_of(home: Path) -> list[Queued]:
-    """The user's jobs, waiting or running, whose script lies in a chain's directory; also those that continue them.
+    """The user's jobs, waiting or running, whose script lies in a chain's directory; also those that continue them, and
+    those that were submitted by another name of it.
 
     Raises Unanswered where SLURM gives no answer.
     """
     answer = _ask(["squeue", "--noheader", f"--user={os.getuid()}", "--format=%i|%T|%j|%o"])
-    found = []
+    found, place = [], home.resolve()
     for line in answer.splitlines():
         job, state, name, command = (line.split("|", 3) + [""] * 4)[:4]
-        if command.startswith(f"{home}/"):
+        script = Path(command)
+        if script.is_absolute() and script.parent.name == home.name and script.parent.resolve() == place:
             found.append(Queued(job.strip(), state, name))
     return found
 
@@ -50,11 +54,21 @@ def submit(scripts: Sequence[Path]) -> list[str]:
     for script in scripts:
         try:
             jobs.append(_ask(command(script, jobs[-1] if jobs else None)).strip().partition(";")[0])
-        except Unanswered:
-            if jobs:
-                subprocess.run(["scancel", *jobs], check=False, env=_environment())
-            raise
+        except Unanswered as error:
+            raise Unanswered(f"{error} {_cancelled(jobs)}".rstrip()) from None
     return jobs
+
+
+def _cancelled(jobs: Sequence[str]) -> str:
+    """Cancel what a chain has submitted before it was refused a job, and say so."""
+    if not jobs:
+        return ""
+    ids = " ".join(jobs)
+    try:
+        _ask(["scancel", *jobs])
+    except Unanswered as error:
+        return f"Of its jobs {ids} is in the queue, and was not cancelled ({error}): `scancel {ids}`."
+    return f"What was submitted before it, {ids}, is cancelled: nothing of the chain is in the queue."
 
 
 def _ask(line: list[str]) -> str:
@@ -77,6 +91,5 @@ def _ask(line: list[str]) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """This process's, without what would outdo the scripts or belongs to another job of ours."""
-    dropped = {f"SBATCH_{name}" for name in OVERRIDING}
-    return {k: v for k, v in os.environ.items() if k not in dropped and not k.startswith("STILLHOUSE_")}
+    """This process's, without what would outdo the scripts or belongs to a job that it is in itself."""
+    return {k: v for k, v in os.environ.items() if k in NEEDED or not k.startswith(LEFT_OUT)}

@@ -156,9 +156,9 @@ def enroot_name(image: str) -> str:
 
 def _environment(cluster: ClusterConfig) -> list[str]:
     lines = [f"export {v.name}={shlex.quote(v.value)}  # {v.why}" for v in cluster.environment]
-    if cluster.image is None:  # an image has the code, and the working directory before it
-        lines.append(f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}")
-    return lines
+    if cluster.image is not None:  # it has the code, and the working directory before it: nothing of this machine
+        return ["unset PYTHONPATH", *lines]
+    return [*lines, f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}"]
 
 
 def _array(name: str, values: Sequence[str], one_per_line: bool = False) -> str:

@@ -296,7 +296,8 @@ def test_where_slurm_refuses_a_job_those_before_it_are_cancelled(
     refuse = 'case "$*" in *03-prune*) echo "invalid account" >&2; exit 1 ;; *) wc -l <calls ;; esac'
     pretend(place, monkeypatch, squeue="exit 0", sbatch=refuse, scancel="exit 0")
     assert main(LOCAL) == 2
-    assert "invalid account" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "invalid account" in said and "submitted before it, 2 3, is cancelled: nothing of the chain is" in said
     assert (place / "calls").read_text().splitlines()[-1] == "scancel 2 3"
     assert not (place / "runs" / "quickstart" / "slurm" / "chain.json").exists()
 
@@ -306,6 +307,36 @@ def test_jobs_of_a_run_are_known_by_their_scripts(place: Path, monkeypatch: pyte
     lines = [f"7|RUNNING|a-teacher|{home}/02-teacher.sh", f"8|PENDING|b|{place}/runs/b/slurm/1.sh", "9|PENDING|x|"]
     pretend(place, monkeypatch, squeue="\n".join(f"echo {shlex.quote(line)}" for line in lines))
     assert queue.jobs_of(home) == [queue.Queued("7", "RUNNING", "a-teacher")]
+    home.mkdir(parents=True)
+    (place / "link").symlink_to(place / "runs")
+    assert queue.jobs_of(place / "link" / "a" / "slurm") == [queue.Queued("7", "RUNNING", "a-teacher")]
+
+
+def test_slurm_is_asked_without_the_variables_of_a_job_and_of_the_users_own_defaults(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_NNODES", "SLURMD_NODENAME", "SBATCH_WAIT", "SBATCH_TIMELIMIT", "SQUEUE_STATES"):
+        monkeypatch.setenv(name, "1")
+    for name in ("SLURM_CONF", "SLURM_JWT", "NCCL_DEBUG"):
+        monkeypatch.setenv(name, "kept")
+    pretend(place, monkeypatch, sbatch="env >env; echo 1")
+    assert queue.submit([place / "01-corpus.sh"]) == ["1"]
+    found = dict(line.split("=", 1) for line in (place / "env").read_text().splitlines() if "=" in line)
+    assert {name for name in found if name.startswith(("SLURM", "SBATCH", "SQUEUE"))} == {"SLURM_CONF", "SLURM_JWT"}
+    assert found["NCCL_DEBUG"] == "kept"
+
+
+def test_a_container_gets_no_path_of_this_machines_python(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    cluster = replace(local_site(), image="stillhouse")
+    job = script.Job("r", "04-distil", "distil", True, of_stage(cluster, "distil"), (), place, place)
+    shell = header(script.render(job, cluster, place)) + 'echo "<${PYTHONPATH:-none}>"'
+    done = subprocess.run(["bash", "-c", shell], cwd=place, capture_output=True, text=True)
+    assert done.stdout == "<none>\n"
+    done = subprocess.run(
+        ["bash", "-c", shell.replace("unset PYTHONPATH", "")], cwd=place, capture_output=True, text=True
+    )
+    assert done.stdout == "</elsewhere>\n", "without it this shell's would have been"
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")

@@ -251,6 +251,8 @@ def test_processes_run_in_the_container_as_pyxis_takes_it(begun: Run, cluster: S
     begun.environment |= {"REAL_SRUN": str(slurm.find("srun"))}
     mounts = f"cluster.mounts=[{begun.place},'/usr/share:/data:ro']"
     settings = [f"cluster.image={image}", mounts, f"cluster.python={sys.executable}"]
+    played = f"{ROOT}:{begun.place}"
+    settings.append(f"cluster.environment=[{{name: PYTHONPATH, value: '{played}', why: stages that are played}}]")
     jobs = begun.submit(*settings, "stage=teacher")
     assert cluster.end(jobs["teacher"]) == "COMPLETED", begun.logs()
     assert (begun.place / "noted").read_text().splitlines() == [
