@@ -36,6 +36,7 @@ REDUCED_BYTES = {"cuda": 2**28, "cpu": 2**22}
 WRITTEN_BYTES = 2**24  # into the run's directory: enough to meet a quota that no tool tells of
 SKEW = 60.0  # seconds; a lock counts as left behind after five minutes by the file server's clock (lock.py)
 PATIENCE = 120.0  # seconds for the all-reduce, with eight imports of torch from a slow disk
+FOR_CUDA = "Use a torch that is built for CUDA: another interpreter (cluster.python), or an image (cluster.image)."
 LEAST_DRIVER = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}  # by CUDA's major release, from its release notes
 
 
@@ -78,6 +79,9 @@ def gpus(node: Node) -> Check:
     named = "none" if not count else f"{count} GPUs"
     if isinstance(present, nvidia_smi.Report) and count:
         named = f"{count} x {', '.join(dict.fromkeys(gpu.name for gpu in present.gpus))}"
+    if node.gpus and torch_cuda() is None:
+        found = "a torch without CUDA" if importlib.util.find_spec("torch") else f"no torch for {sys.executable}"
+        return Check("GPUs", False, found, f"{expected}, and a torch for them", FOR_CUDA)
     if node.gpus is None or count >= node.gpus:
         return Check("GPUs", True, named, expected)
     if isinstance(present, nvidia_smi.Report) and len(present.gpus) >= node.gpus > count:

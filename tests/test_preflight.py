@@ -129,9 +129,12 @@ def test_a_torch_that_cannot_use_the_gpus_is_told_apart(
     tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     smi(path, xml())
-    with_gpus(monkeypatch, 0, None)
-    found = preflight.gpus(node(tmp_path))
-    assert not found.good and found.found == "0 usable of 8" and "built for CUDA" in found.remedy
+    for count in (0, 8):  # a build whose version does not say that it is one for CPUs counts the GPUs all the same
+        with_gpus(monkeypatch, count, None)
+        found = preflight.gpus(node(tmp_path))
+        assert not found.good and found.found == "a torch without CUDA" and "built for CUDA" in found.remedy
+    with_gpus(monkeypatch, 0)
+    assert preflight.gpus(node(tmp_path)).found == "0 usable of 8"
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,10 @@ def dispatch(arguments: list[str]) -> None:
         chain.home.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"run.directory: expected a place to write, found: {error}.") from None
+    if chain.unfit and not dry:
+        raise UserError(chain.unfit)
+    if chain.unfit:
+        print(f"warning: this will not be submitted: {chain.unfit}", file=sys.stderr)
     lock = Lock(chain.home / "lock", console.say)
     try:
         try:

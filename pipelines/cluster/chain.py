@@ -1,12 +1,14 @@
 """A run as a chain of jobs: which of its stages are left to do, and with what settings each. Imports no torch."""
 
 import re
+import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from pipelines import artifacts, gates
+from pipelines import artifacts, gates, preflight
 from pipelines.__main__ import not_needed, stage_names
+from pipelines.choices import Device
 from pipelines.cluster.script import Job, render
 from pipelines.compose import compose, to_yaml
 from pipelines.config import Config, UserError
@@ -49,6 +51,7 @@ class Chain:
         ]
         self.largest = max((self._processes(name) for name in names if STAGES[name].takes_all_nodes), default=1)
         self.warnings = self._validate(names)
+        self.unfit = self._unfit(submitted, names)
         self.jobs: list[Job] = []
         self.configs: list[Config] = []
         self.left_out: list[str] = []
@@ -82,6 +85,19 @@ class Chain:
             with checked_for(nodes):
                 found |= dict.fromkeys(validate(compose(self._overrides(Part(first))), alike))
         return list(found)
+
+    def _unfit(self, config: Config, names: list[str]) -> str:
+        """Why the jobs could not use the GPUs that they ask for, where this machine's Python is theirs; else empty."""
+        own = self.cluster.image is None and self.cluster.python in (None, sys.executable)
+        if not own or config.parallel.device is Device.cpu or preflight.torch_cuda() is not None:
+            return ""
+        asking = [name for name in names if STAGES[name].takes_all_nodes and self._nodes(name).gpus]
+        if not asking:
+            return ""
+        return (
+            f"cluster.gpus_per_node: expected 0, or a torch that is built for CUDA, for {', '.join(asking)}; found "
+            f"none for {sys.executable}. {preflight.FOR_CUDA}"
+        )
 
     def _add(self, number: int, part: Part) -> None:
         overrides = self._overrides(part)

@@ -6,13 +6,14 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
-from pipelines import gates
+from pipelines import gates, preflight
 from pipelines.artifacts import begin
 from pipelines.cluster import queue, script
 from pipelines.cluster.__main__ import main
@@ -300,6 +301,26 @@ def test_where_slurm_refuses_a_job_those_before_it_are_cancelled(
     assert "invalid account" in said and "submitted before it, 2 3, is cancelled: nothing of the chain is" in said
     assert (place / "calls").read_text().splitlines()[-1] == "scancel 2 3"
     assert not (place / "runs" / "quickstart" / "slurm" / "chain.json").exists()
+
+
+def test_a_cpu_build_of_torch_is_not_submitted_to_nodes_whose_gpus_are_asked_for(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["cluster=local", "cluster.gpus_per_node=2", "stage=verify"]
+    pretend(place, monkeypatch, squeue="exit 0", sbatch="echo 7")
+    monkeypatch.setattr(preflight, "torch_cuda", lambda: None)
+    assert main(asked) == 2
+    expected = f"a torch that is built for CUDA, for verify; found none for {sys.executable}"
+    assert expected in capsys.readouterr().err and not (place / "calls").exists()
+    assert main(["--dry-run", *asked]) == 0
+    assert (
+        f"warning: this will not be submitted: cluster.gpus_per_node: expected 0, or {expected}"
+        in capsys.readouterr().err
+    )
+    for other in ("cluster.python=/usr/bin/python3", "parallel.device=cpu", "cluster.gpus_per_node=0"):
+        assert not Chain([*asked, other]).unfit
+    monkeypatch.setattr(preflight, "torch_cuda", lambda: (13, 0))
+    assert main(asked) == 0
 
 
 def test_jobs_of_a_run_are_known_by_their_scripts(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
