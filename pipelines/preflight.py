@@ -9,6 +9,7 @@ import argparse
 import functools
 import importlib.util
 import json
+import math
 import os
 import re
 import resource
@@ -284,13 +285,27 @@ def _size(size: float) -> str:
     return f"{size / GIB:,.1f} GiB" if size >= GIB else f"{size / 2**20:,.0f} MiB"
 
 
+def _not_negative(kind: Callable[[str], float]) -> Callable[[str], float]:
+    """Of a number on the command line."""
+
+    def number(text: str) -> float:
+        if not 0 <= (value := kind(text)) < math.inf:
+            raise argparse.ArgumentTypeError(f"expected 0 or more, found {text}")
+        return value
+
+    number.__name__ = kind.__name__  # in argparse's own message for what is no number
+    return number
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 0, or UNFIT."""
+    """The exit code: 0, UNFIT, or 2 for arguments that say nothing sensible."""
     parser = argparse.ArgumentParser(prog="python -m pipelines.preflight", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
-    parser.add_argument("--gpus", type=int, help="GPUs that the node must have; left out: those that it has")
+    parser.add_argument(
+        "--gpus", type=_not_negative(int), help="GPUs that the node must have; left out: those that it has"
+    )
     parser.add_argument("--directory", type=Path, default=Path("runs"), help="where the run is written (runs)")
-    parser.add_argument("--free-gib", type=float, default=10.0, help="GiB that must be free there (10)")
+    parser.add_argument("--free-gib", type=_not_negative(float), default=10.0, help="GiB that must be free there (10)")
     given = parser.parse_args(arguments)
     node = Node(given.gpus, given.directory, int(given.free_gib * GIB))
     started = time.monotonic()

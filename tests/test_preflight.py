@@ -280,3 +280,13 @@ def test_lines_of_nccl_on_the_standard_output_do_not_spoil_the_answer(
 def test_a_process_that_ends_is_told_before_the_time_is_up(tmp_path: Path) -> None:
     found = preflight.exchanged("cpu", 2, tmp_path, ["nothing"], [4096], 60.0)
     assert isinstance(found, str) and found.startswith("process ")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--gpus", "-1"], ["--free-gib", "-5"], ["--free-gib", "nan"], ["--gpus", "two"]]
+)
+def test_numbers_that_no_node_has_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        preflight.main(arguments)
+    told = capsys.readouterr().err
+    assert f"argument {arguments[0]}: " in told and arguments[1] in told
