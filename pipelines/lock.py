@@ -39,7 +39,8 @@ class Lock:
                 if is_alive(holder, path):
                     raise UserError(
                         f"{path.parent}: expected no other writer, found process {holder['pid']} on {holder['host']} "
-                        f"at work there. Wait for it, end it, or use another run.name."
+                        f"at work there. Wait for it, end it on {holder['host']} (kill {holder['pid']}; kill -USR1 "
+                        "lets a training save first), or use another run.name."
                     )
                 say(f"{path.parent}: taking over from process {holder['pid']} on {holder['host']}, which is gone")
             temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -265,7 +265,7 @@ time.sleep(60)
     other = run_python(code, config.run.directory)
     try:
         assert other.stdout.readline() == "locked\n", other.stderr.read()
-        with pytest.raises(UserError, match=f"no other writer, found process {other.pid}"):
+        with pytest.raises(UserError, match=f"no other writer, found process {other.pid} on .*kill {other.pid};"):
             artifacts.begin(config, "corpus", print)
     finally:
         other.send_signal(signal.SIGKILL)

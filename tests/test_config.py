@@ -16,6 +16,7 @@ from pipelines.compose import compose, conf_directory, known_keys
 from pipelines.config import Config, ParallelConfig, UserError, layout
 from pipelines.evaluation_settings import GateConfig
 from pipelines.prune_settings import OfLayerConfig
+from pipelines.site_settings import AcceptPart
 from pipelines.validation import numbers, validate
 from pipelines.validation.layouts import check_processes
 from pipelines.vocabulary import tokenizer_size
@@ -519,3 +520,40 @@ def test_quantizing_asks_for_its_library_before_anything_starts(monkeypatch: pyt
     ):
         validate(compose(["export.quantize=[int8]", "teacher=pretrain"]), ["export"])
     validate(compose(["export.quantize=[int8]"]), ["plan"])
+
+
+def test_a_source_is_given_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text('{"text": "some"}\n')
+    for twice in (
+        f"{{path: a.jsonl}}, {{path: b.jsonl}}, {{path: {tmp_path}/a.jsonl, weight: 2}}",
+        *["{kind: standard_library}, {path: a.jsonl}, {kind: standard_library}"],
+    ):
+        with pytest.raises(
+            UserError, match=r"data.sources\[2\]: expected each source once, found .* again, as data.sources\[0\]"
+        ):
+            validate(compose([*BASE, f"data.sources=[{twice}]"]), ["corpus"])
+    validate(
+        compose([*BASE, "data.sources=[{path: a.jsonl}, {path: b.jsonl}, {path: a.jsonl, text_key: summary}]"]),
+        ["corpus"],
+    )
+
+
+def test_a_missing_model_names_the_stage_that_gets_it() -> None:
+    taken = ["experiment=quickstart", "teacher=take"]
+    for given, name in (("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B"), ("/nowhere/at/all", "owner/model")):
+        with pytest.raises(UserError, match="model.path: expected an existing directory") as caught:
+            validate(compose([*taken, f"model.path={given}"]), ["distil"])
+        assert f"stage=fetch fetch.models=[{name}]" in str(caught.value)
+
+
+def test_an_acceptance_that_a_cpu_cannot_end_is_refused_with_its_cost() -> None:
+    large = compose(["experiment=llama31_8b_to_4b_tutorial", "parallel.device=cpu", "parallel.processes=8"])
+    with pytest.raises(
+        UserError, match=r"accept.parts: .*found \d.\de\+15 FLOPs and \d+ GB for 52 steps of 8,030,261,248"
+    ):
+        validate(large, ["accept"])
+    large.accept.parts = [AcceptPart.node, AcceptPart.verify]
+    validate(large, ["accept"])
+    validate(compose(["parallel.device=cpu", "accept.steps=3", "accept.sequence_length=64"]), ["accept"])

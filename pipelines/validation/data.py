@@ -40,7 +40,20 @@ def check_sources(config: Config, stages: Collection[str]) -> None:
     expect(bool(data.sources), "data.sources", "one or more sources", "none", remedy)
     for number, source in enumerate(data.sources):
         _check_source(f"data.sources[{number}]", source)
+    _check_once(data.sources)
     _check_parts(config, stages)
+
+
+def _check_once(sources: Sequence[SourceConfig]) -> None:
+    """No text twice: it would be in the corpus twice, and on two sides of the split."""
+    seen: dict[tuple[str, str], int] = {}
+    for number, source in enumerate(sources):
+        same = (str(Path(source.path).resolve()), source.text_key) if source.path else (source.kind.value, "")
+        setting = f"data.sources[{number}]"
+        if same in seen:
+            remedy = "Leave one out; weight=2 draws it twice as often."
+            expect(False, setting, "each source once", f"{same[0]} again, as data.sources[{seen[same]}]", remedy)
+        seen[same] = number
 
 
 def _check_parts(config: Config, stages: Collection[str]) -> None:

@@ -88,7 +88,11 @@ def check_kept(config: Config, stages: Collection[str]) -> None:
 
 def _expect_directory(setting: str, given: str) -> None:
     path = Path(given)
-    remote = "" if path.parent.exists() else " Download a model of the Hub first: names of the Hub are not looked up."
+    remote = ""
+    if setting in ("model.path", "student.path"):
+        known = re.fullmatch(r"[\w.-]+/[\w.-]+", given) and not path.parent.exists()
+        name = given if known else "owner/model"
+        remote = f" stage=fetch fetch.models=[{name}] gets one from the Hub, where there is network."
     expect(path.exists(), setting, "an existing directory", given, f"Check its spelling.{remote}")
     expect(path.is_dir(), setting, "an existing directory", f"the file {given}", "Give the directory that it is in.")
 
