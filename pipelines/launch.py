@@ -29,6 +29,8 @@ from pipelines.files import disk_error
 from pipelines.stages import STAGES
 from pipelines.stopping import EXCHANGE, EXIT_STOPPED, Stopped
 
+# nvidia-resiliency-ext asks for pynvml beside nvidia-ml-py, which has the same module: torch warns in each process.
+QUIET = "ignore:The pynvml package is deprecated:FutureWarning"
 ENDED = 130  # the exit code after Ctrl-C or SIGTERM
 PATIENCE = 45.0  # seconds that a child gets to end by itself; torchrun gives its ranks 30 before it kills them
 
@@ -95,7 +97,7 @@ def command(stage: str, count: int, overrides: list[str]) -> list[str]:
 
 def environment(count: int, exchange: Path) -> dict[str, str]:
     threads = max(1, (os.cpu_count() or 1) // count)
-    defaults = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    defaults = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": QUIET}
     return {**defaults, **os.environ, EXCHANGE: str(exchange), processes.STARTED: str(time.time())}
 
 

@@ -1,6 +1,8 @@
 """What the ranks of one stage leave each other."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,3 +44,11 @@ def test_a_word_of_an_earlier_start_on_several_nodes_is_not_heard(
     (first, again), (second, later) = places
     assert first == again and second == later and first != second
     assert not first.exists() and second.exists(), "the words of earlier starts go"
+
+
+def test_a_stage_is_spared_what_a_dependency_warns_of_in_each_process(tmp_path: Path) -> None:
+    code = "import warnings; warnings.warn('The pynvml package is deprecated. Please', FutureWarning)"
+    code += "; warnings.warn('another is deprecated', FutureWarning)"
+    environment = launch.environment(1, tmp_path)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "pynvml" not in done.stderr.replace(code, "") and "another" in done.stderr
