@@ -4,6 +4,7 @@ import difflib
 import functools
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -177,7 +178,7 @@ def explain(error: Exception, overrides: list[str]) -> str:
     if match := re.search(r"Key '([^']+)' (?:is )?not in '(\w+)'", text):
         key, kind = _full_key(text) or match.group(1), match.group(2)
         written = next((o.split("=", 1)[0] for o in overrides if o.startswith(f"{key}.")), key)
-        return _unknown(written, kind)
+        return _unknown(written, kind, overrides)
     if overridden:
         return _unknown(overridden.group(1))
     if match := re.search(r"[Ii]nterpolation key '([^']+)'|Environment variable '([^']+)'", text):
@@ -262,11 +263,28 @@ def _full_key(text: str) -> str:
     return match.group(1) if match else ""
 
 
-def _unknown(key: str, kind: str = "") -> str:
+def _entry(key: str, kind: Any, overrides: Sequence[str]) -> str:
+    """The path of a name in an entry of a list of settings, "gates[0].blow"; without the number where no override on
+    the command line has it."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    homes = [name for name in known_keys() if _kind_of(name) == list[kind]]
+    for override in overrides:
+        home = override.lstrip("+~").partition("=")[0]
+        if home in homes:
+            entries = OverridesParser.create().parse_override(override).value()
+            for place, entry in enumerate(entries if isinstance(entries, list) else []):
+                if isinstance(entry, dict) and key in map(str, entry):
+                    return f"{home}[{place}].{key}"
+    return f"{homes[0]}[].{key}" if len(homes) == 1 else key
+
+
+def _unknown(key: str, kind: str = "", overrides: Sequence[str] = ()) -> str:
     names = known_keys() + [group for group in GROUPS if group not in known_keys()]
     homes = (configuration, prune_settings, cluster_settings, evaluation_settings)
     inner = next((found for home in homes if (found := getattr(home, kind, None)) is not None), None)
-    if inner is not None and inner is not Config and "." not in key:  # an entry of a list has no path of its own
+    inner = None if inner is Config or "." in key else inner  # an entry of a list has no path of its own
+    if inner is not None:
         siblings = [entry.name for entry in fields(inner)]
     else:
         parent = key.rpartition(".")[0]
@@ -275,6 +293,8 @@ def _unknown(key: str, kind: str = "") -> str:
     same_leaf = [n for n in names if n.rpartition(".")[2] == key.rpartition(".")[2]]
     close = difflib.get_close_matches(key, siblings, n=3, cutoff=0.75) or same_leaf
     remedy = f"Did you mean {' or '.join(close)}?" if close else f"Expected one of {', '.join(siblings)}."
+    if inner is not None:
+        key = _entry(key, inner, overrides)
     return f"{key}: there is no such setting. {remedy}"
 
 

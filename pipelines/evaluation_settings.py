@@ -13,6 +13,8 @@ MODEL_FIGURES = (  # of each model in results.json, besides what the parts of ev
     *("loss", "perplexity", "bits_per_byte", "kl", "agreement", "overlap", "calibration_error", "kl_by_entropy"),
     *("by_token_class", "parameters", "non_embedding_parameters", "tokens_per_second"),
 )
+TOKEN_CLASSES = ("word_start", "word_inside", "number", "punctuation", "white_space", "other")  # text/token_classes.py
+PARTS = ("domains", "long_context", "tasks", "efficiency", "generation", "behaviour")  # that add figures of models
 
 
 @dataclass

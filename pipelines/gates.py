@@ -18,6 +18,7 @@ from pipelines.files import read_object, write_json
 
 FILE = "gates.json"
 EXPORT = "export"
+FORMS = "quantized"  # of export's figures: those of quantized.json by the forms' names
 NOT_FIGURES = (FILE, "manifest.json")  # of what lies in export's directory
 SHOWN = 8  # names told where a figure is not there
 
@@ -40,12 +41,22 @@ def check(config: Config, stage: str) -> None:
     write_json(path, judged)
     for gate in judged:
         console.say(f"{stage}  gate {'passed' if gate['passed'] else 'FAILED'}: {gate['why']}")
-    failed = [gate["why"] for gate in judged if not gate["passed"]]
+    failed = [gate for gate in judged if not gate["passed"]]
     if failed:
-        raise UserError(
-            f"{stage}: {len(failed)} of {len(judged)} gates failed: {'; '.join(failed)}. What was measured is kept in "
-            f"{directory}, and stage=report shows it. Train longer or change the student, or set gates."
+        told = "; ".join(in_short(gate) for gate in failed)
+        unknown = all(gate["value"] is None for gate in failed)
+        remedy = (
+            "Measure what they name, or set gates" if unknown else "Train longer or change the student, or set gates"
         )
+        raise UserError(
+            f"{stage}: {len(failed)} of {len(judged)} gates failed: {told}. What was measured is kept in {directory}, "
+            f"and stage=report shows it. {remedy}."
+        )
+
+
+def in_short(gate: dict[str, Any]) -> str:
+    """Why a gate that `judge` has judged failed, without the reason of a gap, which stands in "why"."""
+    return gate["why"] if gate["value"] is not None else f"{gate['figure']} was not measured"
 
 
 def read(directory: Path) -> list[dict[str, Any]]:
@@ -59,7 +70,8 @@ def measured(directory: Path, stage: str) -> dict[str, Any]:
     if stage != EXPORT:
         return read_object(directory / "results.json", "Run stage=evaluate again.")
     others = {path.stem: read_object(path) for path in sorted(directory.glob("*.json")) if path.name not in NOT_FIGURES}
-    return others | artifacts.read_manifest(directory).get("figures", {})
+    forms = others.get(FORMS, {}).get("variants", [])
+    return artifacts.read_manifest(directory).get("figures", {}) | others | {FORMS: {row["name"]: row for row in forms}}
 
 
 def judge(gates: list[GateConfig], results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -138,7 +150,7 @@ def _unknown(node: Any, name: str, figure: str) -> str:
     known = [key for key, value in node.items() if not isinstance(value, str)] if isinstance(node, dict) else []
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     shown = ", ".join(known[:SHOWN]) + (", ..." if len(known) > SHOWN else "")
-    hint = f"Did you mean {close[0]}?" if close else f"There are {shown}." if known else "There is nothing below it."
+    hint = f"Did you mean {close[0]}?" if close else f"There are {shown}" if known else "There is nothing below it"
     return f"there is no {name} in {figure}. {hint}"
 
 

@@ -53,7 +53,7 @@ def test_a_figure_is_found_and_held_to_its_bound(gate: GateConfig, value: float,
         ("student.domains.news.loss", None, "not measured: news.txt is empty"),
         ("student.tasks.mmlu", None, "not measured: student: out of memory"),
         ("student.tasks.arc_esay", None, "Did you mean arc_easy?"),
-        ("student.domains.law.kl", None, "There are loss."),
+        ("student.domains.law.kl", None, "There are loss"),
         ("student.generation.diversity", None, "there is no generation in student.generation.diversity"),
         ("student.kl", "teacher", "the teacher's is 0"),
         ("teacher.perplexity", None, "was not measured"),
@@ -67,8 +67,10 @@ def test_a_gap_is_a_gate_that_failed(figure: str, of: str | None, reason: str) -
 
 
 def test_figures_of_export_are_of_its_own_files(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text(json.dumps({"figures": {"relative_difference": 1e-6}}))
-    (tmp_path / "quantized.json").write_text(json.dumps({"int8": {"loss": 2.2}}))
+    (tmp_path / "manifest.json").write_text(
+        json.dumps({"figures": {"relative_difference": 1e-6, "quantized": ["int8"]}})
+    )
+    (tmp_path / "quantized.json").write_text(json.dumps({"variants": [{"name": "int8", "loss": 2.2}]}))
     found = gates.measured(tmp_path, "export")
     names = ("export.relative_difference", "export.quantized.int8.loss")
     assert [gates.find(found, name) for name in names] == [1e-6, 2.2]
@@ -77,8 +79,24 @@ def test_figures_of_export_are_of_its_own_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("gate", "message"),
     [
-        ("{figure: student.kl}", "expected one of above and below, found neither"),
-        ("{figure: student.kl, above: 0, below: 1}", "found above and below. Write a gate for each"),
+        ("{figure: student.kl}", "expected one of above and below, found neither. Write {figure: student.kl, below"),
+        ("{figure: student.kl, above: 0, below: 1}", "found above and below. Write a gate for each. Write {"),
+        ("{figure: export.relativ_difference, below: 1}", "Did you mean relative_difference?"),
+        ("{figure: export.quantized.int8.loss, below: 1}", "one of export.quantize, of which there are none"),
+        ("{figure: student.tasks.q, above: 0}", "one of evaluate.tasks.names, corpus_choice"),
+        ("{figure: student.tasks.corpus_chioce, above: 0}", "Did you mean corpus_choice?"),
+        ("{figure: student.kl, of: teacher, below: 1}", "whose divergence from itself is 0, found teacher"),
+        ("{figure: student.domains.prose.kl, of: teacher, below: 1}", "whose divergence from itself is 0"),
+        ("{figure: student.by_token_class, above: 0}", "expected student.by_token_class.NAME"),
+        ("{figure: student.by_token_class.wrd_start.kl, above: 0}", "Did you mean word_start?"),
+        (
+            "{figure: student.loss.x, above: 0}",
+            "expected student.loss, which is a number, found 'student.loss.x'. Leave",
+        ),
+        ("{figure: student.micro_batch_size, above: 0}", "expected a figure of student, found"),
+        ("{figure: student.split, above: 0}", "expected a figure of student, found"),
+        ("{figure: student.kl, blow: 1}", "gates[0].blow: there is no such setting. Did you mean below?"),
+        ("{figure: student.kl, below: nan}", "expected a number, found nan. Give a finite number"),
         ("{figure: studnet.kl, below: 1}", "Did you mean student?"),
         ("{figure: student.lss, below: 1}", "Did you mean loss?"),
         ("{figure: student.domains.prsoe.loss, below: 1}", "Did you mean prose?"),
@@ -96,6 +114,25 @@ def test_a_gate_that_cannot_be_is_refused_at_once(gate: str, message: str) -> No
     with pytest.raises(UserError) as error:
         validate(compose(["experiment=quickstart", f"gates=[{gate}]"]), ["plan"])
     assert message in str(error.value) and ("gates" in str(error.value) or "figur" in str(error.value))
+
+
+def test_a_gate_on_a_part_that_is_not_asked_for_is_refused() -> None:
+    gate = "gates=[{figure: student.generation.diversity.distinct_1, above: 0}]"
+    validate(compose(["experiment=quickstart", gate]), ["plan"])
+    with pytest.raises(UserError, match=r"expected evaluate\.generation\.count, which measures it"):
+        validate(compose(["experiment=quickstart", gate, "evaluate.generation.count=0"]), ["plan"])
+
+
+def test_the_last_line_is_short_where_a_figure_was_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gates.artifacts, "stage_directory", lambda config, stage: tmp_path)
+    (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+    config = compose(["gates=[{figure: student.tasks.mmlu, above: 0.6}]"])
+    with pytest.raises(UserError) as error:
+        gates.check(config, "evaluate")
+    assert "failed: student.tasks.mmlu was not measured. What" in str(error.value)
+    assert "Train longer" not in str(error.value) and "out of memory" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy
 
+from pipelines.evaluation_settings import TOKEN_CLASSES
 from pipelines.text import tokenizer
 
-CLASSES = ("word_start", "word_inside", "number", "punctuation", "white_space", "other")
+CLASSES = TOKEN_CLASSES
 WORD_START, WORD_INSIDE, NUMBER, PUNCTUATION, WHITE_SPACE, OTHER = range(len(CLASSES))
 NO_CLASS = len(CLASSES)
 

@@ -25,6 +25,8 @@ class Range:
         """The side of the range that a value misses; both where it has an upper end of its own."""
         if self.high == MANY:
             return f"less than {MANY:,}" if MANY <= value < math.inf else f"{self.low:g} or more"
+        if self.low == -math.inf:
+            return "a number"
         if self.high < math.inf:
             start = f"above {self.low:g} and" if self.above else f"from {self.low:,g} to"
             return f"a number {start} {'at most' if self.whole else 'below'} {self.high:,.0f}"

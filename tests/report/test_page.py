@@ -172,11 +172,11 @@ def test_gates_in_words() -> None:
     assert judgement.gates_in_words([one]) == "Its gate passed."
     assert judgement.gates_in_words([one, one]) == "All 2 gates passed."
     assert judgement.gates_in_words([missing]) == (
-        "None of 1 gates passed. Failed: student.tasks.mmlu above 0.9: not measured: no harness."
+        "None of 1 gates passed. Failed: student.tasks.mmlu was not measured."
     )
     rows = judgement.gates([one, missing])
     assert rows and [row["failed"] for row in rows["rows"]] == [False, True]
-    assert rows["rows"][1]["cells"][2]["text"] == "above 0.9"
+    assert rows["rows"][1]["cells"][2]["text"] == "above 0.9" and "no harness" in rows["rows"][1]["note"]
 
 
 def test_a_column_with_nothing_in_it_is_left_out() -> None:
