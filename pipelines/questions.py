@@ -4,6 +4,7 @@ One JSON object per line, of any of these forms; all lines of a file need not be
 
     processed      query, choices, gold                       what lm-eval's own process_docs give
     ARC            question, choices {text, label}, answerKey
+    MMLU           question, choices (a list), answer (the place of the right one from 0, or its letter)
     HellaSwag      ctx, or activity_label, ctx_a, ctx_b; endings, label
     PIQA           goal, sol1, sol2, label
     Winogrande     sentence with a _, option1, option2, answer 1 or 2
@@ -11,7 +12,7 @@ One JSON object per line, of any of these forms; all lines of a file need not be
                                                               with its few-shot examples
 
 The texts are those of lm-eval's tasks of these names without examples: arc_easy, arc_challenge, hellaswag, piqa,
-winogrande.
+winogrande, and of mmlu, which shows the choices by letters and asks for the letter, without the line on its subject.
 """
 
 import json
@@ -141,9 +142,11 @@ def _question(path: Path, number: int, line: str) -> Question:
         raise UserError(f"{where}: expected JSON, found an error: {error}. Correct the line or remove it.") from None
     forms = [(names, read) for names, read in _FORMS if isinstance(row, dict) and all(name in row for name in names)]
     if not forms:
-        known = "; ".join(", ".join(names) for names, _ in _FORMS)
         found = ", ".join(sorted(map(str, row))) if isinstance(row, dict) else type(row).__name__
-        raise UserError(f"{where}: expected a question with the fields {known}; found {found or 'no field'}.")
+        raise UserError(
+            f"{where}: expected a question with the fields of a known form (pipelines/questions.py), such as question, "
+            f"choices and answer; found {found or 'no field'}. Rename them."
+        )
     try:
         contexts, continuations, gold = forms[0][1](row)
     except _Unreadable as error:
@@ -185,6 +188,20 @@ def _arc(row: Mapping[str, Any]) -> _Parts:
         found = f"{len(texts)} and {len(labels)}"
         raise _Unreadable(f"expected as many texts as labels of the choices, found {found}. Correct the line.")
     return _same_context(f"Question: {_text(row, 'question')}\nAnswer:", texts, labels.index(key))
+
+
+def _mmlu(row: Mapping[str, Any]) -> _Parts:
+    choices, answer = _texts(row, "choices"), row["answer"]
+    letters = LETTERS[: len(choices)]
+    if len(letters) < len(choices):
+        raise _Unreadable(f"expected at most {len(LETTERS)} choices, found {len(choices)}. Leave some out.")
+    letter = answer.strip().rstrip(".)").upper() if isinstance(answer, str) else ""
+    if isinstance(answer, str) and not answer.strip().isdigit() and (len(letter) != 1 or letter not in letters):
+        known = ", ".join(letters)
+        raise _Unreadable(f"expected an answer, one of {known} or its place from 0, found {answer!r}. Correct it.")
+    gold = letters.index(letter) if len(letter) == 1 and letter in letters else _number(row, "answer")
+    listed = "".join(f"\n{letter}. {choice}" for letter, choice in zip(letters, choices, strict=True))
+    return _same_context(f"{_text(row, 'question').strip()}{listed}\nAnswer:", letters, gold)
 
 
 def _hellaswag(row: Mapping[str, Any]) -> _Parts:
@@ -267,11 +284,13 @@ def _number(row: Mapping[str, Any], name: str) -> int:
     raise _Unreadable(f"expected {name} as a number, found {value!r}. Correct the line or remove it.")
 
 
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _WINOGRANDE = ("sentence", "option1", "option2", "answer")
 _FORMS = (
     (("arguments", "target"), _sample),
     (("query", "choices", "gold"), _processed),
     (("question", "choices", "answerKey"), _arc),
+    (("question", "choices", "answer"), _mmlu),
     (("ctx", "endings", "label"), _hellaswag),
     (("ctx_a", "ctx_b", "activity_label", "endings", "label"), _hellaswag),
     (("goal", "sol1", "sol2", "label"), _piqa),

@@ -26,6 +26,14 @@ ROWS = {
         {"question": "q", "choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answerKey": "1"},
         Question(1, ("Question: q\nAnswer:",) * 2, (" a", " b"), 0),
     ),
+    "mmlu": (
+        {"question": "Which floats? ", "choices": ["iron", "wood"], "answer": 1, "subject": "physics"},
+        Question(1, ("Which floats?\nA. iron\nB. wood\nAnswer:",) * 2, (" A", " B"), 1),
+    ),
+    "mmlu by letters": (
+        {"question": "q", "choices": ["a", "b", "c"], "answer": "C"},
+        Question(1, ("q\nA. a\nB. b\nC. c\nAnswer:",) * 3, (" A", " B", " C"), 2),
+    ),
     "hellaswag": (
         {
             "activity_label": "Roof",
@@ -106,7 +114,9 @@ GOOD = json.dumps(ROWS["processed"][0])
     [
         ("{", ["line 2", "expected JSON"]),
         ("[1]", ["line 2", "expected a question with the fields", "found list"]),
-        ('{"text": "a"}', ["line 2", "query, choices, gold", "found text"]),
+        ('{"text": "a"}', ["line 2", "such as question, choices and answer", "found text"]),
+        ('{"question": "q", "choices": ["a", "b"], "answer": "D"}', ["line 2", "one of A, B or its place", "'D'"]),
+        ('{"question": "q", "choices": ["a", "b"], "answer": 2}', ["line 2", "from 0 to 1, found 2"]),
         ('{"query": "q", "choices": ["a", "b"], "gold": 2}', ["line 2", "from 0 to 1, found 2"]),
         ('{"query": "q", "choices": ["a", "b"], "gold": -1}', ["line 2", "from 0 to 1, found -1"]),
         ('{"query": "q", "choices": ["a", "b"], "gold": "b"}', ["line 2", "gold as a number, found 'b'"]),

@@ -6,7 +6,7 @@ import pytest
 
 from pipelines.compose import compose
 from pipelines.config import UserError
-from pipelines.validation import gates, tasks
+from pipelines.validation import gates, numbers, tasks
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,11 @@ from pipelines.validation import gates, tasks
         (["names=[mmlu]", "metrics={mmlu_: acc}"], "evaluate.tasks.metrics: expected tasks of"),
         (["names=[mmlu]", "published={student: {mmul: 1}}"], "evaluate.tasks.published.student: expected tasks of"),
         (["names=[mmlu]", "published={student: {mmlu: high}}"], "published.student: expected a number for each task"),
+        (
+            ["names=[corpus_choice]", "published={student: {corpus_choice: 60.5}}"],
+            r"published.student.corpus_choice: expected a share from 0 to 1, found 60.5. Write 0.605.",
+        ),
+        (["names=[mmlu]", "published={student: {mmlu: 60.5}}"], "Write 0.605, or name the metric with evaluate.tasks"),
         (["names=[mmlu]", "published={pupil: {mmlu: 1}}"], "expected teacher, pruned, student, found 'pupil'"),
     ],
 )
@@ -60,3 +65,36 @@ def test_fewer_tasks_than_an_experiment_s_leave_its_other_settings_without_effec
     gates.check(config)
     with pytest.raises(UserError, match="one of evaluate.tasks.names, mmlu.*Add it to evaluate.tasks.names"):
         gates.check(compose([given[0], "evaluate.tasks.names=[mmlu]"]))
+
+
+def test_files_that_cannot_be_read_are_told_at_the_start_and_are_gaps(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"frage": 1}\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
+    asked = [f"evaluate.tasks.names=[{tmp_path}/bad.jsonl]", "evaluate.generation.count=2"]
+    asked += [
+        f"evaluate.generation.prompts={tmp_path}/empty.jsonl",
+        f"evaluate.behaviour.prompts={tmp_path}/binary.jsonl",
+    ]
+    config = compose([*asked, "evaluate.generation.greedy=true", "evaluate.generation.temperature=2"])
+    tasks.check(config, ["evaluate"])
+    told = list(tasks.warnings(config, ["evaluate"]))
+    assert len(told) == 4 and all("\n" not in line for line in told)
+    for words in (
+        "bad.jsonl, line 1: expected a question",
+        "expected a prompt per line, found none",
+        "a text file in UTF-8",
+    ):
+        assert any(words in line and "is a gap" in line for line in told)
+    assert "evaluate.generation.temperature has no effect with evaluate.generation.greedy=true" in told
+    assert not list(tasks.warnings(config, ["export"]))
+
+
+def test_a_metric_that_is_no_share_may_be_published() -> None:
+    asked = ["names=[wikitext]", "metrics={wikitext: word_perplexity}", "published={teacher: {wikitext: 9.3}}"]
+    tasks.check(compose([f"evaluate.tasks.{setting}" for setting in asked]), ["evaluate"])
+
+
+def test_a_number_that_may_be_1_is_said_to_be_at_most_1() -> None:
+    with pytest.raises(UserError, match=r"top_p: expected a number above 0 and at most 1, found 2"):
+        numbers.check(compose(["evaluate.generation.top_p=2"]))

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config import Config, UserError
-from pipelines.evaluation.continuations import Prompt, content, continued, read_prompts, read_text
+from pipelines.evaluation.continuations import content, continued
 from pipelines.evaluation.intervals import paired, wilson
 from pipelines.evaluation.parts import Pieces
 from pipelines.evaluation.sharing import INPUTS, Bench, Models, share
 from pipelines.evaluation_settings import SHIPPED
 from pipelines.model.parallel import on_first_rank
+from pipelines.prompts import Prompt, read_prompts, read_text
 
 HERE = Path(__file__).parent
 REFUSED_WITHIN = 200  # characters of the answer in which a refusal begins

@@ -12,10 +12,11 @@ from typing import Any
 
 from pipelines.config import Config
 from pipelines.evaluation import task_files
-from pipelines.evaluation.continuations import Continuation, content, continued, read_prompts
+from pipelines.evaluation.continuations import Continuation, content, continued
 from pipelines.evaluation.parts import Pieces
 from pipelines.evaluation.sharing import INPUTS, Bench, Models, share
 from pipelines.model.parallel import on_first_rank
+from pipelines.prompts import read_prompts
 
 REPEATED = 4  # ids of a run that counts as repeated
 TEMPLATE_WORDS = 3  # at the beginning of a text

@@ -52,7 +52,7 @@ def measure(config: Config, models: Models, pieces: Pieces, directory: Path) -> 
     for _, task in pairs:
         reasons = {n: s["gap"] for n in models.directories if "gap" in (s := scores[n, task.name])}
         if reasons:
-            missing[task.name] = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+            missing[task.name] = in_words(reasons, len(models.directories))
     result = _results(config, version, [task["name"] for task in tasks], list(models.directories), scores)
     for task in (task["name"] for task in tasks):
         row = [f"{name} {shown[task]['value']:.4f}" for name, shown in result["models"].items() if task in shown]
@@ -60,6 +60,13 @@ def measure(config: Config, models: Models, pieces: Pieces, directory: Path) -> 
             metric = next(shown[task]["metric"] for shown in result["models"].values() if task in shown)
             console.say(f"tasks  {task}, {metric}: {', '.join(row)}")
     return result | {"missing": missing}
+
+
+def in_words(reasons: dict[str, str], models: int) -> str:
+    """{model: reason} in words; a reason that all models have is told without their names."""
+    if len(reasons) == models and len(set(reasons.values())) == 1:
+        return next(iter(reasons.values()))
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
 
 
 def _tasks(config: Config, corpus: Path, directory: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:

@@ -130,6 +130,7 @@ def _validate(config: Config, stages: Collection[str]) -> list[str]:
         *directories.warnings(config, stages),
         *effects.warnings(config, ranks, stages, teacher, student),
         *export.warnings(config, stages),
+        *tasks.warnings(config, stages),
     ]
 
 

@@ -2,12 +2,23 @@
 
 import difflib
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipelines.config import Config, UserError
-from pipelines.evaluation_settings import MODELS, TASK_FILES, is_task_file, prompt_files
+from pipelines.evaluation_settings import (
+    GENERATED,
+    MODELS,
+    SHIPPED,
+    TASK_FILES,
+    TasksConfig,
+    is_task_file,
+    prompt_files,
+)
+from pipelines.prompts import read_prompts, read_text
+from pipelines.questions import read_questions
 
 
 def check(config: Config, stages: Collection[str]) -> None:
@@ -65,6 +76,7 @@ def check(config: Config, stages: Collection[str]) -> None:
                 f"evaluate.tasks.published.{model}: expected a number for each task, found {row}. Write "
                 "{mmlu: 0.605}."
             )
+        _check_shares(model, row or {}, settings)
     given: tuple[tuple[str, dict[str, Any]], ...] = (("shots", settings.shots), ("metrics", settings.metrics))
     for setting, values in (*given, *((f"published.{model}", row or {}) for model, row in settings.published.items())):
         for name in values:  # those of an experiment whose names are not asked for have no effect
@@ -76,3 +88,54 @@ def check(config: Config, stages: Collection[str]) -> None:
     for name, shots in settings.shots.items():
         if shots < 0:
             raise UserError(f"evaluate.tasks.shots.{name}: expected 0 or more, found {shots}. Raise it.")
+
+
+SHARES = ("acc", "exact_match")  # metrics that are shares begin with one of them
+
+
+def _check_shares(model: str, row: dict[str, Any], settings: TasksConfig) -> None:
+    """Published scores are in the metric's unit: what is no share has its metric named."""
+    for name, value in row.items():
+        if not 0 <= value <= 1 and settings.metrics.get(name, "acc").startswith(SHARES):
+            share = f" Write {value / 100:g}" if 1 < value <= 100 else " Correct it"
+            other = "" if name in GENERATED else ", or name the metric with evaluate.tasks.metrics where it is no share"
+            raise UserError(
+                f"evaluate.tasks.published.{model}.{name}: expected a share from 0 to 1, found {value}.{share}{other}."
+            )
+
+
+def warnings(config: Config, stages: Collection[str]) -> Iterator[str]:
+    """Files that cannot be read, which become gaps of the evaluation, and settings without effect."""
+    if "evaluate" not in stages:
+        return
+    yield from (f"{reason} Until then it is a gap, and the rest is evaluated" for reason in _unreadable(config))
+    generation = config.evaluate.generation
+    for name in ("temperature", "top_p"):
+        if generation.greedy and getattr(generation, name) != 1:
+            yield f"evaluate.generation.{name} has no effect with evaluate.generation.greedy=true"
+
+
+def _unreadable(config: Config) -> Iterator[str]:
+    """What is wrong with files of questions and prompts."""
+    for name in config.evaluate.tasks.names:
+        if Path(name).suffix == ".jsonl":
+            yield from _reason(partial(read_questions, name, "evaluate.tasks.names"))
+    generation, behaviour = config.evaluate.generation, config.evaluate.behaviour
+    if generation.prompts and generation.count:
+        path = Path(generation.prompts)
+        yield from _reason(partial(read_prompts, path, "evaluate.generation.prompts", categories=False))
+    if not behaviour.prompts:
+        return
+    if behaviour.prompts != SHIPPED:
+        prompts = Path(behaviour.prompts)
+        yield from _reason(partial(read_prompts, prompts, "evaluate.behaviour.prompts", categories=True))
+    for name in ("lexicon", "refusals"):
+        if file := getattr(behaviour, name):
+            yield from _reason(partial(read_text, Path(file), f"evaluate.behaviour.{name}"))
+
+
+def _reason(read: Callable[[], Any]) -> Iterator[str]:
+    try:
+        read()
+    except UserError as error:
+        yield str(error)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipelines.config import UserError
-from pipelines.evaluation import task_files
+from pipelines.evaluation import task_files, tasks
 from pipelines.evaluation.tasks import difference
 from pipelines.evaluation_settings import GENERATED
 from pipelines.text import indexed, tokenizer
@@ -201,3 +201,10 @@ def test_answers_to_the_same_questions_are_compared_in_pairs() -> None:
     alone = difference(*({**score, "scores": None} for score in scores))
     assert alone["high"] - alone["low"] > 1.5 * (found["high"] - found["low"])
     assert difference(scores[0], {**scores[1], "scores": None, "stderr": None})["larger_than_noise"] is None
+
+
+def test_a_reason_that_all_models_have_is_told_once() -> None:
+    same = dict.fromkeys(("teacher", "student"), "bad.jsonl, line 1: no question.")
+    assert tasks.in_words(same, 2) == "bad.jsonl, line 1: no question."
+    assert tasks.in_words(same, 3) == "; ".join(f"{name}: {why}" for name, why in same.items())
+    assert tasks.in_words(same | {"student": "out of memory"}, 2).endswith("student: out of memory")
