@@ -191,7 +191,13 @@ def _words(
 
 
 def _the(row: Row) -> str:
-    return f"the {row['title']}" if row["kind"] in ("teacher", "student") else f"the {row['kind']} {row['title']}"
+    """Its kind and its name, where the one does not say the other; with its run, where there are several."""
+    kind, name, run = row["kind"], row["name"], row["title"].removeprefix(row["name"])
+    if kind == "quantized" and name.startswith("teacher-"):
+        return f"the teacher quantized to {name.removeprefix('teacher-')}{run}"
+    if kind == "pruned":
+        return f"the pruned model{run}"
+    return f"the {row['title']}" if name.startswith(kind) else f"the {kind} {row['title']}"
 
 
 def _against(chosen: Row, teacher: Row | None, beyond: Any) -> str:

@@ -15,7 +15,7 @@ from pipelines.report.record import RunRecord, read_run
 
 
 def run(context: artifacts.StageContext) -> dict[str, Any]:
-    """Print the variants and the one recommended; as JSON with format=json."""
+    """Print the variants and the one recommended; as JSON with format=json. Raises UserError where none is."""
     config = context.config
     decision = decided(config)
     found = decide.in_results(decision)
@@ -23,6 +23,9 @@ def run(context: artifacts.StageContext) -> dict[str, Any]:
         print(json.dumps(found, indent=2))
     else:
         _print_table(decision)
+    if decision.recommended is None:
+        raise UserError(f"decide: {decision.why}")
+    if config.format is not Format.json:
         console.say(decision.why)
     return found
 

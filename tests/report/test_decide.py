@@ -165,6 +165,30 @@ def test_the_stage_prints_a_table_or_json(tmp_path: Path, capsys: pytest.Capture
     assert not (tmp_path / "quickstart" / "decide").exists()
 
 
+def test_a_script_is_told_where_nothing_keeps_the_limits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_whole_run(tmp_path / "quickstart")
+    where = ["stage=decide", f"run.directory={tmp_path}", "decide.bytes=1"]
+    assert main(where) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("decide: No variant keeps at most 1 B. The nearest is the quantized int4: size")
+    assert "int8" in printed.out and "No variant" not in printed.out
+    assert main([*where, "format=json"]) == 2
+    assert json.loads(capsys.readouterr().out)["recommended"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "said"),
+    [
+        ("pruned", "pruned", "Take the pruned model:"),
+        ("teacher-int4", "quantized", "Take the teacher quantized to int4:"),
+        ("int4", "quantized", "Take the quantized int4:"),
+        ("student", "student", "Take the student:"),
+    ],
+)
+def test_a_variant_is_named_once(name: str, kind: str, said: str) -> None:
+    assert decide.decide([row(name, kind, 10, 1.0)], Limits()).why.startswith(said)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
