@@ -1,5 +1,6 @@
 """The model card: what the student is, its figures and where it comes from, in the form that Hugging Face reads."""
 
+import html
 import json
 import re
 from pathlib import Path
@@ -55,7 +56,7 @@ def render(
     versions: dict[str, str] = next((e["versions"] for e in reversed(results["lineage"]) if e.get("versions")), {})
     entries = [{"git": None, "seed": None} | entry for entry in results["lineage"]]
     text = environment.get_template("card.md.jinja").render(
-        name=under.name(record.name),
+        name=plain(under.name(record.name)),
         results=results | {"lineage": entries},
         architecture=(after.get("architectures") or ["language model"])[0],
         table=_figures(results["models"]) if results["models"] else [],
@@ -65,9 +66,9 @@ def render(
         forms=_forms(results["quantized"]),
         forms_on=_forms_on(results),
         form=form,
-        teacher=teacher,
+        teacher=plain(_name_of(record, teacher)),
         header=terms.header(under),
-        licence=under.licence,
+        licence=plain(under.licence or ""),
         asks=under.asks(),
         built_with=f"Built with {'Meta ' if under.llama == '3' else ''}Llama" if under.prefix else "",
         made=_made(record),
@@ -77,6 +78,23 @@ def render(
         prompt=prompt,
     )
     return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def plain(text: str) -> str:
+    """Words from elsewhere as text on one line of Markdown: neither HTML nor links, images, code or cells of tables."""
+    escaped = html.escape(" ".join(text.split()), quote=False)
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", escaped)
+
+
+def _name_of(record: RunRecord, directory: Path) -> str:
+    """The teacher by a name, not by a place on the machine that made the card: that of the model that was given, of a
+    hub's cache as the hub has it; of one that was trained here its run's."""
+    given = (record.manifests["teacher"].get("inputs") or {}).get("model", {}).get("path")
+    if not given and directory.parent.name == "teacher":
+        return f"trained in the run {record.name}"
+    path = Path(given or directory)
+    cached = next((part for part in path.parts if part.startswith("models--")), "")
+    return cached.removeprefix("models--").replace("--", "/") if cached else path.name
 
 
 def _figures(models: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:

@@ -122,6 +122,32 @@ def test_the_card_has_intervals_tasks_speeds_and_how_it_was_made(
     yaml.safe_load(text.split("---")[1])
 
 
+def test_words_from_elsewhere_are_text_on_the_card(run: tuple[Any, dict[str, Any]], tmp_path: Path) -> None:
+    stated = terms.read(tmp_path / "nothing", "<script>alert(1)</script> [free](http://x) | `a`")
+    text = rendered(run, tmp_path, under=stated)
+    body = text.split("---", 2)[2]
+    assert "- Licence: &lt;script&gt;alert(1)&lt;/script&gt; \\[free\\](http://x) \\| \\`a\\`. The student" in body
+    assert "<script>" not in body
+
+
+@pytest.mark.parametrize(
+    ("given", "place", "name"),
+    [
+        ("/models/Llama-3.1-8B", "runs/a/teacher/hf", "Llama-3.1-8B"),
+        ("/c/hub/models--meta-llama--Llama-3.1-8B/snapshots/0e9e39f", "runs/a/teacher/hf", "meta-llama/Llama-3.1-8B"),
+        (None, "runs/a/teacher/hf", "trained in the run quickstart"),
+        (None, "/elsewhere/mine", "mine"),
+    ],
+)
+def test_the_card_has_the_teacher_s_name_and_no_place_of_this_machine(
+    run: tuple[Any, dict[str, Any]], given: str | None, place: str, name: str
+) -> None:
+    record, results = run
+    record.manifests["teacher"]["inputs"] = {"model": {"path": given}} if given else {}
+    text = card.render(record, results, teacher=Path(place), student=Path("none"), prompt="def")
+    assert f"- Teacher: {name}\n" in text
+
+
 def test_the_card_of_a_quantized_form(run: tuple[Any, dict[str, Any]], tmp_path: Path) -> None:
     before = {"bytes": 4000, "loss": 2.93, "kl": 0.05}
     row = {
