@@ -143,17 +143,15 @@ def _names(axes: Axes, points: Sequence[tuple[float, dict[str, Any]]]) -> None:
     """Labels beside the marks, pushed apart where marks lie close together."""
     if not points:
         return
-    losses = [row["loss"] for _, row in points]
+    heights = [height for _, row in points for height in (row["loss"], *(row["interval"] or ()))]
     right = max(x for x, _ in points)
-    step = max(max(losses) - min(losses), 1e-9) * 0.075
-    for side in ("left", "right"):
-        mine = [(x, row) for x, row in points if (x > 0.62 * right) == (side == "right")]
-        level = float("-inf")
-        for x, row in sorted(mine, key=lambda point: point[1]["loss"]):
-            level = max(level + step, row["loss"])
-            given = {"fontsize": 8.5, "color": KINDS[row["kind"]][0], "va": "center", "textcoords": "offset points"}
-            given |= {"xytext": (-7, 5), "ha": "right"} if side == "right" else {"xytext": (7, 5), "ha": "left"}
-            axes.annotate(row.get("label", row["name"]), (x, level), **given)
+    step = max(max(heights) - min(heights), 1e-9) * 0.075
+    level = float("-inf")
+    for x, row in sorted(points, key=lambda point: point[1]["loss"]):
+        level = max(level + step, row["loss"])
+        given = {"fontsize": 8.5, "color": KINDS[row["kind"]][0], "va": "center", "textcoords": "offset points"}
+        given |= {"xytext": (-7, 5), "ha": "right"} if x > 0.62 * right else {"xytext": (7, 5), "ha": "left"}
+        axes.annotate(row.get("label", row["name"]), (x, level), **given)
 
 
 def overlaid(

@@ -121,11 +121,15 @@ def students(of_runs: dict[str, Any]) -> dict[str, Any] | None:
     ):
         values = [results_[key] for results_ in of_runs.values()]
         words = [
-            cells.cell(cells.NONE if value is None else form.format(value) if form else summary.percent(value))
+            cells.cell(cells.NONE if value is None else form.format(value) if form else _closed(value))
             for value in values
         ]
         rows.append(cells.row(title, words))
     return cells.table("The students of these runs", list(of_runs), rows, "Student", whole=True)
+
+
+def _closed(share: float) -> str:
+    return f"none: {summary.percent(-share)} wider" if share < 0 else summary.percent(share)
 
 
 def tasks(of_runs: dict[str, Any]) -> dict[str, Any] | None:

@@ -94,7 +94,9 @@ def _highlights(results: dict[str, Any]) -> list[dict[str, str]]:
     if results["parameters_kept"] is not None:
         items.append(("Parameters kept", f"{results['parameters_kept']:.1%}"))
     if results["pruning_gap_closed"] is not None:
-        items.append(("Pruning gap closed", summary.percent(results["pruning_gap_closed"])))
+        worse = results["pruning_gap_closed"] < 0
+        title = "Pruning gap widened by" if worse else "Pruning gap closed"
+        items.append((title, summary.percent(abs(results["pruning_gap_closed"]))))
     if results["student_minus_teacher"] is not None:
         difference = f"{results['student_minus_teacher']:+.3f} nats".replace("-", "\N{MINUS SIGN}")
         items.append(("Loss, student \N{MINUS SIGN} teacher", difference))

@@ -110,7 +110,13 @@ def _settings_in_words(settings: Any) -> str:
     if not isinstance(settings, dict):
         return ""
     plain = {key: value for key, value in settings.items() if isinstance(value, int | float | str | bool)}
-    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in plain.items())
+    return ", ".join(_setting(key.replace("_", " "), value) for key, value in plain.items())
+
+
+def _setting(name: str, value: int | float | str | bool) -> str:
+    if isinstance(value, bool):
+        return name if value else f"not {name}"
+    return f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
 
 
 def quantized(results: dict[str, Any]) -> dict[str, Any] | None:

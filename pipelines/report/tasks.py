@@ -61,14 +61,20 @@ def plot(found: dict[str, Any], directory: Path) -> str | None:
         for role in MODELS:
             entry = (models.get(role) or {}).get(task) or {}
             if cells.is_number(entry.get("value")):
-                error = entry["stderr"] if cells.is_number(entry.get("stderr")) else None
-                ends = (None, None) if error is None else (entry["value"] - 1.96 * error, entry["value"] + 1.96 * error)
-                rows[task][role] = (entry["value"], *ends)
+                rows[task][role] = (entry["value"], *_ends(entry))
             stated = (published.get(role) or {}).get(task)
             if cells.is_number(stated):
                 rows[task][f"{role}, published"] = (stated, None, None)
     rows = {task: series for task, series in rows.items() if series}
     return charts.dots(rows, "score", "tasks", directory) if rows else None
+
+
+def _ends(entry: dict[str, Any]) -> tuple[float | None, float | None]:
+    """The interval of a score; of a share within 0 and 1, where there is nothing beyond."""
+    if not cells.is_number(entry.get("stderr")):
+        return None, None
+    value, half = entry["value"], 1.96 * entry["stderr"]
+    return (max(value - half, 0.0), min(value + half, 1.0)) if 0 <= value <= 1 else (value - half, value + half)
 
 
 def samples(found: dict[str, Any]) -> list[dict[str, Any]]:

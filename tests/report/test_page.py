@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipelines.config import Config
-from pipelines.report import cells, graph, judgement, quality, tasks
+from pipelines.report import cells, charts, graph, judgement, page, quality, sections, tasks
 from pipelines.report.record import read_run
 from tests.report.pages import Page, make
 from tests.stages import sample_evaluation
@@ -225,3 +225,44 @@ def test_the_graph_tells_what_was_read_and_what_has_changed_since(tmp_path: Path
     path = run / "teacher" / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"outputs": {"hf/a.bin": "ef" * 32}}))
     assert [arc["words"][:18] for arc in drawn()["arcs"] if arc["stale"]] == ["prune read teacher"]
+
+
+def test_settings_in_words() -> None:
+    settings = {"new_tokens": 64, "greedy": False, "temperature": 1e9, "top_p": 1.0, "prompts": "held-out text"}
+    words = "new tokens 64, not greedy, temperature 1e+09, top p 1, prompts held-out text"
+    assert sections._settings_in_words(settings) == words
+
+
+def test_the_interval_of_a_share_ends_at_0_and_1(tmp_path: Path) -> None:
+    assert tasks._ends({"value": 0.02, "stderr": 0.05}) == (0.0, pytest.approx(0.118))
+    assert tasks._ends({"value": 0.99, "stderr": 0.05}) == (pytest.approx(0.892), 1.0)
+    assert tasks._ends({"value": 9.3, "stderr": 1.0}) == (pytest.approx(7.34), pytest.approx(11.26))
+    assert tasks._ends({"value": 0.5}) == (None, None)
+
+
+def test_a_gap_that_has_grown_is_said_to_have_grown() -> None:
+    results = {"models": {}, "parameters_kept": None, "student_minus_teacher": None, "efficiency": {}}
+    assert page._highlights(results | {"pruning_gap_closed": -1.68}) == [
+        {"title": "Pruning gap widened by", "value": "168.0%"}
+    ]
+    assert page._highlights(results | {"pruning_gap_closed": 0.5})[0]["title"] == "Pruning gap closed"
+
+
+def test_names_of_marks_that_lie_close_together_stand_apart() -> None:
+    """A student with its forms at the left, its teacher with its forms at the right, intervals wider than all."""
+    placed: list[float] = []
+
+    class Recorder:
+        def annotate(self, text: str, at: tuple[float, float], **look: Any) -> None:
+            placed.append(at[1])
+
+    points = [(size, {"loss": 3 + place / 1000}) for place, size in enumerate((100, 25, 14, 26, 60, 16, 9, 17))]
+    charts._names(Recorder(), [(x, row | {"name": "a", "kind": "quantized", "interval": [2, 4]}) for x, row in points])
+    apart = [after - before for before, after in zip(placed, placed[1:], strict=False)]
+    assert len(placed) == 8 and min(apart) >= 0.075 * 2 - 1e-9
+
+
+def test_prompts_are_kept_apart_and_the_student_s_column_in_sight(whole: Made) -> None:
+    text = (whole[2] / "index.html").read_text()
+    assert "<bdi>" in text and '<p dir="auto">' in text and '<table class="sided">' in text
+    assert ".sided .ours { position: sticky; right: 0;" in text
