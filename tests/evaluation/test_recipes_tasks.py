@@ -106,4 +106,6 @@ def test_what_is_published_keeps_the_share_of_the_teacher_s_score_that_is_asked_
 
 
 def test_another_teacher_has_no_published_scores_of_the_8b() -> None:
-    assert not any(compose(["experiment=llama32_3b_to_1b"]).evaluate.tasks.published.values())
+    config = compose(["experiment=llama32_3b_to_1b"])
+    assert not any(config.evaluate.tasks.published.values())
+    assert [gate.figure for gate in config.gates] == ["student.loss", "student.kl", "student.agreement"]
