@@ -227,6 +227,7 @@ def test_composed_values_are_plain_dataclasses_of_the_schema() -> None:
         ("distil", ["parallel.pipeline=4", "parallel.tensor=1"], ["6 layers", "4"]),
         ("distil", ["parallel.context=2", "parallel.tensor=1"], ["parallel.context", "Transformer Engine"]),
         ("distil", ["parallel.device=cuda"], ["NVIDIA GPU", "found none"]),
+        ("accept", ["parallel.device=cuda"], ["NVIDIA GPU", "found none"]),
         ("distil", ["parallel.tensor=0"], ["parallel.tensor", "1 or more"]),
         ("distil", ["distil.global_batch_size=12"], ["a multiple of 8", "12", "Take 8"]),
         ("distil", ["distil.global_batch_size=8", "parallel=dp2"], ["a multiple of 16", "2 data-parallel ranks"]),

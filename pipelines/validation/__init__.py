@@ -85,7 +85,7 @@ def layout_refusal(config: Config) -> UserError | None:
 
 def _validate(config: Config, stages: Collection[str]) -> list[str]:
     ranks = layout(config.parallel)
-    if any(STAGES[name].ranks for name in stages):
+    if any(STAGES[name].takes_all_nodes for name in stages):
         layouts.check_processes(ranks)
     report.check(config, stages)
     site.check(config, stages)
