@@ -10,6 +10,7 @@ attempt=0                      # starts of the stage in this allocation
 asked=                         # the signal that asked us to stop
 limited=                       # whether the time limit asked us
 late=                          # the signal that was sent to processes that did not stop in time
+insuring=                      # whether one was asked for
 insured=                       # the job that was submitted before the stage had ended, to continue a preempted one
 leave_out=                     # nodes that failed their check
 step=
@@ -63,10 +64,11 @@ wait_for() {  # process: its exit code, in $code; one that outlasts the grace is
   while kill -0 "$1" 2>/dev/null; do
     sleep 1 &
     wait $!  # a trap ends this wait, not the process
-    if [ "$asked" = TERM ] && [ -z "$insured" ] && [ "$(ending)" = preempted ]; then
-      # At once: SLURM may kill this shell together with processes that take longer to end than it waits.
-      submit_new_job "preempted"
-      insured=$new
+    if [ "$asked" = TERM ] && [ -z "$insuring" ] && [ "$(ending)" = preempted ]; then
+      # At once: SLURM may kill this shell together with processes that take longer to end than it waits. Where sbatch
+      # takes none now, it is asked once more when they have ended.
+      insuring=yes
+      if submit_new_job "preempted"; then insured=$new; fi
     fi
     if [ -n "$asked" ] && [ -z "$late" ] && [ "$SECONDS" -ge "$deadline" ]; then
       late=TERM
@@ -89,13 +91,13 @@ ending() {  # why SLURM ends this job; nothing where it does not. JobState is CO
   value() { sed -n "s/.* $1=\([^ ]*\) .*/\1/p" <<<"$job"; }
   state=$(value JobState) reason=$(value Reason) preempted=$(value PreemptTime) restarts=$(value Restarts)
   case "$state" in '' | RUNNING | SUSPENDED) return ;; esac
-  if [ "$state" = PREEMPTED ] || [[ "$preempted" =~ ^[0-9] ]]; then
-    echo preempted  # and not requeued, which would forget the time of it
-  elif [ "${restarts:-0}" -gt "${SLURM_RESTART_COUNT:-0}" ]; then
-    echo requeued
+  if [ "${restarts:-0}" -gt "${SLURM_RESTART_COUNT:-0}" ]; then
+    echo requeued  # which forgets the time of a preemption, though not in every version of SLURM
+  elif [ "$state" = PREEMPTED ] || [[ "$preempted" =~ ^[0-9] ]]; then
+    echo preempted
   elif [ "$state" = TIMEOUT ] || [ "$reason" = TimeLimit ]; then
     echo "out of time"
-  else
+  elif [[ "$state" =~ ^(CANCELLED|COMPLETING)$ ]]; then
     echo cancelled
   fi
 }
@@ -134,7 +136,7 @@ again() {  # reason: requeue this job, or continue in a new one
   continue_in_new_job "$1"
 }
 
-submit_new_job() {  # reason; its id in $new
+submit_new_job() {  # reason; its id in $new; 1 where sbatch takes none
   # Never beside this job: scontrol and SLURM's wish may have requeued it all the same, and then the new one waits for
   # the end of that start too. Both are one job to the run's lock.
   local before='' excluded name
@@ -155,7 +157,7 @@ submit_new_job() {  # reason; its id in $new
     for name in "${!SLURM_@}" "${!SBATCH_@}"; do [[ "$name" =~ ^SLURM_(CONF|JWT)$ ]] || unset "$name"; done
     unset STILLHOUSE_STOP_FILE STILLHOUSE_VERDICT
     sbatch "${options[@]}" "$script"
-  ) || for_good 1 "$1, and sbatch took no job to continue in"
+  ) || return 1
   new=${new%%;*}
   if [ "$(ending)" = cancelled ]; then
     scancel "$new"
@@ -173,10 +175,11 @@ submit_new_job() {  # reason; its id in $new
       say "job $id cannot be made to wait for job $new: it will not start; submit the chain again when $new is done"
     fi
   done
+  return 0
 }
 
 continue_in_new_job() {  # reason
-  submit_new_job "$1"
+  submit_new_job "$1" || for_good 1 "$1, and sbatch took no job to continue in"
   exit 75
 }
 
@@ -184,7 +187,8 @@ progress() {  # the newest checkpoint or, of a stage that keeps what it has meas
   local newest directory=${checkpoints%/checkpoints}
   newest=$(ls -1 "$checkpoints" 2>/dev/null | grep '^step-' | sort | tail -n 1)
   if [ -z "$newest" ] && [[ "$stage" =~ ^(prune|evaluate)$ ]]; then
-    newest=measured-$(cat "$directory"/{search.json,scores.safetensors,parts/*} "$directory"/candidates/*/checkpoints/step-*/*.json \
+    newest=measured-$(cat "$directory"/{search.json,speed.json,scores.safetensors,parts/*,parts/*/*} \
+      "$directory"/candidates/*/checkpoints/step-*/*.json \
       2>/dev/null | cksum | cut -d' ' -f1)
   fi
   printf '%s\n' "$newest"

@@ -388,8 +388,10 @@ def run_with_stand_ins(
     afterwards: str = "",
     code: int = 75,
     preflight: bool = False,
+    stage: str = "distil",
+    sbatch: str = "echo 102",
 ) -> tuple[str, list[str]]:
-    """(what the script of distil prints, what it asks SLURM), where SLURM refuses to requeue and says this of the job.
+    """(what the script of a stage prints, what it asks SLURM), where SLURM refuses to requeue and says this of the job.
 
     stopped: the stage says that it has saved; afterwards: what SLURM says once a new job is submitted.
     """
@@ -397,7 +399,7 @@ def run_with_stand_ins(
         "scontrol": 'case "$1 $2" in "show hostnames") echo node1 ;; requeue*) exit 1 ;;\n'
         f'"show job") echo "JobId=101 JobState=$(cat {place}/state) ExcNodeList=(null)" ;; esac',
         "srun": f"echo '{STOPPED}' >\"$STILLHOUSE_VERDICT\"; {srun}" if stopped else srun,
-        "sbatch": f"echo 102; {f'echo {shlex.quote(afterwards)} >{place}/state' if afterwards else ''}",
+        "sbatch": f"{sbatch}; {f'echo {shlex.quote(afterwards)} >{place}/state' if afterwards else ''}",
         "scancel": "exit 0",
         "squeue": 'echo "103|afterok:101(unfulfilled)"; echo "102|afterany:101(unfulfilled)"',
     }
@@ -410,7 +412,7 @@ def run_with_stand_ins(
     cluster = replace(local_site(), preflight=preflight)
     home = place / "runs" / "r" / "slurm"
     home.mkdir(parents=True, exist_ok=True)
-    job = script.Job("r", "04-distil", "distil", True, of_stage(cluster, "distil"), (), home.parent / "distil", home)
+    job = script.Job("r", f"04-{stage}", stage, True, of_stage(cluster, stage), (), home.parent / stage, home)
     job.script.write_text(script.render(job, cluster, place))
     slurm = {"SLURM_JOB_ID": "101", "SLURM_JOB_NODELIST": "node[1-2]"}
     environment = os.environ | slurm | {"PATH": f"{place}/bin:{os.environ['PATH']}"}
@@ -469,14 +471,28 @@ def test_a_cancelled_job_is_not_continued(place: Path, srun: str, stopped: bool)
     assert [line.split()[0] for line in asked].count("srun") == 1
 
 
-def test_what_slurm_starts_again_by_itself_gets_no_second_job(place: Path) -> None:
-    said, asked = run_with_stand_ins(place, REQUEUED, WARNED)
+def test_a_continuation_that_sbatch_refuses_while_the_stage_saves_is_asked_for_again_behind_it(place: Path) -> None:
+    once = f"[ -e {place}/refused ] && echo 102 || {{ touch {place}/refused; exit 1; }}"
+    srun = f"kill -TERM $PPID; sleep 3; touch {place}/saved; exit 1"
+    said, asked = run_with_stand_ins(place, PREEMPTED, srun, sbatch=once)
+    assert "preempted: job 102 continues" in said and len(started(asked)) == 2
+    assert (place / "saved").exists(), "the save is waited for"
+
+
+@pytest.mark.parametrize("state", [REQUEUED, f"{REQUEUED} PreemptTime=2026-11-22T22:52:20"])
+def test_what_slurm_starts_again_by_itself_gets_no_second_job(place: Path, state: str) -> None:
+    said, asked = run_with_stand_ins(place, state, WARNED)
     assert "SLURM starts job 101 again" in said and not started(asked)
 
 
 def test_a_job_whose_shell_alone_is_ended_saves_and_is_not_continued(place: Path) -> None:
     said, asked = run_with_stand_ins(place, "RUNNING", ENDED)
     assert "has saved and stopped: SIGTERM to this shell ends the job" in said and not started(asked)
+
+
+def test_a_state_without_a_word_of_an_end_is_no_end(place: Path) -> None:
+    said, asked = run_with_stand_ins(place, "CONFIGURING Reason=None Restarts=0", "kill -USR1 $PPID; sleep 1; exit 1")
+    assert "cancelled" not in said and started(asked)
 
 
 def test_a_job_that_meets_its_limit_while_it_saves_continues(place: Path) -> None:
@@ -494,6 +510,14 @@ def test_a_stage_that_outlasts_its_limit_without_saving_ends_for_good_and_says_t
     last = said.splitlines()[-1]
     assert "ended for good: the time limit 00:30:00 of its job came, and nothing new was saved in it" in last
     assert "Raise cluster.stages.distil.time" in last and not started(asked)
+
+
+def test_pieces_that_an_evaluation_has_kept_are_something_new(place: Path) -> None:
+    pieces = place / "runs" / "r" / "evaluate" / "parts" / "tasks"
+    pieces.mkdir(parents=True)
+    srun = f"kill -USR1 $PPID; echo '{{}}' >{pieces}/student.mmlu.json; sleep 2; exit 1"
+    said, asked = run_with_stand_ins(place, f"RUNNING EndTime={NOW}", srun, stage="evaluate")
+    assert "stage evaluate has saved and stopped" in said and started(asked)
 
 
 @pytest.mark.parametrize("state", ["RUNNING EndTime=2999-01-01T00:00:00", f"RUNNING EndTime={NOW} PreemptTime={NOW}"])
