@@ -252,6 +252,7 @@ class Examination:
     changes: list[str]
     settings: dict[str, Any]
     inputs: dict[str, Any]
+    altered: tuple[str, ...] = ()  # files of a finished stage that hold something else now
 
 
 def examine(config: Config, stage: Stage) -> Examination:
@@ -273,12 +274,14 @@ def examine(config: Config, stage: Stage) -> Examination:
         return Examination(State.unfinished, [], now_settings, now_inputs)
     altered = lineage.alterations(manifest, directory, sidecar_directory(config))
     if altered and not (config.overwrite or stage.derived):
-        shown = "\n  ".join(altered[:20])
+        shown = "\n  ".join(list(altered.values())[:20])
         raise UserError(
             f"stage {stage.name}: {directory} is finished, but its files are not as it wrote them:\n  {shown}\n"
-            "Put them back, give overwrite=true to make them again, or another run.name."
+            "Put them back, give overwrite=true to start it again (training checkpoints are moved aside), or another "
+            "run.name."
         )
-    return Examination(State.changed if altered else State.finished, altered, now_settings, now_inputs)
+    state = State.changed if altered else State.finished
+    return Examination(state, list(altered.values()), now_settings, now_inputs, tuple(altered))
 
 
 def refuse_changed_settings(config: Config, stage: Stage) -> None:
@@ -347,6 +350,8 @@ def begin(config: Config, stage_name: str, say: Callable[[str], None] = print) -
     try:
         examination = examine(config, stage)
         (directory / COMPLETE).unlink(missing_ok=True)
+        for name in examination.altered:  # also of what says itself what it was made of
+            (directory / name).unlink()
         if examination.state is State.changed:
             move_aside(directory, say)
         manifest = {

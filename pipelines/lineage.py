@@ -103,15 +103,16 @@ def changes(manifest: dict[str, Any], now_settings: dict[str, Any], now_inputs: 
     return lines
 
 
-def alterations(manifest: dict[str, Any], directory: Path, sidecars: Path) -> list[str]:
-    """Which of a finished stage's files hold something else now, one line each: `hf/config.json: 1f0c -> 93ab`.
+def alterations(manifest: dict[str, Any], directory: Path, sidecars: Path) -> dict[str, str]:
+    """Which of a finished stage's files hold something else now, by name, and a line of each: `hf/config.json: 1f0c ->
+    93ab`.
 
     What was removed, to save room, is no alteration: a stage that needs it says so. Nor is a text for people, such as
     the model card.
     """
-    lines = []
+    lines = {}
     for name, before in manifest.get("outputs", {}).items():
         path = directory / name
         if path.suffix != ".md" and path.is_file() and (now := file_hash(path, sidecars)) != before:
-            lines.append(f"{name}: {before[:12]} -> {now[:12]}")
+            lines[name] = f"{name}: {before[:12]} -> {now[:12]}"
     return lines

@@ -239,6 +239,15 @@ def test_a_finished_stage_whose_files_were_altered_is_no_finished_stage(config: 
     assert state(config, "teacher") is State.changed
 
 
+def test_an_altered_measurement_is_not_taken_again(config: Config) -> None:
+    make(config, "corpus", {"blend.json": "{}"})
+    directory = make(config, "teacher", {"hf/config.json": "{}", "parts/a.json": "1", "parts/b.json": "2"})
+    (directory / "parts" / "a.json").write_text("3")
+    config.overwrite = True
+    artifacts.begin(config, "teacher", print).release()
+    assert [path.name for path in (directory / "parts").iterdir()] == ["b.json"]
+
+
 def test_checkpoints_are_no_outputs_and_no_inputs(config: Config) -> None:
     make(config, "corpus", {"blend.json": "{}"})
     directory = make(config, "teacher", {"hf/config.json": "{}", "checkpoints/a": "w", "tensorboard/events": "e"})
