@@ -1,8 +1,9 @@
 """Which models can be held to the teacher token by token, and why another one cannot. Imports no torch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from pipelines.config import Layout, UserError
 from pipelines.families import ModelShape, read_shape
@@ -22,6 +23,14 @@ class Fitting:
     shapes: dict[str, ModelShape]
     whole: dict[str, Path]
     reasons: dict[str, str]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"whole": {name: str(path) for name, path in self.whole.items()}}
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> "Fitting":
+        shapes = {name: ModelShape(**shape) for name, shape in found["shapes"].items()}
+        return cls(shapes, {name: Path(path) for name, path in found["whole"].items()}, found["reasons"])
 
 
 def fitting(corpus: Path, directories: Mapping[str, Path], ranks: Layout) -> Fitting:

@@ -39,7 +39,7 @@ from pipelines import artifacts, console, files
 from pipelines.config import Config, Layout, UserError, document_mask, layout, without_context
 from pipelines.evaluation import behaviour, domains, drift, efficiency, generation, long_context, sharing, tasks
 from pipelines.evaluation.comparison import compared, document_groups, figures
-from pipelines.evaluation.fitting import fitting
+from pipelines.evaluation.fitting import Fitting, fitting
 from pipelines.evaluation.parts import Parts
 from pipelines.evaluation.sharded import Sharded, precision
 from pipelines.evaluation_settings import few_in_words
@@ -61,11 +61,9 @@ SPEED_SECONDS = 1.5  # of timed forward passes per model
 def run(context: artifacts.StageContext) -> dict[str, Any]:
     config = context.config
     ranks = without_context(layout(config.parallel))
-    directories, missing = find_models(config)
     corpus = artifacts.corpus_directory(config)
-    models = fitting(corpus, directories, ranks)
-    missing |= models.reasons
     parallel.initialize(ranks.tensor, ranks.pipeline, ranks.context, device=ranks.device, seed=config.run.seed)
+    directories, models, missing = _models(config, ranks, corpus)
     for name, reason in missing.items():
         console.say(f"evaluate  no {name}: {reason}")
     parts = Parts(context)
@@ -197,6 +195,24 @@ def find_models(config: Config) -> tuple[dict[str, Path], dict[str, str]]:
     if "teacher" in missing:
         raise UserError(f"evaluate: expected a teacher, found {missing['teacher']} Run stage=teacher first.")
     return directories, missing
+
+
+def _models(config: Config, ranks: Layout, corpus: Path) -> tuple[dict[str, Path], Fitting, dict[str, str]]:
+    """(directories, the models that fit, reasons for those missing), by name. Rank 0 looks, and every rank builds the
+    models that it found: ranks that see a disk in two states would wait for each other for ever."""
+
+    def look() -> dict[str, Any]:
+        directories, missing = find_models(config)
+        models = fitting(corpus, directories, ranks)
+        return {
+            "directories": {name: str(path) for name, path in directories.items()},
+            "models": models.as_json(),
+            "missing": missing | models.reasons,
+        }
+
+    found = parallel.on_first_rank(look)
+    directories = {name: Path(path) for name, path in found["directories"].items()}
+    return directories, Fitting.from_json(found["models"]), found["missing"]
 
 
 def _on_whole_models(

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipelines import gates
 from pipelines.compose import compose
 from pipelines.config import Layout, UserError
-from pipelines.evaluation.fitting import fitting
+from pipelines.evaluation.fitting import Fitting, fitting
 from pipelines.evaluation_settings import EfficiencyConfig, GateConfig
 from pipelines.model.random_model import write_random_model
 from pipelines.text import tokenizer
@@ -94,6 +94,22 @@ def test_weights_that_are_not_those_of_config_json_are_one_gap(
     for part in ("models", "generation", "efficiency"):
         shown = found[part] if part == "models" else found[part]["models"]
         assert set(shown) == {"teacher", "pruned"}
+
+
+def test_the_first_rank_alone_says_which_models_there_are(ranks: RankPools, root: Path, tmp_path: Path) -> None:
+    """The second rank sees no student where the first one does: both build and measure it."""
+    shutil.copytree(root, tmp_path / "runs")
+    case = "tests.stages.cases_evaluate:with_another_view"
+    asked = {"root": str(tmp_path / "runs"), "parallel__tensor": 2}
+    assert all(set(found) == {"teacher", "pruned", "student"} for found in ranks(2, case, timeout=120, **asked))
+    (tmp_path / "runs/small/teacher/hf/config.json").unlink()
+    assert all("UserError: evaluate: expected a teacher" in each["error"] for each in ranks(2, case, **asked))
+
+
+def test_what_fits_passes_as_json(root: Path, given: dict[str, Path]) -> None:
+    places = {"teacher": root / "small/teacher/hf", "student": given["words"]}
+    found = fitting(root / "small/corpus", places, Layout(1, 1, 1, 1, 1, "cpu", False))
+    assert Fitting.from_json(json.loads(json.dumps(found.as_json()))) == found
 
 
 def test_why_a_model_does_not_fit(root: Path, given: dict[str, Path]) -> None:
