@@ -34,14 +34,14 @@ def dispatch(arguments: list[str]) -> None:
     if not chain.jobs:
         console.say(f"run {chain.name}: nothing is left to do")
         return
-    try:
-        chain.home.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"run.directory: expected a place to write, found: {error}.") from None
     if chain.unfit and not dry:
         raise UserError(chain.unfit)
     if chain.unfit:
         print(f"warning: this will not be submitted: {chain.unfit}", file=sys.stderr)
+    try:
+        chain.home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run.directory: expected a place to write, found: {error}.") from None
     lock = Lock(chain.home / "lock", console.say)
     try:
         try:

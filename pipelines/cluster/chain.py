@@ -51,13 +51,13 @@ class Chain:
         ]
         self.largest = max((self._processes(name) for name in names if STAGES[name].takes_all_nodes), default=1)
         self.warnings = self._validate(names)
-        self.unfit = self._unfit(submitted, names)
         self.jobs: list[Job] = []
         self.configs: list[Config] = []
         self.left_out: list[str] = []
         config = compose(self._overrides(Part(names[-1])))
         for number, part in enumerate(expand(config, names), start=1):
             self._add(number, part)
+        self.unfit = self._unfit(submitted)
 
     def _processes(self, stage: str) -> int:
         nodes = cluster_checks.of_stage(self.cluster, stage)
@@ -86,12 +86,13 @@ class Chain:
                 found |= dict.fromkeys(validate(compose(self._overrides(Part(first))), alike))
         return list(found)
 
-    def _unfit(self, config: Config, names: list[str]) -> str:
+    def _unfit(self, config: Config) -> str:
         """Why the jobs could not use the GPUs that they ask for, where this machine's Python is theirs; else empty."""
         own = self.cluster.image is None and self.cluster.python in (None, sys.executable)
         if not own or config.parallel.device is Device.cpu or preflight.torch_cuda() is not None:
             return ""
-        asking = [name for name in names if STAGES[name].takes_all_nodes and self._nodes(name).gpus]
+        stages = dict.fromkeys(job.stage for job in self.jobs)
+        asking = [name for name in stages if STAGES[name].takes_all_nodes and self._nodes(name).gpus]
         if not asking:
             return ""
         return (

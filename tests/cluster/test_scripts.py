@@ -312,6 +312,7 @@ def test_a_cpu_build_of_torch_is_not_submitted_to_nodes_whose_gpus_are_asked_for
     assert main(asked) == 2
     expected = f"a torch that is built for CUDA, for verify; found none for {sys.executable}"
     assert expected in capsys.readouterr().err and not (place / "calls").exists()
+    assert not (place / "runs").exists(), "a refused command leaves nothing"
     assert main(["--dry-run", *asked]) == 0
     assert (
         f"warning: this will not be submitted: cluster.gpus_per_node: expected 0, or {expected}"
@@ -319,6 +320,12 @@ def test_a_cpu_build_of_torch_is_not_submitted_to_nodes_whose_gpus_are_asked_for
     )
     for other in ("cluster.python=/usr/bin/python3", "parallel.device=cpu", "cluster.gpus_per_node=0"):
         assert not Chain([*asked, other]).unfit
+    half = [*LOCAL, "cluster.gpus_per_node=2", "stage=[verify,report]"]
+    assert "for verify;" in Chain(half).unfit
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.cluster.chain.not_needed", lambda config, stage: "done" * (stage == "verify"))
+        chain = Chain(half)
+        assert [job.stage for job in chain.jobs] == ["report"] and not chain.unfit, "only what is left to do counts"
     monkeypatch.setattr(preflight, "torch_cuda", lambda: (13, 0))
     assert main(asked) == 0
 
