@@ -128,6 +128,13 @@ class Quantization(Enum):
     fp8 = "fp8"  # E4M3, one scale per output channel
 
 
+class Engine(Enum):
+    """What answers the requests by which a model's speed is told."""
+
+    transformers = "transformers"
+    vllm = "vllm"  # pip install vllm
+
+
 class Tracker(Enum):
     """Where figures of training go beside metrics.jsonl and TensorBoard (trainer/trackers.py). Offline unless
     WANDB_MODE or MLFLOW_TRACKING_URI says otherwise. One run per stage, over restarts."""

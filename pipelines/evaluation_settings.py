@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipelines.choices import DomainKind, Precision, SourceKind
+from pipelines.choices import DomainKind, Engine, Precision, SourceKind
 
 GENERATED = (CHOICE, CLOZE) = ("corpus_choice", "corpus_cloze")  # sets of questions made from held-out text
 TASK_FILES = (".yaml", ".yml", ".jsonl")
@@ -68,7 +68,9 @@ class EfficiencyConfig:
     prompt_tokens: list[int] = field(default_factory=lambda: [128])  # read before the first new one, per sequence
     new_tokens: int = 32  # written after them, per sequence
     rounds: int = 5  # of timed requests of each kind per model
-    threads: int | None = None  # of the CPU; None: as many as the rank has (OMP_NUM_THREADS)
+    threads: int | None = None  # of the CPU; None: as many as the rank has (OMP_NUM_THREADS); vLLM takes its own number
+    # What opens the directories and answers; each has rows of its own. Memory is told by transformers alone.
+    engines: list[Engine] = field(default_factory=lambda: [Engine.transformers])
 
 
 @dataclass

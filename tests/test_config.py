@@ -278,6 +278,8 @@ def test_composed_values_are_plain_dataclasses_of_the_schema() -> None:
         ("plan", ["export.shard_bytes=0"], ["export.shard_bytes", "1 or more"]),
         ("evaluate", ["evaluate.efficiency.new_tokens=1"], ["efficiency.new_tokens", "2 or more", "batch_sizes=[]"]),
         ("evaluate", ["evaluate.efficiency.prompt_tokens=[]"], ["efficiency.prompt_tokens", "one length", "none"]),
+        ("evaluate", ["evaluate.efficiency.engines=[]"], ["efficiency.engines", "each once", "none"]),
+        ("evaluate", ["evaluate.efficiency.engines=[vllm,vllm]"], ["efficiency.engines", "each once", "vllm, vllm"]),
         ("plan", ["evaluate.efficiency.batch_sizes=[0]"], ["evaluate.efficiency.batch_sizes", "1 or more"]),
         ("plan", ["distil.spike=1"], ["distil.spike", "above 1"]),
         ("plan", ["distil.skip_steps=-1"], ["distil.skip_steps", "0 or more"]),

@@ -32,7 +32,7 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
     ),
     "pruning": ({"torch", "megatron", "safetensors", "numpy"}, {"core", "model", "trainer", "text", "pruning"}),
     "evaluation": (
-        {"torch", "megatron", "safetensors", "numpy", "transformers", "lm_eval", "datasets"},
+        {"torch", "megatron", "safetensors", "numpy", "transformers", "lm_eval", "datasets", "vllm"},
         {"core", "model", "text", "serving", "evaluation"},
     ),
     "serving": (

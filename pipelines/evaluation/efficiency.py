@@ -3,7 +3,7 @@
 Every request is a batch of prompts of held-out text, read at once and continued greedily, one token of each sequence at
 a time, with a cache of keys and values. The models take turns, request by request, so that whatever else the machine
 does meets all alike. The median counts: of the requests' first tokens, and of the times between one token and the next.
-One process, on one device.
+One process, on one device. vLLM, where it is asked for, answers the same requests afterwards, one model after another.
 """
 
 import gc
@@ -19,8 +19,10 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from pipelines import artifacts, console
+from pipelines import artifacts, console, files
+from pipelines.choices import Engine
 from pipelines.config import Config, UserError
+from pipelines.evaluation import vllm_speed
 from pipelines.evaluation.hugging_face import DTYPES
 from pipelines.model import measure, parallel
 from pipelines.model.quality import TEACHER
@@ -29,6 +31,7 @@ from pipelines.safetensors_header import weight_bytes
 
 FIGURES = ("time_to_first_token_ms", "prefill_tokens_per_second", "decode_tokens_per_second")
 PERCENTILES = (50, 90, 99)
+ROOM = 0.9  # share of a GPU's free memory that vLLM may take, for weights and cache
 
 
 @dataclass(frozen=True)
@@ -49,31 +52,113 @@ class Times:
 
 
 def of_models(config: Config, directories: Mapping[str, Path], precision: str, device: str) -> dict[str, Any]:
-    """`compare` of what evaluate.efficiency names, on prompts of the evaluated split. On rank 0, with its device to
-    itself as far as this stage is concerned."""
-    settings = config.evaluate.efficiency
-    prefixes = split_prefixes(artifacts.corpus_directory(config), config.evaluate.split)
+    """What results.json has as "efficiency": what evaluate.efficiency names, on prompts of the evaluated split. On rank
+    0, with its device to itself as far as this stage is concerned."""
+    settings, place = config.evaluate.efficiency, parallel.torch_device(device)
+    corpus = artifacts.corpus_directory(config)
+    prefixes = split_prefixes(corpus, config.evaluate.split)
+
+    def prompts(batch: int, length: int) -> Tensor:
+        return _prompts(Windows(prefixes, length), batch)
+
     requests = [
         Request(batch, length, settings.new_tokens)
         for length in settings.prompt_tokens
         for batch in settings.batch_sizes
     ]
     _free()
-    threads = torch.get_num_threads()
+    threads, rounds = torch.get_num_threads(), settings.rounds
     torch.set_num_threads(settings.threads or threads)
+    found = measured_on(precision, place, rounds)
     try:
-        with console.progress("efficiency", len(requests) * (1 + settings.rounds), "turns") as bar:
-            return compare(
-                directories,
-                lambda batch, length: _prompts(Windows(prefixes, length), batch),
-                requests,
-                precision=precision,
-                device=parallel.torch_device(device),
-                rounds=settings.rounds,
-                advance=bar.advance,
-            )
+        if Engine.transformers in settings.engines:
+            with console.progress("efficiency", len(requests) * (1 + rounds), "turns") as bar:
+                found = compare(
+                    directories,
+                    prompts,
+                    requests,
+                    precision=precision,
+                    device=place,
+                    rounds=rounds,
+                    advance=bar.advance,
+                )
     finally:
         torch.set_num_threads(threads)
+    if Engine.vllm not in settings.engines:
+        return found
+    _free()
+    more = by_vllm(
+        directories, prompts, requests, tokenizer=corpus / "tokenizer", precision=precision, device=place,
+        rounds=rounds, seed=config.run.seed,
+    )  # fmt: skip
+    forms = ", ".join(filter(None, (found["form"], more["form"])))
+    rows, missing = found["rows"] + more["rows"], found["missing"] | more["missing"]
+    return found | {"form": forms, "rows": rows, "missing": missing}
+
+
+def measured_on(precision: str, device: torch.device, rounds: int) -> dict[str, Any]:
+    """What holds for every row, and no row yet."""
+    threads = torch.get_num_threads() if device.type == "cpu" else None
+    where = {
+        "device": measure.device_name(device),
+        "threads": threads,
+        "dtype": precision,
+        "form": "",
+        "rounds": rounds,
+    }
+    return where | {"rows": [], "models": {}, "missing": {}}
+
+
+def by_vllm(
+    directories: Mapping[str, Path],
+    prompts: Callable[[int, int], Tensor],
+    requests: Sequence[Request],
+    *,
+    tokenizer: Path,
+    precision: str,
+    device: torch.device,
+    rounds: int,
+    seed: int,
+) -> dict[str, Any]:
+    """{"form": "vLLM <version>", "rows", "missing"}: as `compare`, without latencies and memory.
+
+    tokenizer: of a directory that has none. Where vLLM is not installed, or fails on a model, that is "missing" with
+    the reason, as "vllm" or "vllm.<model>". Rows have no "ratio" where it fails on the teacher. No collective.
+    """
+    if not vllm_speed.installed():
+        reason = (
+            "vllm is not installed. Install it into this environment (pip install vllm; it brings its own torch), or "
+            "leave it out of evaluate.efficiency.engines."
+        )
+        return {"form": "", "rows": [], "missing": {"vllm": reason}}
+    texts = [prompts(each.batch, each.prompt_tokens) for each in requests]
+    share, version = None, ""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        share = round(ROOM * free / total, 3)
+    found: dict[str, list[dict[str, Any]]] = {}
+    missing: dict[str, str] = {}
+    for name, directory in directories.items():
+        console.say(f"evaluate  efficiency: {name} in vLLM")
+        vocabulary = int(files.read_object(directory / "config.json")["vocab_size"])
+        own = (directory / "tokenizer_config.json").is_file()
+        asked = [
+            ((ids % vocabulary).tolist(), request.new_tokens) for ids, request in zip(texts, requests, strict=True)
+        ]
+        try:
+            answer = vllm_speed.times(
+                directory, directory if own else tokenizer, asked, precision=precision, seed=seed, rounds=rounds,
+                share=share,
+            )  # fmt: skip
+            found[name] = [
+                vllm_row(name, request, seconds["first"], seconds["whole"])
+                for request, seconds in zip(requests, answer["times"], strict=True)
+            ]
+            version = f"vLLM {answer['version']}"
+        except UserError as error:
+            missing[f"vllm.{name}"] = str(error)
+    by_request = zip(*found.values(), strict=True)
+    return {"form": version, "rows": [row for rows in by_request for row in _with_ratios([*rows])], "missing": missing}
 
 
 def compare(
@@ -126,12 +211,8 @@ def compare(
     finally:
         models.clear()
         _free()
-    return {
-        "device": measure.device_name(device),
-        "threads": torch.get_num_threads() if device.type == "cpu" else None,
-        "dtype": precision,
+    return measured_on(precision, device, rounds) | {
         "form": f"transformers {transformers.__version__}",
-        "rounds": rounds,
         "rows": rows,
         "models": sizes,
         "missing": missing,
@@ -157,29 +238,49 @@ def row(name: str, request: Request, times: Sequence[Times]) -> dict[str, Any]:
     """One model's figures at one kind of request. latency_ms: between one token and the next, over all requests."""
     first = statistics.median(each.first for each in times)
     between = torch.tensor([step for each in times for step in each.between], dtype=torch.float64)
+    percentiles = {f"p{share}": 1e3 * torch.quantile(between, share / 100).item() for share in PERCENTILES}
+    return _row(Engine.transformers, name, request, first, between.median().item()) | {"latency_ms": percentiles}
+
+
+def vllm_row(name: str, request: Request, first: Sequence[float], whole: Sequence[float]) -> dict[str, Any]:
+    """The same by vLLM, from seconds for one new token and for all; it tells no latencies between tokens.
+
+    Raises UserError where all take no longer than the first.
+    """
+    start, rest = statistics.median(first), statistics.median(whole) - statistics.median(first)
+    if rest <= 0:
+        raise UserError(
+            f"evaluate.efficiency: expected {request.new_tokens} tokens to take vLLM longer than the first of them, "
+            "found no difference. Raise evaluate.efficiency.new_tokens or evaluate.efficiency.rounds."
+        )
+    return _row(Engine.vllm, name, request, start, rest / (request.new_tokens - 1))
+
+
+def _row(engine: Engine, name: str, request: Request, first: float, between: float) -> dict[str, Any]:
     return {
+        "engine": engine.value,
         "model": name,
         "batch": request.batch,
         "prompt_tokens": request.prompt_tokens,
         "new_tokens": request.new_tokens,
         "time_to_first_token_ms": 1e3 * first,
         "prefill_tokens_per_second": request.batch * request.prompt_tokens / first,
-        "decode_tokens_per_second": request.batch / between.median().item(),
-        "latency_ms": {f"p{share}": 1e3 * torch.quantile(between, share / 100).item() for share in PERCENTILES},
+        "decode_tokens_per_second": request.batch / between,
     }
 
 
 def _with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of one kind of request, each also with its figures as shares of the teacher's."""
-    (teacher,) = (each for each in rows if each["model"] == TEACHER)
-    return [
-        each
-        | {
-            "ratio": {name: each[name] / teacher[name] for name in FIGURES}
-            | {"latency_ms": {name: value / teacher["latency_ms"][name] for name, value in each["latency_ms"].items()}}
-        }
-        for each in rows
-    ]
+    """The rows of one kind of request, each also with its figures as shares of the teacher's where that is there."""
+    teacher = next((each for each in rows if each["model"] == TEACHER), None)
+    if teacher is None:
+        return rows
+    found = []
+    for each in rows:
+        ratio: dict[str, Any] = {name: each[name] / teacher[name] for name in FIGURES}
+        if latency := each.get("latency_ms"):
+            ratio["latency_ms"] = {name: value / teacher["latency_ms"][name] for name, value in latency.items()}
+        found.append(each | {"ratio": ratio})
+    return found
 
 
 def _all_opened(

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pipelines import artifacts
 from pipelines.config import Config, TeacherMode
-from pipelines.report import cells, summary, terms, variants
+from pipelines.report import cells, efficiency, summary, terms, variants
 from pipelines.report.record import MODELS, RunRecord
 from pipelines.report.terms import Terms, licence
 
@@ -137,9 +137,9 @@ def _speeds(found: dict[str, Any]) -> dict[str, Any] | None:
     where = [found["device"], f"{found['threads']} threads" if found.get("threads") else "", found["dtype"]]
     shown = [
         [
-            f"batch {row['batch']}, {row['prompt_tokens']} + {row['new_tokens']} tokens",
+            efficiency.setting(row),
             *(
-                f"{row[key]:,.1f} ({row['ratio'][key]:.2f}×)"
+                f"{row[key]:,.1f}" + (f" ({row['ratio'][key]:.2f}×)" if row.get("ratio") else "")
                 for key in ("time_to_first_token_ms", "prefill_tokens_per_second", "decode_tokens_per_second")
             ),
         ]

@@ -12,6 +12,7 @@ COLUMNS = (
     ("decode_tokens_per_second", "decode", "tokens/s", "{:,.1f}"),
 )
 PERCENTILES = ("p50", "p90", "p99")
+ENGINES = {"vllm": "vLLM"}  # in words; a row that names none is of transformers
 
 
 def in_words(found: dict[str, Any]) -> str:
@@ -23,9 +24,20 @@ def in_words(found: dict[str, Any]) -> str:
     return f"Measured on {', '.join(words)}. Ratios are to the teacher in the same setting." if words else ""
 
 
+def engine_of(row: dict[str, Any]) -> str:
+    return row.get("engine") or "transformers"
+
+
+def setting(row: dict[str, Any]) -> str:
+    """ "batch 8, 64 + 32 tokens", and behind it the engine where that is not transformers."""
+    engine = engine_of(row)
+    words = f"batch {row.get('batch')}, {row.get('prompt_tokens')} + {row.get('new_tokens')} tokens"
+    return words if engine == "transformers" else f"{words}, {ENGINES.get(engine, engine)}"
+
+
 def order(row: dict[str, Any]) -> tuple[Any, ...]:
     place = MODELS.index(row["model"]) if row["model"] in MODELS else len(MODELS)
-    return row.get("batch") or 0, row.get("prompt_tokens") or 0, row.get("new_tokens") or 0, place
+    return engine_of(row), row.get("batch") or 0, row.get("prompt_tokens") or 0, row.get("new_tokens") or 0, place
 
 
 def decode_ratio(found: dict[str, Any]) -> float | None:
@@ -45,8 +57,7 @@ def speeds(found: dict[str, Any]) -> Part:
             shown.append(value | {"note": _times(ratio.get(key)) if entry["model"] != "teacher" else ""})
         latency = entry.get("latency_ms") or {}
         shown += [cells.figure(latency.get(name), "{:,.1f}", ours=ours) for name in PERCENTILES]
-        setting = f"batch {entry.get('batch')}, {entry.get('prompt_tokens')} + {entry.get('new_tokens')} tokens"
-        rows.append(cells.row(entry["model"], shown, note=setting, ours=ours))
+        rows.append(cells.row(entry["model"], shown, note=setting(entry), ours=ours))
     head = [(title, unit) for _, title, unit, _ in COLUMNS] + [(name, "between tokens, ms") for name in PERCENTILES]
     return cells.table("Speed by batch and length", head, rows, "Model")
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.report import cells
+from pipelines.report.efficiency import engine_of, order
 from pipelines.report.record import MODELS, RunRecord
 from pipelines.safetensors_header import weight_bytes
 
@@ -73,10 +74,9 @@ def _model(record: RunRecord, results: dict[str, Any], role: str) -> dict[str, A
 
 
 def _decode(efficiency: dict[str, Any], model: str) -> float | None:
-    """At the smallest batch and lengths, at which every model was measured."""
-    settings = ("batch", "prompt_tokens", "new_tokens")
-    known = [row for row in efficiency.get("rows") or [] if row["model"] == model]
-    known.sort(key=lambda row: tuple(row.get(key) or 0 for key in settings))
+    """At the smallest batch and lengths, at which every model was measured, by one engine for all of them."""
+    rows = sorted(efficiency.get("rows") or [], key=order)
+    known = [row for row in rows if row["model"] == model and engine_of(row) == engine_of(rows[0])]
     value = known[0].get("decode_tokens_per_second") if known else None
     return float(value) if cells.is_number(value) else None
 

@@ -71,26 +71,36 @@ def in_words(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _open(tool: str, directory: Path, tokens: Sequence[int], expected: Sequence[int]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "pipelines.serving.open_with", tool, str(directory)]
-    asked = json.dumps({"tokens": list(tokens), "new_tokens": len(expected)})
+def in_own_process(
+    command: Sequence[str], asked: Mapping[str, Any], seconds: float, variables: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The object on the last line that `python -m <command>` writes when it has read `asked` from stdin, as JSON; else
+    {"error": what came of it}. variables: of its environment, beside this process's, which is none of a rank there."""
     try:
         done = subprocess.run(
-            command,
-            input=asked,
+            [sys.executable, "-m", *command],
+            input=json.dumps(asked),
             capture_output=True,
             text=True,
-            timeout=SECONDS,
-            env=environment_outside_ranks(),
+            timeout=seconds,
+            env=environment_outside_ranks() | dict(variables or {}),
             check=False,
         )
         lines = done.stdout.strip().splitlines()
         answer = json.loads(lines[-1]) if not done.returncode and lines else None
     except (subprocess.TimeoutExpired, json.JSONDecodeError) as error:
-        return {"error": f"{type(error).__name__} after at most {SECONDS} s"}
+        return {"error": f"{type(error).__name__} after at most {seconds} s"}
     if answer is None:
         last = (done.stderr.strip() or "no word").splitlines()[-1]
         return {"error": f"exit code {done.returncode}: {last}"}
+    return answer
+
+
+def _open(tool: str, directory: Path, tokens: Sequence[int], expected: Sequence[int]) -> dict[str, Any]:
+    asked = {"tokens": list(tokens), "new_tokens": len(expected)}
+    answer = in_own_process(["pipelines.serving.open_with", tool, str(directory)], asked, SECONDS)
+    if "error" in answer:
+        return answer
     same = [one == other for one, other in zip(answer["tokens"] or [], expected, strict=False)]
     return {"version": answer["version"], "equal": sum(same) / len(expected) if answer["tokens"] is not None else None}
 

@@ -11,10 +11,11 @@ null in one without tokens), "intervals": {figure: [low, high]} (95 %, documents
 evaluate.tasks: {"harness", "models": {model: {task: {"metric", "value", "stderr", "shots", "samples", "all": {metric:
 value}}}}, "published": {model: {task: value}} where they are given, "differences": [{"task", "model", "other",
 "difference", "low", "high", "larger_than_noise"}]}, "efficiency", with evaluate.efficiency: {"device", "threads",
-"dtype", "form", "rounds", "rows": [{"model", "batch", "prompt_tokens", "new_tokens", "time_to_first_token_ms",
-"prefill_tokens_per_second", "decode_tokens_per_second", "latency_ms": {"p50", "p90", "p99"} (between tokens), "ratio":
-{the same, to the teacher's}}], "models": {model: {"bytes_on_disk" (of the weights), "peak_bytes" (weights and what the
-largest request holds), "parameters"}}}, "domains", with evaluate.domains: {name: {"path", "kind": "own" | "other",
+"dtype", "form", "rounds", "rows": [{"engine", "model", "batch", "prompt_tokens", "new_tokens",
+"time_to_first_token_ms", "prefill_tokens_per_second", "decode_tokens_per_second", "latency_ms": {"p50", "p90", "p99"}
+(between tokens; of transformers alone), "ratio": {the same, to the teacher's}}], "models": {model: {"bytes_on_disk" (of
+the weights), "peak_bytes" (weights and what the largest request holds), "parameters"}}}, "domains", with
+evaluate.domains: {name: {"path", "kind": "own" | "other",
 "tokens", "bytes", "documents", "models": {model: {"loss", "bits_per_byte", "kl", "agreement", "intervals"}},
 "differences"}}, "long_context", with evaluate.long_context: {length: {"sequence_length", "tokens", "documents",
 "models": {model: {"loss", "kl", "agreement", "by_position", "intervals"}}, "differences"}}, "generation", with
