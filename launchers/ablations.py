@@ -85,7 +85,7 @@ def other_text() -> str:
     torch = find_spec("torch")
     assert torch is not None and torch.submodule_search_locations, "torch"
     headers = Path(torch.submodule_search_locations[0]) / "include" / "**" / "*.h"
-    return f"data.sources=[{{path: '{headers}', kind: text, limit_bytes: {OTHER_BYTES}}}]"
+    return f"data.sources=[{{path: '{headers}', kind: text, document_bytes: 20000, limit_bytes: {OTHER_BYTES}}}]"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
