@@ -34,17 +34,18 @@ class Fitting:
 
 
 def fitting(corpus: Path, directories: Mapping[str, Path], ranks: Layout) -> Fitting:
-    """directories: by name, the teacher's first. Reads headers and tokenizers. Raises UserError for the teacher alone:
-    without it nothing can be told."""
+    """directories: by name, the teacher's first. Reads headers and tokenizers. Raises UserError for the teacher, as
+    nothing can be told without it, and for a model that the layout does not divide: that is a mistake in settings."""
     found = Fitting({}, {}, {})
     for name, directory in directories.items():
         try:
-            shape = _checked(name, corpus, directory, found.shapes.get(TEACHER), ranks)
+            shape = _checked(name, corpus, directory, found.shapes.get(TEACHER))
         except UserError as error:
             if name == TEACHER:
                 raise
             found.reasons[name] = f"{error} {STILL}"
         else:
+            check_division(ranks, shape, name)
             try:
                 check_model(directory, shape)
             except UserError as error:
@@ -57,8 +58,8 @@ def fitting(corpus: Path, directories: Mapping[str, Path], ranks: Layout) -> Fit
     return found
 
 
-def _checked(name: str, corpus: Path, directory: Path, teacher: ModelShape | None, ranks: Layout) -> ModelShape:
-    """A model's shape. Raises UserError where its tokens are others than the teacher's, or where it cannot be cut."""
+def _checked(name: str, corpus: Path, directory: Path, teacher: ModelShape | None) -> ModelShape:
+    """A model's shape. Raises UserError where its tokens are others than the teacher's."""
     shape = read_shape(directory)
     if teacher is None:
         check_vocabulary(corpus, directory, shape.vocab_size)
@@ -75,5 +76,4 @@ def _checked(name: str, corpus: Path, directory: Path, teacher: ModelShape | Non
                 f"{directory}: expected the teacher's tokenizer, found another one. Losses per token and KL compare "
                 f"the same tokens: give a {name} of this teacher."
             ) from None
-    check_division(ranks, shape, name)
     return shape

@@ -21,6 +21,7 @@ from tests.report import pages
 from tests.stages import small_run
 
 CASE = "tests.stages.cases_evaluate:run"
+TOKENS = "small/corpus/tokenizer"
 PARTS = {
     "evaluate__generation__count": 2,
     "evaluate__generation__new_tokens": 4,
@@ -125,6 +126,16 @@ def test_why_a_model_does_not_fit(root: Path, given: dict[str, Path]) -> None:
         assert list(found.whole) == ["teacher"] + ["student"] * (name != "broken")
     with pytest.raises(UserError, match="expected the model's vocabulary"):
         fitting(corpus, {"teacher": given["words"]}, layout)
+
+
+def test_a_layout_that_divides_no_model_of_the_run_is_a_mistake_and_no_gap(root: Path) -> None:
+    """A gap would stay: what is measured is taken from its parts, whatever the next run's layout."""
+    places = {"teacher": root / "small/teacher/hf", "student": root / "small/odd"}
+    write_random_model(places["student"], small_run.STUDENT.replace(num_hidden_layers=3), 7, tokenizer=root / TOKENS)
+    for tensor, pipeline, expected in ((1, 2, "a divisor of the student's 3 layers"), (4, 1, "the teacher's 2 KV")):
+        with pytest.raises(UserError, match=expected):
+            fitting(root / "small/corpus", places, Layout(tensor * pipeline, tensor, pipeline, 1, 1, "cpu", False))
+    assert list(fitting(root / "small/corpus", places, Layout(1, 1, 1, 1, 1, "cpu", False)).shapes) == list(places)
 
 
 def test_evaluate_alone_refuses_no_student_that_is_given(root: Path, given: dict[str, Path]) -> None:
