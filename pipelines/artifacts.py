@@ -20,7 +20,7 @@ from typing import Any
 
 from pipelines import lineage
 from pipelines.config import Config, TeacherMode, UserError, distils_candidates
-from pipelines.evaluation_settings import is_task_file, prompt_files
+from pipelines.evaluation_settings import WINDOWS, is_task_file, prompt_files
 from pipelines.files import (
     COMPLETE,
     MANIFEST,
@@ -186,7 +186,7 @@ def _of_search(config: Config, stage: Stage) -> tuple[str, ...]:
 
 def _of_quantization(config: Config, stage: Stage) -> tuple[str, ...]:
     """What decides the figures of quantized variants: the windows, and what models are built as."""
-    names = ("split", "sequence_length", "batches", "micro_batch_size", "precision", "document_mask")
+    names = (*WINDOWS, "batches", "micro_batch_size", "precision")
     ours = (*(f"evaluate.{name}" for name in names), "distil.precision", "distil.document_mask")
     return ours if stage.name == "export" and config.export.quantize else ()
 

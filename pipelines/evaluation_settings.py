@@ -9,6 +9,7 @@ GENERATED = (CHOICE, CLOZE) = ("corpus_choice", "corpus_cloze")  # sets of quest
 TASK_FILES = (".yaml", ".yml", ".jsonl")
 MODELS = ("teacher", "pruned", "student")
 FEW = 20  # documents, below which the percentiles of a bootstrap lie too close together
+WINDOWS = ("split", "sequence_length", "document_mask")  # what is in the windows that losses are measured on
 MODEL_FIGURES = (  # of each model in results.json, besides what the parts of evaluate add
     *("loss", "perplexity", "bits_per_byte", "kl", "agreement", "overlap", "calibration_error", "kl_by_entropy"),
     *("by_token_class", "parameters", "non_embedding_parameters", "tokens_per_second"),

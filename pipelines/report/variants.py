@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from pipelines.evaluation_settings import WINDOWS
 from pipelines.report import cells
 from pipelines.report.efficiency import engine_of, order
 from pipelines.report.record import MODELS, RunRecord
@@ -11,7 +12,7 @@ from pipelines.safetensors_header import weight_bytes
 
 TEST, ELSEWHERE = "test", "elsewhere"  # where a loss was measured: on the evaluated split, or on other text
 DECODE, FORWARD = "decode", "forward pass"  # what tokens_per_second is of
-WINDOWS = ("split", "sequence_length", "document_mask", "tokens", "documents")  # what a loss was measured on
+MEASURED_ON = (*WINDOWS, "tokens", "documents")  # what tells whether losses are of the same text
 
 
 def rows(record: RunRecord, results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -40,7 +41,7 @@ def other_windows(results: dict[str, Any]) -> str:
     """Why the losses of quantized forms say nothing beside those of the evaluated models: the export has measured them
     on other windows. Empty where it has not, and where nothing was evaluated."""
     found = results["quantized"]
-    both = [name for name in WINDOWS if found.get(name) is not None and results.get(name) is not None]
+    both = [name for name in MEASURED_ON if found.get(name) is not None and results.get(name) is not None]
     if not results["models"] or not any(found[name] != results[name] for name in both):
         return ""
     different = [name for name in both if found[name] != results[name]]
