@@ -18,6 +18,7 @@ from pipelines.evaluation_settings import GateConfig
 from pipelines.prune_settings import OfLayerConfig
 from pipelines.site_settings import AcceptPart
 from pipelines.validation import numbers, validate
+from pipelines.validation.data import check_sources
 from pipelines.validation.layouts import check_processes
 from pipelines.vocabulary import tokenizer_size
 
@@ -541,6 +542,22 @@ def test_a_source_is_given_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         compose([*BASE, "data.sources=[{path: a.jsonl}, {path: b.jsonl}, {path: a.jsonl, text_key: summary}]"]),
         ["corpus"],
     )
+
+
+def test_a_source_is_known_by_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "b.jsonl", "train.bin", "train.idx"):
+        (tmp_path / name).touch()
+    for first, again in (
+        ("*.jsonl", "b.jsonl"),
+        ("[ab].jsonl", "a*"),
+        ("train.bin", "train.idx"),
+        ("train", "train.bin"),
+    ):
+        twice = f"data.sources=[{{path: {first!r}}}, {{path: {again!r}}}]"
+        with pytest.raises(UserError, match=r"data.sources\[1\]: expected each source once, found .*data.sources\[0\]"):
+            check_sources(compose([*BASE, twice]), ["corpus"])
+    check_sources(compose([*BASE, "data.sources=[{path: 'a*'}, {path: 'b*'}, {path: train.bin}]"]), ["corpus"])
 
 
 def test_a_missing_model_names_the_stage_that_gets_it() -> None:

@@ -45,15 +45,16 @@ def check_sources(config: Config, stages: Collection[str]) -> None:
 
 
 def _check_once(sources: Sequence[SourceConfig]) -> None:
-    """No text twice: it would be in the corpus twice, and on two sides of the split."""
+    """No text twice: it would be in the corpus twice, and on two sides of the split. A directory counts as one."""
     seen: dict[tuple[str, str], int] = {}
     for number, source in enumerate(sources):
-        same = (str(Path(source.path).resolve()), source.text_key) if source.path else (source.kind.value, "")
-        setting = f"data.sources[{number}]"
-        if same in seen:
+        files = artifacts.source_paths(source.path) if source.path else []
+        texts = [(str(path.resolve()), source.text_key) for path in files] or [(source.kind.value, "")]
+        for text in texts:
             remedy = "Leave one out; weight=2 draws it twice as often."
-            expect(False, setting, "each source once", f"{same[0]} again, as data.sources[{seen[same]}]", remedy)
-        seen[same] = number
+            found = f"{text[0]} again, as data.sources[{seen.get(text)}]"
+            expect(text not in seen, f"data.sources[{number}]", "each source once", found, remedy)
+        seen |= dict.fromkeys(texts, number)
 
 
 def _check_parts(config: Config, stages: Collection[str]) -> None:
