@@ -48,19 +48,24 @@ def read_blend(corpus: Path) -> dict[str, Any]:
     return blend
 
 
+class OtherVocabulary(UserError):
+    """A corpus and a model that can both be read, of two vocabularies."""
+
+
 def check_vocabulary(corpus: Path, model: Path, vocab_size: int) -> None:
-    """Raises UserError where the corpus was tokenized with another vocabulary than that of the model in a directory."""
+    """Raises OtherVocabulary where the corpus was tokenized with another vocabulary than that of the model in a
+    directory, UserError where one of them cannot be read."""
     found: Any = read_blend(corpus).get("vocab_size")
     remedy = "Make the corpus again with stage=corpus."
     expect(isinstance(found, int), str(corpus / "blend.json"), "a vocab_size", found, remedy)
     if found > vocab_size:
-        raise UserError(
+        raise OtherVocabulary(
             f"{corpus}: expected a tokenizer of at most the {vocab_size} ids of the model {model}, found {found}. "
             "Make the corpus with the model's own tokenizer (data.tokenizer), or take a model with more ids."
         )
     ours, theirs = (token_ids(path, added=False) for path in (corpus / "tokenizer", model))
     if ours and theirs and ours != theirs:
-        raise UserError(
+        raise OtherVocabulary(
             f"{corpus}: expected the model's vocabulary of {len(theirs)} tokens, found another one of {len(ours)}. "
             f"Make the corpus with the model's tokenizer: data.tokenizer={model}."
         )

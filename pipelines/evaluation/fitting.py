@@ -9,7 +9,7 @@ from pipelines.config import Layout, UserError
 from pipelines.families import ModelShape, read_shape
 from pipelines.safetensors_header import check_model
 from pipelines.validation.layouts import check_division
-from pipelines.vocabulary import check_vocabulary
+from pipelines.vocabulary import OtherVocabulary, check_vocabulary
 
 TEACHER = "teacher"
 STILL = "What needs no token of the teacher's is measured all the same: tasks, text, behaviour, efficiency."
@@ -59,7 +59,7 @@ def fitting(corpus: Path, directories: Mapping[str, Path], ranks: Layout) -> Fit
 
 
 def _checked(name: str, corpus: Path, directory: Path, teacher: ModelShape | None) -> ModelShape:
-    """A model's shape. Raises UserError where its tokens are others than the teacher's."""
+    """A model's shape. Raises UserError where its tokens are others than the teacher's, or cannot be read."""
     shape = read_shape(directory)
     if teacher is None:
         check_vocabulary(corpus, directory, shape.vocab_size)
@@ -71,7 +71,7 @@ def _checked(name: str, corpus: Path, directory: Path, teacher: ModelShape | Non
     else:
         try:
             check_vocabulary(corpus, directory, shape.vocab_size)
-        except UserError:
+        except OtherVocabulary:
             raise UserError(
                 f"{directory}: expected the teacher's tokenizer, found another one. Losses per token and KL compare "
                 f"the same tokens: give a {name} of this teacher."

@@ -37,12 +37,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def given(root: Path) -> dict[str, Path]:
-    """Students of fewer ids, of other words than the teacher's, and with weights that are not those of config.json."""
+    """Students of fewer ids, of other words than the teacher's, with weights that are not those of config.json, and
+    with a tokenizer.json that was cut off."""
     directory = root / "given"
     tokenizer.train(iter(["other words than the teacher has, and fewer of them"] * 9), 270, directory / "tokenizer")
     shape = small_run.STUDENT.replace(vocab_size=280)
     write_random_model(directory / "fewer", shape, 7, std=0.3, tokenizer=directory / "tokenizer")
-    for name in ("words", "broken"):
+    for name in ("words", "broken", "torn"):
         shutil.copytree(root / "small/distil/hf", directory / name)
     change(directory / "broken/config.json", intermediate_size=32)
     path = directory / "words/tokenizer.json"
@@ -50,7 +51,9 @@ def given(root: Path) -> dict[str, Path]:
     first, second = list(model["vocab"])[:2]
     model["vocab"] |= {first: model["vocab"][second], second: model["vocab"][first]}
     change(path, model=model)
-    return {name: directory / name for name in ("fewer", "words", "broken")}
+    tokens = directory / "torn/tokenizer.json"
+    tokens.write_text(tokens.read_text()[:100])
+    return {name: directory / name for name in ("fewer", "words", "broken", "torn")}
 
 
 def change(path: Path, **changes: Any) -> None:
@@ -120,10 +123,12 @@ def test_why_a_model_does_not_fit(root: Path, given: dict[str, Path]) -> None:
         "words": "expected the teacher's tokenizer, found another one",
         "fewer": "found 280",
         "broken": "expected tensors of the shape",
+        "torn": "torn/tokenizer.json: expected",
     }.items():
         found = fitting(corpus, places | {"student": given[name]}, layout)
         assert list(found.shapes) == ["teacher"] and reason in found.reasons["student"]
         assert list(found.whole) == ["teacher"] + ["student"] * (name != "broken")
+        assert ("found another one" in found.reasons["student"]) == (name == "words")
     with pytest.raises(UserError, match="expected the model's vocabulary"):
         fitting(corpus, {"teacher": given["words"]}, layout)
 
