@@ -116,23 +116,25 @@ def find(results: dict[str, Any], figure: str) -> float:
     if model == EXPORT:
         return _number(_walk(results, names, None, figure), figure)
     own = results.get("models", {}).get(model, {})
+    absent = results.get("missing", {}).get(model, "")
     if not own and names[0] not in results:
-        raise LookupError(results.get("missing", {}).get(model, f"there is no {model} in what was measured"))
+        raise LookupError(absent or f"there is no {model} in what was measured")
     if reason := _missing(results, names):
         raise LookupError(reason)
     inside = names[0] in own or names[0] not in results  # in neither: the model's own names are those to be told
-    return _number(_walk(own if inside else results, names, model, figure), figure)
+    return _number(_walk(own if inside else results, names, model, figure, absent), figure)
 
 
-def _walk(node: Any, names: list[str], model: str | None, figure: str) -> Any:
+def _walk(node: Any, names: list[str], model: str | None, figure: str, absent: str = "") -> Any:
+    """absent: why the model is missing, or empty: the reason where a part has no entry of it."""
     for place, name in enumerate(names):
         if isinstance(node, dict) and name not in node and model in node.get("models", {}):
             gap = _missing(node, names[place:])
-            node = node["models"][model]
+            node, absent = node["models"][model], ""
         else:
             gap = _missing(node, names[place:])
         if not isinstance(node, dict) or name not in node:
-            raise LookupError(gap or _unknown(node, name, figure))
+            raise LookupError(gap or absent or _unknown(node, name, figure))
         node = node[name]
     if isinstance(node, dict) and model in node.get("models", {}):
         node = node["models"][model]

@@ -66,6 +66,20 @@ def test_a_gap_is_a_gate_that_failed(figure: str, of: str | None, reason: str) -
     assert reason in found["why"] and found["why"].startswith(figure)
 
 
+@pytest.mark.parametrize("figure", ["student.kl", "student.tasks.arc_easy", "student.domains.law.loss"])
+def test_of_a_model_that_is_missing_every_gate_tells_why(figure: str) -> None:
+    """The other models have their figures in the parts, where the missing one has no entry."""
+    teacher = {"models": {"teacher": {"arc_easy": {"value": 0.8}}}}
+    text = {"law": {"models": {"teacher": {"loss": 2.5}}}}
+    gap = {"student": "BROKEN WEIGHTS"}
+    results = {"models": {"teacher": {"loss": 2.0}}, "tasks": teacher, "domains": text, "missing": gap}
+    told = gates.judge([GateConfig(figure, below=1.0), GateConfig(figure, "teacher", below=1.0)], results)
+    assert all("BROKEN WEIGHTS" in gate["why"] and "there is no" not in gate["why"] for gate in told)
+    teacher["models"]["student"] = {"arc_easy": {"value": 0.6}}  # of another tokenizer: its tasks are measured
+    assert gates.find(results, "student.tasks.arc_easy") == 0.6
+    assert "Did you mean arc_easy?" in gates.judge([GateConfig("student.tasks.arc_esay", below=1.0)], results)[0]["why"]
+
+
 def test_figures_of_export_are_of_its_own_files(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(
         json.dumps({"figures": {"relative_difference": 1e-6, "quantized": ["int8"]}})
