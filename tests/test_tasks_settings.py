@@ -1,5 +1,6 @@
 """Mistakes in the tasks of an evaluation, told before anything is built."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,7 @@ from pipelines.validation import gates, numbers, tasks
             "expected a task file, a directory of them or a .jsonl of questions in none/task.yaml",
         ),
         (["names=[winogrande,winogrande]"], "expected every task once, found winogrande more often"),
-        (["names=[mmlu]", "shots={mlmu: 5}"], r"evaluate.tasks.shots: expected tasks of .* \(mmlu\), found 'mlmu'"),
         (["names=[mmlu]", "shots={mmlu: -1}"], "evaluate.tasks.shots.mmlu: expected 0 or more, found -1"),
-        (["names=[mmlu]", "metrics={mmlu_: acc}"], "evaluate.tasks.metrics: expected tasks of"),
-        (["names=[mmlu]", "published={student: {mmul: 1}}"], "evaluate.tasks.published.student: expected tasks of"),
         (["names=[mmlu]", "published={student: {mmlu: high}}"], "published.student: expected a number for each task"),
         (
             ["names=[corpus_choice]", "published={student: {corpus_choice: 60.5}}"],
@@ -52,9 +50,37 @@ def test_files_go_by_their_names(tmp_path: Path) -> None:
         (tmp_path / name).write_text("{}\n")
     names = f"evaluate.tasks.names=[{tmp_path}/one.yaml,{tmp_path}/mine,mmlu]"
     tasks.check(compose([names, "evaluate.tasks.shots={one: 1, two: 2, mmlu: 5}"]), ["evaluate"])
+    assert not list(tasks._not_asked_for(compose([names, "evaluate.tasks.shots={one: 1, two: 2}"]).evaluate.tasks))
     (tmp_path / "odd.txt").write_text("")
     with pytest.raises(UserError, match=r"expected a .yaml or .jsonl, found .*odd.txt"):
         tasks.check(compose([f"evaluate.tasks.names=[{tmp_path}/odd.txt]"]), ["evaluate"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["names=[mmlu]", "shots={helaswag: 5}"], ["helaswag in shots"]),
+        (["names=[mmlu]", "shots={mlmu: 5}"], ["mlmu in shots .*: did you mean mmlu"]),
+        (["names=[mmlu]", "metrics={mmlu_: acc}"], ["mmlu_ in metrics .* did you mean mmlu"]),
+        (["names=[mmlu]", "published={student: {mmul: 1}}"], ["mmul in published.student .* did you mean mmlu"]),
+        (["names=[mmlu]", "shots={mmlu: 5}", "metrics={mmlu: acc}", "published={student: {mmlu: 1}}"], []),
+        (["names=[]", "shots={mmlu: 5}"], []),
+    ],
+)
+def test_a_name_that_no_task_has_is_told_and_refused_nowhere(settings: list[str], expected: list[str]) -> None:
+    config = compose([f"evaluate.tasks.{setting}" for setting in settings])
+    told = list(tasks.warnings(config, ["evaluate"]))
+    assert len(told) == len(expected) and all(map(re.search, expected, told)), told
+    assert all("is of no task of evaluate.tasks.names" in line for line in told)
+    tasks.check(config, ["evaluate"])
+    assert not list(tasks.warnings(config, ["prune"]))
+
+
+def test_a_task_like_one_of_the_experiment_is_taken() -> None:
+    config = compose(["experiment=llama31_8b_to_4b_width", "evaluate.tasks.names=[truthfulqa_mc1]"])
+    tasks.check(config, ["evaluate"])
+    told = list(tasks.warnings(config, ["evaluate"]))
+    assert len(told) == 6 and sum("did you mean truthfulqa_mc1?" in line for line in told) == 1
 
 
 def test_fewer_tasks_than_an_experiment_s_leave_its_other_settings_without_effect() -> None:

@@ -41,32 +41,23 @@ def check(config: Config, stages: Collection[str]) -> None:
     settings = config.evaluate.tasks
     if not settings.names:
         return
-    known: set[str] = set()
-    whole = True  # every name is known before the directories of task files are read
     for name in settings.names:
         path = Path(name)
         if not is_task_file(name):
-            known.add(name)
             continue
         if not path.exists():
             raise UserError(
                 f"evaluate.tasks.names: expected a task file, a directory of them or a .jsonl of questions in {name}, "
                 "found nothing. Check the path."
             )
-        if path.is_dir():
-            whole = False
-        elif path.suffix not in TASK_FILES:
+        if not path.is_dir() and path.suffix not in TASK_FILES:
             raise UserError(f"evaluate.tasks.names: expected a .yaml or .jsonl, found {name}. Rename it.")
-        else:
-            known.add(path.stem)
     twice = [name for name, count in Counter(Path(name).stem for name in settings.names).items() if count > 1]
     if twice:
         raise UserError(
             f"evaluate.tasks.names: expected every task once, found {twice[0]} more often. Rename its file, or leave "
             "one out."
         )
-    if not whole:
-        known |= {file.stem for name in settings.names if Path(name).is_dir() for file in Path(name).iterdir()}
     for model, row in settings.published.items():
         numbers = isinstance(row or {}, dict) and all(isinstance(v, int | float) for v in (row or {}).values())
         if model not in MODELS:
@@ -77,14 +68,6 @@ def check(config: Config, stages: Collection[str]) -> None:
                 "{mmlu: 0.605}."
             )
         _check_shares(model, row or {}, settings)
-    given: tuple[tuple[str, dict[str, Any]], ...] = (("shots", settings.shots), ("metrics", settings.metrics))
-    for setting, values in (*given, *((f"published.{model}", row or {}) for model, row in settings.published.items())):
-        for name in values:  # those of an experiment whose names are not asked for have no effect
-            if name not in known and difflib.get_close_matches(name, known - set(values), n=1, cutoff=0.7):
-                raise UserError(
-                    f"evaluate.tasks.{setting}: expected tasks of evaluate.tasks.names ({', '.join(sorted(known))}), "
-                    f"found {name!r}. Correct the name."
-                )
     for name, shots in settings.shots.items():
         if shots < 0:
             raise UserError(f"evaluate.tasks.shots.{name}: expected 0 or more, found {shots}. Raise it.")
@@ -109,10 +92,32 @@ def warnings(config: Config, stages: Collection[str]) -> Iterator[str]:
     if "evaluate" not in stages:
         return
     yield from (f"{reason} Until then it is a gap, and the rest is evaluated" for reason in _unreadable(config))
+    yield from _not_asked_for(config.evaluate.tasks)
     generation = config.evaluate.generation
     for name in ("temperature", "top_p"):
         if generation.greedy and getattr(generation, name) != 1:
             yield f"evaluate.generation.{name} has no effect with evaluate.generation.greedy=true"
+
+
+def _not_asked_for(settings: TasksConfig) -> Iterator[str]:
+    """The names of shots, metrics and published scores that no task asked for has: mistyped, or those of an experiment
+    whose other tasks are left out."""
+    if not settings.names:
+        return
+    known: set[str] = set()
+    for name in settings.names:
+        path = Path(name)
+        if is_task_file(name):
+            known |= {file.stem for file in path.iterdir()} if path.is_dir() else {path.stem}
+        else:
+            known.add(name)
+    given: dict[str, dict[str, Any]] = {"shots": settings.shots, "metrics": settings.metrics}
+    given |= {f"published.{model}": row or {} for model, row in settings.published.items()}
+    for name in dict.fromkeys(name for values in given.values() for name in values if name not in known):
+        places = [setting for setting, values in given.items() if name in values]
+        close = difflib.get_close_matches(name, known.difference(*(given[place] for place in places)), n=1, cutoff=0.7)
+        hint = f": did you mean {close[0]}?" if close else ""
+        yield f"evaluate.tasks: {name} in {', '.join(places)} is of no task of evaluate.tasks.names{hint}"
 
 
 def _unreadable(config: Config) -> Iterator[str]:
