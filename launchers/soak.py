@@ -400,19 +400,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cleared(disk)  # of an earlier soak
     disk.mkdir(parents=True)
     signal.signal(signal.SIGTERM, interrupt)
-    in_memory = mounted(disk)
-    kinds = [kind for kind in options.kinds if kind != "disk" or in_memory]
-    if kinds != options.kinds:
-        print("disk: left out, for want of a file system of its own that may be filled")
-    soak = Soak(disk, options.base, options.rounds, kinds, options.seed, overrides)
+    soak = Soak(disk, options.base, options.rounds, options.kinds, options.seed, overrides)
     try:
+        if not mounted(disk):
+            soak.kinds = [kind for kind in options.kinds if kind != "disk"]
+        if soak.kinds != options.kinds:
+            print("disk: left out, for want of a file system of its own that may be filled")
         rounds, differences = soak.run()
     except (KeyboardInterrupt, SystemExit):
         soak.end()
         cleared(disk)
         raise
     finally:
-        if in_memory and disk.is_mount():
+        if disk.is_mount():
             subprocess.run(["umount", "-l", str(disk)], check=False)
     print(f"\n{table(rounds)}\n")
     print(differences or "losses and weights equal those of the uninterrupted run bit by bit")

@@ -54,6 +54,21 @@ def test_sigterm_ends_the_training_and_leaves_no_mount(tmp_path: Path) -> None:
     assert not (tmp_path / "disk").exists()
 
 
+def test_sigterm_just_behind_the_mount_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mounted = soak.mounted
+
+    def stopped(directory: Path) -> bool:
+        mounted(directory)  # where this user may
+        soak.interrupt(signal.SIGTERM, None)
+        return True
+
+    monkeypatch.setattr(soak, "mounted", stopped)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # this process keeps its own
+    with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
+        soak.main(["--directory", str(tmp_path), "--rounds", "1"])
+    assert not (tmp_path / "disk").exists()
+
+
 def test_what_a_killed_soak_has_left_is_no_hindrance(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     (disk / "runs").mkdir(parents=True)
