@@ -90,6 +90,10 @@ def _validated(config: configuration.Config) -> None:
     validate(config, stage_names(config))
 
 
+def test_documented_lines_are_found() -> None:
+    assert len(commands()) >= 30
+
+
 @pytest.mark.parametrize("command", commands())
 def test_a_documented_line_divides_among_the_processes_it_names(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
