@@ -13,6 +13,7 @@ from typing import Any
 from pipelines import cluster_settings, evaluation_settings, processes, prune_settings
 from pipelines import config as configuration
 from pipelines.config import Config, UserError
+from pipelines.path_settings import PATHS, expand_home
 
 GROUPS = ("experiment", "model", "student", "parallel", "data", "teacher", "distil", "signals", "benchmark", "cluster")
 
@@ -69,7 +70,8 @@ def compose(overrides: list[str]) -> Config:
     except YAMLError as error:
         raise UserError(_not_yaml(error)) from None
     assert isinstance(config, Config)
-    return _home_expanded(config)
+    expand_home(config)  # the same for paths that were quoted, or that stand in a file
+    return config
 
 
 @functools.cache
@@ -111,10 +113,6 @@ MAPPINGS = (  # settings that hold names and values of their own
     *("evaluate.tasks.shots", "evaluate.tasks.metrics", "evaluate.tasks.published"),
 )
 ALIASES = {"dry_run": "plan.dry_run"}
-PATHS = (
-    *("run.directory", "model.path", "student.path", "data.corpus", "data.tokenizer"),
-    *("cluster.image", "cluster.workdir", "cluster.python", "fetch.directory", "evaluate.baseline", "evaluate.student"),
-)
 
 
 def _mapping(override: str) -> dict[str, Any] | None:
@@ -135,32 +133,11 @@ def _expand_home(override: str) -> str:
     key, equals, value = override.partition("=")
     if key in PATHS and value.startswith("~"):
         return f"{key}={os.path.expanduser(value)}"
-    if key in ("data.sources", "evaluate.domains"):
+    if f"{key}[]" in PATHS:
+        value = re.sub(r"([\[,] *)(~[^,\]\s]*)", lambda found: found[1] + os.path.expanduser(found[2]), value)
+    if f"{key}[].path" in PATHS:
         value = re.sub(r"(\bpath: *)(~[^,}\s]*)", lambda found: found[1] + os.path.expanduser(found[2]), value)
     return key + equals + value
-
-
-def _home_expanded(config: Config) -> Config:
-    """The same for paths that were quoted, or that stand in a file."""
-    config.run.directory = os.path.expanduser(config.run.directory)
-    config.fetch.directory = os.path.expanduser(config.fetch.directory)
-    for group, name in ((config.model, "path"), (config.student, "path"), (config.data, "corpus")):
-        setattr(group, name, _expanded(getattr(group, name)))
-    for name in ("baseline", "student"):
-        setattr(config.evaluate, name, _expanded(getattr(config.evaluate, name)))
-    config.data.tokenizer = _expanded(config.data.tokenizer)
-    for name in ("image", "workdir", "python"):
-        setattr(config.cluster, name, _expanded(getattr(config.cluster, name)))
-    config.cluster.mounts = [os.path.expanduser(mount) for mount in config.cluster.mounts]
-    for source in config.data.sources:
-        source.path = _expanded(source.path)
-    for domain in config.evaluate.domains:
-        domain.path = _expanded(domain.path)
-    return config
-
-
-def _expanded(path: str | None) -> str | None:
-    return path and os.path.expanduser(path)
 
 
 def explain(error: Exception, overrides: list[str]) -> str:

@@ -4,11 +4,12 @@
 is quoted for the shell (cluster/script.py) and may hold anything that can be printed.
 """
 
+import os
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from pipelines import processes, secrets
+from pipelines import path_settings, processes, secrets
 from pipelines.artifacts import run_directory
 from pipelines.cluster_settings import ClusterConfig, StageNodesConfig
 from pipelines.config import Config, expect
@@ -17,6 +18,8 @@ from pipelines.stages import STAGES
 WORD = re.compile(r"[A-Za-z0-9_.,:@+-]+")
 FEATURES = re.compile(r"[A-Za-z0-9_.,:@+&|*()\[\]-]+")
 PATH = re.compile(r"[A-Za-z0-9_./,:@+=~-]+")
+IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:@/#+-]*")
+OF_APPTAINER = (".sif", ".simg")
 NAME = re.compile(r"[A-Za-z0-9_.,@+=][A-Za-z0-9_.,@+=-]*")
 OPTION = re.compile(r"--[a-z][a-z0-9-]*(=[A-Za-z0-9_./,:@+=~&|*()\[\]-]+)?")
 TIME = re.compile(
@@ -205,59 +208,60 @@ def _check_nodes(cluster: ClusterConfig, stages: Collection[str]) -> None:
 def _check_places(config: Config) -> None:
     """That what the run reads and writes is under the same path on this machine and inside the container."""
     cluster = config.cluster
-    given = dict(given_paths(config))
+    given = dict(path_settings.of_jobs(config))
     here = Path.cwd()
     workdir = Path(cluster.workdir) if cluster.workdir else here
     expect(workdir.is_absolute(), "cluster.workdir", "an absolute path", cluster.workdir, "Write it in full.")
     for setting, path in given.items():
         remedy = "Give it in full, or leave cluster.workdir out."
-        same = Path(path).is_absolute() or workdir == here
+        same = Path(path).is_absolute() or workdir.resolve() == here.resolve()
         expect(same, setting, f"an absolute path with cluster.workdir={cluster.workdir}", path, remedy)
     if cluster.image is None:
         expect(not cluster.mounts, "cluster.mounts", "none without cluster.image", cluster.mounts, "Drop one.")
         return
-    if cluster.image.endswith(".sqsh"):
-        absolute, remedy = Path(cluster.image).is_absolute(), "Write it in full."
-        expect(absolute, "cluster.image", "an absolute path to the .sqsh", cluster.image, remedy)
-        found = "nothing there"
-        expect(Path(cluster.image).is_file(), "cluster.image", "an existing file", found, f"Check {cluster.image}.")
+    _check_image(cluster.image)
     seen = []
     for number, mount in enumerate(cluster.mounts):
         source, target = split_mount(mount)[:2]
         good = "," not in mount and source.startswith("/") and target.startswith("/") and mount.count(":") < 3
         expected = "/path, /source:/target or /source:/target:flags, without commas"
         expect(good, f"cluster.mounts[{number}]", expected, repr(mount), "Change it.")
-        if source == target:
-            seen.append(Path(source))
+        if os.path.normpath(source) == os.path.normpath(target):
+            seen.append(Path(os.path.normpath(source)))
+    given["run.directory"] = str(here / config.run.directory)  # the chain gives it to its jobs in full
     for setting, path in {**given, "the working directory": str(workdir)}.items():
-        place = here / path
+        place = Path(os.path.normpath(workdir / path))
+        leads = (workdir / path).resolve()
         expected = "a path that is mounted under the same name inside the image"
+        remedy = f"Add it, or what it lies in, to cluster.mounts={cluster.mounts}."
         inside = any(place.is_relative_to(mount) for mount in seen)
-        expect(
-            inside, setting, expected, str(place), f"Add it, or what it lies in, to cluster.mounts={cluster.mounts}."
-        )
+        expect(inside, setting, expected, str(place), remedy)
+        # A link that leads out of every mount leads nowhere inside; a mount that is itself a link is none there.
+        inside = any(leads.is_relative_to(end) for mount in seen for end in (mount, mount.resolve()))
+        expect(inside, setting, expected, f"{place}, which leads to {leads}", remedy)
+
+
+def _check_image(image: str) -> None:
+    """A file must be one that enroot runs; whether a registry has a name, the nodes find out."""
+    expected = "registry/name:tag, or an absolute path to a .sqsh"
+    scheme, _, name = image.rpartition("://")
+    remedy = f"Leave {scheme}:// out: {name}." if scheme in ("docker", "dockerd", "podman") else "Write it so."
+    as_file = image.startswith(("/", ".")) or image.endswith((".sqsh", ".squashfs", *OF_APPTAINER))
+    named = bool(IMAGE.fullmatch(image)) and "://" not in image
+    expect(as_file or named, "cluster.image", expected, repr(image), remedy)
+    if not as_file:
+        return
+    path = Path(image)
+    expect(path.is_absolute(), "cluster.image", "an absolute path to the .sqsh", image, "Write it in full.")
+    remedy = "Make a .sqsh of the image: enroot import -o stillhouse.sqsh docker://REGISTRY#NAME:TAG."
+    foreign = path.suffix in OF_APPTAINER
+    expect(not foreign, "cluster.image", "a .sqsh, which enroot runs", f"Apptainer's {path}", remedy)
+    expect(not path.is_dir(), "cluster.image", "a .sqsh", f"the directory {path}", "Name the file in it.")
+    remedy = f"Check {image}, which this machine must see as the nodes do."
+    expect(path.is_file(), "cluster.image", "an existing file", "nothing there", remedy)
 
 
 def split_mount(mount: str) -> tuple[str, ...]:
     """Source, target and flags of a mount; a path alone is both."""
     parts = mount.split(":")
     return (parts[0], parts[0]) if len(parts) == 1 else tuple(parts)
-
-
-def given_paths(config: Config) -> Iterator[tuple[str, str]]:
-    """(setting, path) of everything that the run reads and writes."""
-    data, prune = config.data, config.prune
-    yield "run.directory", config.run.directory
-    for setting, path in (
-        ("model.path", config.model.path),
-        ("student.path", config.student.path),
-        ("data.corpus", data.corpus),
-        ("data.tokenizer", data.tokenizer),
-        ("prune.scores", prune.scores),
-        ("prune.task", prune.task),
-    ):
-        if path:
-            yield setting, path
-    for number, source in enumerate(data.sources):
-        if source.path:
-            yield f"data.sources[{number}].path", source.path

@@ -180,6 +180,12 @@ def test_settings_are_checked_for_the_nodes_and_not_for_this_machine(place: Path
         (["cluster.mounts=[/a]"], "none without cluster.image"),
         (["cluster.image=a/b.sqsh"], "an absolute path to the .sqsh"),
         (["cluster.image=/a/b.sqsh"], "an existing file"),
+        (["cluster.image=''"], "registry/name:tag, or an absolute path to a .sqsh, found ''"),
+        (["cluster.image='a b'"], "registry/name:tag"),
+        (["cluster.image=docker://nvcr.io/a:1"], "Leave docker:// out: nvcr.io/a:1"),
+        (["cluster.image=/tmp"], "found the directory /tmp"),
+        (["cluster.image=./images"], "an absolute path to the .sqsh"),
+        (["cluster.image=/a/b.sif"], "a .sqsh, which enroot runs, found Apptainer's /a/b.sif. Make a .sqsh"),
         (["cluster.image=x", "cluster.mounts=['/a,/b']"], "without commas"),
         (["cluster.image=x", "cluster.mounts=[a:b]"], "/source:/target"),
         (["cluster.image=x", "cluster.mounts=[/somewhere]"], "run.directory: expected a path that is mounted"),
@@ -192,6 +198,40 @@ def test_what_no_script_can_hold_is_one_message(place: Path, overrides: list[str
         Chain([*LOCAL, *overrides])
     assert part in str(error.value)
     assert not (place / "runs").exists()
+
+
+def test_what_a_container_must_see_is_compared_as_the_file_system_takes_it(place: Path) -> None:
+    """Mounts and paths with .. and with links; and a path that only an evaluation reads."""
+    here, data = place / "here", place / "data"
+    here.mkdir()
+    data.mkdir()
+    (data / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    (here / "link").symlink_to(data)
+    (place / "other").symlink_to(here)
+    os.chdir(here)
+
+    def seen(*mounts: Path | str, prompts: str = "", workdir: str = "null") -> str:
+        asked = [*LOCAL, "cluster.image=x", f"cluster.mounts=[{','.join(map(str, mounts))}]"]
+        asked += [f"cluster.workdir={workdir}"] + [f"evaluate.generation.prompts={prompts}"] * bool(prompts)
+        try:
+            check(compose(asked), ["evaluate"])
+        except UserError as error:
+            return str(error)
+        return ""
+
+    assert not seen(f"{data}/../here") and not seen(f"{here}/:{here}")
+    forgotten = "evaluate.generation.prompts: expected a path that is mounted under the same name inside the image"
+    found = f"{forgotten}, found {data}/prompts.jsonl. Add it"
+    assert seen(here, prompts=f"{data}/prompts.jsonl").startswith(found)
+    assert seen(here, prompts=f"{here}/../data/prompts.jsonl").startswith(found)
+    leads = f"{forgotten}, found {here}/link/prompts.jsonl, which leads to {data}/prompts.jsonl. Add it"
+    assert seen(here, prompts="link/prompts.jsonl").startswith(leads)
+    assert not seen(here, data, prompts="link/prompts.jsonl")
+    assert not seen(here, place / "other", prompts=f"{place}/other/mine"), (
+        "a mount that is a link is a directory inside"
+    )
+    assert not seen(here, place / "other", workdir=f"{place}/other", prompts="mine"), "the same place"
+    assert seen(here, workdir=f"{place}/other").startswith("the working directory: expected a path that is mounted")
 
 
 def test_no_string_of_the_settings_is_taken_for_a_command(place: Path) -> None:
