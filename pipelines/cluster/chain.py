@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -136,7 +137,10 @@ class Chain:
             old.unlink()
         for job, config in zip(self.jobs, self.configs, strict=True):
             artifacts.write_atomic(job.script, render(job, self.cluster, self.here))
-            artifacts.write_atomic(job.settings, to_yaml(config))
+            # The jobs do not get cluster.*, and so their own settings do not have it.
+            stages = replace(self.cluster.stages, **{job.stage: job.nodes})
+            settings = replace(config, cluster=replace(self.cluster, stages=stages))
+            artifacts.write_atomic(job.settings, to_yaml(settings))
 
     def forget(self) -> None:
         """How the jobs of an earlier chain ended: their stops, verdicts and restarts do not count any more."""

@@ -12,6 +12,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipelines import gates, preflight
 from pipelines.artifacts import begin
@@ -67,6 +68,9 @@ def test_a_chain_has_a_job_for_each_stage_with_nodes_of_its_own(place: Path) -> 
     assert "parallel.processes=4" in jobs["distil"].overrides and "parallel.processes=2" in jobs["prune"].overrides
     assert "parallel.processes: 4" not in text and "processes: 4" in jobs["distil"].settings.read_text()
     assert not any(o.startswith("cluster") for o in jobs["distil"].overrides)  # sites' files are not in images
+    written = yaml.safe_load(jobs["distil"].settings.read_text())["cluster"]
+    assert (written["name"], written["warning_seconds"], written["nodes"]) == ("local", 120, 2)
+    assert {key: written["stages"]["distil"][key] for key in ("nodes", "time")} == {"nodes": 4, "time": "2-00"}
     for job in chain.jobs:
         subprocess.run(["bash", "-n", str(job.script)], check=True)
 
