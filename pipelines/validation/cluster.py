@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pipelines import path_settings, processes, secrets
 from pipelines.artifacts import run_directory
+from pipelines.choices import Device
 from pipelines.cluster_settings import ClusterConfig, StageNodesConfig
 from pipelines.config import Config, expect
 from pipelines.stages import STAGES
@@ -70,6 +71,8 @@ def check(config: Config, stages: Collection[str]) -> None:
     _check_environment(cluster)
     _check_times(config, stages)
     _check_nodes(cluster, stages)
+    if config.parallel.device is not Device.cpu:
+        _check_gpus(cluster, stages)
     _check_places(config)
 
 
@@ -203,6 +206,19 @@ def _check_nodes(cluster: ClusterConfig, stages: Collection[str]) -> None:
             found, expected = getattr(own, name), "1: it has no ranks"
             good = STAGES[stage].takes_all_nodes or found in (None, 1)
             expect(good, f"cluster.stages.{stage}.{name}", expected, found, "Leave it out.")
+
+
+def _check_gpus(cluster: ClusterConfig, stages: Collection[str]) -> None:
+    """That no two ranks share a GPU, which NCCL refuses."""
+    for stage in stages:
+        nodes, own = of_stage(cluster, stage), getattr(cluster.stages, stage)
+        gpus, processes = nodes.gpus_per_node or 0, nodes.processes_per_node or 0
+        if not gpus or not STAGES[stage].ranks:
+            continue
+        of = "cluster" if own.processes_per_node is None else f"cluster.stages.{stage}"
+        expected = f"at most one process for each of the {gpus} GPUs of a node in stage {stage}"
+        remedy = "Lower it, or leave it out: it is the number of GPUs then."
+        expect(processes <= gpus, f"{of}.processes_per_node", expected, processes, remedy)
 
 
 def _check_places(config: Config) -> None:

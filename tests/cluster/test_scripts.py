@@ -177,6 +177,15 @@ def test_settings_are_checked_for_the_nodes_and_not_for_this_machine(place: Path
         (["cluster.gpus_per_node=-1"], "cluster.gpus_per_node"),
         (["cluster.restarts=-1"], "cluster.restarts"),
         (["cluster.preflight_seconds=0"], "cluster.preflight_seconds"),
+        (
+            ["cluster.gpus_per_node=8", "cluster.processes_per_node=16"],
+            "cluster.processes_per_node: expected at most one process for each of the 8 GPUs of a node in stage "
+            "teacher, found 16. Lower it",
+        ),
+        (
+            ["cluster.stages.distil.gpus_per_node=2", "cluster.stages.distil.processes_per_node=4"],
+            "cluster.stages.distil.processes_per_node: expected at most one process for each of the 2 GPUs",
+        ),
         (["cluster.stages.distil.nodes=0"], "cluster.stages.distil.nodes"),
         (["cluster.grace_seconds=-60"], "cluster.grace_seconds"),
         (["cluster.environment=[{name: SLURM_CONF, value: b, why: c}]"], "a variable of your own"),
