@@ -45,7 +45,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0,bf_interval=1
-SlurmdTimeout=10
+SlurmdTimeout=20
+MinJobAge=7200
 KillWait=10
 ReturnToService=2
 JobRequeue=1

@@ -74,12 +74,13 @@ def test_data_that_was_fetched_is_read_without_network(tmp_path: Path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(datasets, "load_dataset", load)
+        patch.setattr(fetch, "_asked", lambda kind, name, *_, **__: hub.append((kind, name)))
         context = StageContext(
             compose(["fetch.tasks=[winogrande]", f"fetch.directory={tmp_path}/f"]), "fetch", tmp_path
         )
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         assert fetch.run(context)["winogrande"]["repositories"] == ["allenai/winogrande"]
-    assert hub == [("allenai/winogrande", "winogrande_xl")]
+    assert hub == [("dataset", "allenai/winogrande"), ("allenai/winogrande", "winogrande_xl")]
     with harness._cache(Task("winogrande", "winogrande"), tmp_path / "f/tasks"):
         loaded = harness._load(Task("winogrande", "winogrande", 0))
     assert [doc["sentence"] for doc in loaded["tasks"]["winogrande"].validation_docs()] == rows["sentence"]
