@@ -270,15 +270,14 @@ def test_patterns_and_prefixes_are_known_inputs(tmp_path, made):
     """The manifest holds the hash of every file that a pattern or a prefix names, and validation lets both through."""
     for name in ("b.txt", "a.txt"):
         (tmp_path / name).write_text(name)
-    prefix = existing(tmp_path / "ids", read(made, "train"))
+    prefixes = [existing(tmp_path / name, read(made, "train")) for name in ("ids", "ids2", "ids3")]
     config = Config()
     config.run.directory = str(tmp_path / "runs")
-    config.data.sources = [
-        SourceConfig(path=p) for p in (f"{tmp_path}/*.txt", prefix, prefix + ".bin", prefix + ".idx")
-    ]
+    names = [prefix + suffix for prefix, suffix in zip(prefixes, ("", ".bin", ".idx"), strict=True)]
+    config.data.sources = [SourceConfig(path=p) for p in (f"{tmp_path}/*.txt", *names)]
     validate(config, ["corpus"])
     found = [list(entry["files"]) for entry in artifacts.inputs(config, STAGES["corpus"]).values()]
-    assert found == [["a.txt"], ["b.txt"], *[["ids.bin", "ids.idx"]] * 3]
+    assert found == [["a.txt"], ["b.txt"], *([f"{name}.bin", f"{name}.idx"] for name in ("ids", "ids2", "ids3"))]
     config.data.sources = [SourceConfig(path=f"{tmp_path}/*.nothing")]
     with pytest.raises(UserError, match="an existing path"):
         validate(config, ["corpus"])
