@@ -1,7 +1,8 @@
 """Stages without models for chains on the tests' SLURM: a sitecustomize.py that every process of a job loads.
 
 The file play.json beside it says what each stage does; without a word it writes a result and ends well. `train` makes
-steps and checkpoints as a training does, stops as asked, and does to itself what `fault` says, once unless `always`.
+steps and checkpoints as a training does, stops as asked, and does to itself what `fault` says, once unless `always`. A
+stage waits for the file `until`.
 """
 
 import json
@@ -26,6 +27,8 @@ def run(context):  # type: ignore[no-untyped-def]
         raise UserError("data.sources: expected text, found none. Give some.")
     if play.get("fault") == "ours":
         raise RuntimeError("our own fault")
+    while (awaited := play.get("until")) and not os.path.exists(awaited):
+        time.sleep(0.2)
     if steps := play.get("steps", 0):
         train(directory, rank, steps, play)
     if rank == 0:

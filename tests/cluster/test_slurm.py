@@ -130,7 +130,8 @@ def warned(cluster: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 def test_a_chain_goes_over_two_nodes_and_a_second_one_waits(run: Run, cluster: Slurm) -> None:
-    run.play(teacher={"steps": 40})
+    seen = run.place / "seen"
+    run.play(corpus={"until": str(seen)}, teacher={"steps": 40})
     stages = "stage=[corpus,teacher,prune]"
     dry = run.launch("--dry-run", stages)
     scripts = {file.name: file.read_bytes() for file in (run.home / "slurm").glob("*.sh")}
@@ -143,6 +144,7 @@ def test_a_chain_goes_over_two_nodes_and_a_second_one_waits(run: Run, cluster: S
     assert cluster.show(jobs["teacher"])["Dependency"] == f"afterok:{jobs['corpus']}(unfulfilled)"
     refused = run.launch(stages, code=2)
     assert all(job in refused for job in jobs.values()) and "scancel" in refused
+    seen.touch()
     assert [cluster.end(job) for job in jobs.values()] == ["COMPLETED"] * 3
     starts = [line.split(" of 2 on ") for line in sorted(run.notes("teacher.starts"))]  # torchrun chooses who is rank 0
     assert [rank for rank, _ in starts] == ["0", "1"] and {node for _, node in starts} == {"node1", "node2"}
